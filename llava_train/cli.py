@@ -1,0 +1,68 @@
+"""The `llava-train` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llava_train.config import ConfigError, StageConfig, load_stage, stage_schema
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+ConfigFiles = Annotated[list[Path], typer.Option("--config", help="Stage files, run in this order.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, for example batch.size=64.")]
+
+
+@app.callback()
+def main() -> None:
+    """Train LLaVA models in two stages."""
+
+
+@app.command()
+def train(config: ConfigFiles, set_: Overrides = None) -> None:
+    """Run stages in order; start, resume and finish are this same command."""
+    raise SystemExit(run(config, set_ or []))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a stage file, for editors."""
+    print(json.dumps(stage_schema(), indent=2))
+
+
+@app.command()
+def ask(model: Path, image: Path, question: str, max_new_tokens: int = 128) -> None:
+    """Ask a trained model about a picture."""
+    from llava_train.use.ask import answer_question
+
+    try:
+        print(answer_question(model, image, question, max_new_tokens))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def run(paths: list[Path], overrides: list[str]) -> int:
+    """Reads all stage files, then runs the stages. Returns the exit code."""
+    try:
+        stages = [load_stage(path, overrides) for path in paths]
+        _check_chain(stages)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    from llava_train.train.engine import start_distributed
+    from llava_train.train.stage import run_stage
+
+    world = start_distributed()
+    for stage in stages:
+        run_stage(stage, world)
+    return 0
+
+
+def _check_chain(stages: list[StageConfig]) -> None:
+    names = [stage.run_dir for stage in stages]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two stages share a run folder: {', '.join(map(str, names))}; give each its own name")

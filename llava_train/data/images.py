@@ -1,0 +1,53 @@
+"""Image file -> the pixels that the encoder sees."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_processing_utils import BaseImageProcessor
+
+from llava_train.data.samples import SampleError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What may be opened. Pillow knows formats that start other programs (EPS starts Ghostscript)."""
+
+
+def decode_image(source: Path | bytes) -> Image.Image:
+    """Reads a picture as RGB, turned as its EXIF tag says; of an animation the first frame.
+
+    Raises:
+        SampleError: missing, not a picture, truncated, or so large that it may be a decompression bomb.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise SampleError(f"{source}: the image file is missing") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        where = "" if isinstance(source, bytes) else f"{source}: "
+        raise SampleError(f"{where}not a readable image: {error}") from error
+
+
+class ImagePreprocessor:
+    """Pictures -> pixel values, by the image processor that the exported model carries."""
+
+    def __init__(self, processor: BaseImageProcessor) -> None:
+        self.processor = processor
+        self.size: int = processor.crop_size["height"]
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Pixel values of an RGB picture: float32 [3, size, size]."""
+        return self.processor(np.asarray(image), return_tensors="pt", input_data_format="channels_last")[
+            "pixel_values"
+        ][0]
+
+    def blank(self) -> torch.Tensor:
+        """Pixels for a picture that is not there: float32 zeros [3, size, size], the encoder's mean colour."""
+        return torch.zeros(3, self.size, self.size)

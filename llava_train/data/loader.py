@@ -1,0 +1,238 @@
+"""Steps of packed batches, read ahead by worker processes.
+
+In order: the samples of a step (order) -> encoded, on every rank alike, since lengths decide the packs (chat)
+-> packs for all ranks (packing) -> this rank decodes the images of its own packs (images) -> one
+`PackedBatch` a micro-step. A sample that cannot be read keeps the ranks in step: one that is bad before
+packing is left out by every rank, an image that turns out bad afterwards is replaced by a blank one and its
+sample has no supervised token. Either way a `BadSample` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from llava_train.data.chat import IGNORED, ChatEncoder, EncodedSample, OverLong
+from llava_train.data.images import ImagePreprocessor, decode_image
+from llava_train.data.order import step_samples
+from llava_train.data.packing import plan_packs
+from llava_train.data.samples import Mixture, Sample, SampleError
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that a step did not train on."""
+
+    step: int
+    index: int
+    source: str
+    id: str
+    reason: str
+    over_long: bool
+    """Whether `batch.over_long` decides what happens, not `on_bad_sample`."""
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One pack: D documents of T tokens in all, end to end.
+
+    For documents of 3 and 2 tokens, the tokens 1, 2 and 4 supervised:
+    position_ids [0,1,2,0,1], cu_seqlens [0,3,5], max_seqlen 3, predictors [0,1,3], targets ids[[1,2,4]].
+    """
+
+    input_ids: torch.Tensor  # int64 [1, T]
+    labels: torch.Tensor  # int64 [1, T]; -100 where not supervised
+    position_ids: torch.Tensor  # int64 [1, T]; restart at each document
+    cu_seqlens: torch.Tensor  # int32 [D + 1]; document borders
+    lengths: tuple[int, ...]  # tokens of each document
+    pixel_values: torch.Tensor  # float32 [N, 3, H, W]; one blank image when there is none
+    n_images: int  # 0 when pixel_values is that blank image
+    predictors: torch.Tensor  # int64 [S]; positions whose next token is supervised
+    targets: torch.Tensor  # int64 [S]; those next tokens
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def n_supervised(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device) -> PackedBatch:
+        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PackedBatch:
+        return self._each_tensor(lambda tensor: tensor.pin_memory())
+
+    def _each_tensor(self, change: Any) -> PackedBatch:
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one rank computes in one optimizer step."""
+
+    step: int
+    micro_batches: tuple[PackedBatch, ...]
+    n_samples: int
+    """Samples of the step over all ranks, bad ones left out."""
+    bad_samples: tuple[BadSample, ...]
+
+    @property
+    def n_supervised(self) -> int:
+        """Supervised tokens of this rank."""
+        return sum(batch.n_supervised for batch in self.micro_batches)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of this rank, image tokens included."""
+        return sum(batch.input_ids.numel() for batch in self.micro_batches)
+
+    @property
+    def n_images(self) -> int:
+        """Images of this rank."""
+        return sum(batch.n_images for batch in self.micro_batches)
+
+    def pin_memory(self) -> StepBatch:
+        return replace(self, micro_batches=tuple(batch.pin_memory() for batch in self.micro_batches))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample and its tokens, on the way to a pack."""
+
+    index: int
+    sample: Sample
+    tokens: EncodedSample
+
+
+class StepDataset(Dataset[StepBatch]):
+    """`dataset[step]` is that step's work for one rank.
+
+    Args:
+        seed: decides the order; None keeps the order of the sources (evaluation).
+        attention_cost: see `packing.sample_cost`.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        encoder: ChatEncoder,
+        preprocessor: ImagePreprocessor,
+        *,
+        batch_size: int,
+        max_tokens: int,
+        seed: int | None,
+        rank: int = 0,
+        n_ranks: int = 1,
+        packing: bool = True,
+        attention_cost: float = 0.0,
+    ) -> None:
+        self.mixture, self.encoder, self.preprocessor = mixture, encoder, preprocessor
+        self.batch_size, self.max_tokens, self.packing = batch_size, max_tokens, packing
+        self.seed, self.rank, self.n_ranks, self.attention_cost = seed, rank, n_ranks, attention_cost
+
+    def __getitem__(self, step: int) -> StepBatch:
+        encoded, bad = self._encode(step)
+        packs: list[list[int]] = [[]]
+        if encoded:
+            lengths = [item.tokens.n_tokens for item in encoded]
+            plan = plan_packs(lengths, self.n_ranks, self.max_tokens, self.attention_cost, self.packing)
+            packs = plan[self.rank]
+        micro_batches = []
+        for pack in packs:
+            batch, bad_images = self._collate(step, [encoded[i] for i in pack])
+            micro_batches.append(batch)
+            bad += bad_images
+        return StepBatch(step, tuple(micro_batches), len(encoded), tuple(bad))
+
+    def _encode(self, step: int) -> tuple[list[Encoded], list[BadSample]]:
+        """The readable samples of a step, and the others. The same on every rank."""
+        encoded, bad = [], []
+        for index in self._indices(step):
+            try:
+                sample = self.mixture[index]
+                encoded.append(Encoded(index, sample, self.encoder.encode(sample)))
+            except SampleError as error:
+                bad.append(self._bad(step, index, error))
+        return encoded, bad
+
+    def _indices(self, step: int) -> list[int]:
+        n_samples = len(self.mixture)
+        if self.seed is None:
+            return list(range(step * self.batch_size, min((step + 1) * self.batch_size, n_samples)))
+        return step_samples(step, self.seed, n_samples, self.batch_size).tolist()
+
+    def _collate(self, step: int, items: Sequence[Encoded]) -> tuple[PackedBatch, list[BadSample]]:
+        """Packs samples. Images that cannot be decoded become blank and their samples unsupervised."""
+        documents, pixels, bad = [], [], []
+        for item in items:
+            tokens = item.tokens
+            try:
+                images = [self.preprocessor(decode_image(path)) for path in item.sample.images[: tokens.n_images]]
+            except SampleError as error:
+                images = [self.preprocessor.blank()] * tokens.n_images
+                tokens = replace(tokens, labels=np.full_like(tokens.labels, IGNORED))
+                bad.append(self._bad(step, item.index, error))
+            documents.append(tokens)
+            pixels += images
+        return pack_documents(documents, pixels, self.preprocessor.blank(), self._filler()), bad
+
+    def _filler(self) -> EncodedSample:
+        """A document for a rank that has none: two unsupervised tokens."""
+        input_ids = np.full(2, self.encoder.end_of_turn_id(), dtype=np.int64)
+        return EncodedSample(input_ids, np.full_like(input_ids, IGNORED), n_images=0)
+
+    def _bad(self, step: int, index: int, error: SampleError) -> BadSample:
+        source, local = self.mixture.locate(index)
+        return BadSample(
+            step, index, str(source.path), source.record_id(local), str(error), isinstance(error, OverLong)
+        )
+
+
+def pack_documents(
+    documents: Sequence[EncodedSample],
+    pixels: Sequence[torch.Tensor],
+    blank: torch.Tensor,
+    filler: EncodedSample,
+) -> PackedBatch:
+    """Joins documents into one pack; `filler` stands in when there is none, `blank` when there is no image."""
+    documents = documents or [filler]
+    lengths = tuple(document.n_tokens for document in documents)
+    labels = torch.from_numpy(np.concatenate([document.labels for document in documents]))
+    predictors = (labels[1:] != IGNORED).nonzero().squeeze(1)
+    return PackedBatch(
+        input_ids=torch.from_numpy(np.concatenate([document.input_ids for document in documents]))[None],
+        labels=labels[None],
+        position_ids=torch.cat([torch.arange(n_tokens) for n_tokens in lengths])[None],
+        cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),
+        lengths=lengths,
+        pixel_values=torch.stack(list(pixels) or [blank]),
+        n_images=len(pixels),
+        predictors=predictors,
+        targets=labels[predictors + 1],
+    )
+
+
+def read_steps(dataset: StepDataset, steps: range, n_workers: int, pin_memory: bool) -> Iterator[StepBatch]:
+    """Yields `dataset[step]` in order, read ahead by worker processes (`n_workers` 0: in this process)."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=steps,
+        num_workers=min(n_workers, len(steps)),
+        pin_memory=pin_memory,
+        worker_init_fn=_limit_threads,
+    )
+    yield from loader
+
+
+def _limit_threads(worker: int) -> None:
+    """Workers are the parallelism; threads inside them would fight over the cores."""
+    torch.set_num_threads(1)

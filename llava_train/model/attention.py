@@ -1,0 +1,124 @@
+"""Attention over packs: each document of a pack attends to itself alone.
+
+Registered with transformers under the name `packed`. On CUDA in bf16 or fp16 one variable-length kernel runs
+over the whole pack (flash-attn where it is installed, else `torch.nn.attention.varlen`); elsewhere SDPA runs
+document by document. No T x T mask is ever built, and the borders come as arguments: reading them from
+`position_ids`, as transformers would, stalls the device in every layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+PACKED = "packed"
+"""Name of this attention in transformers' attention interface."""
+
+Lengths = tuple[int, ...]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor,
+    document_lengths: Lengths,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each document of a pack.
+
+    Args:
+        query: [1, heads, T, head size]; key and value: [1, key-value heads, T, head size].
+        attention_mask: always None.
+        cu_seq_lens_q: int32 [D + 1] document borders on the device.
+        document_lengths: the D lengths as Python ints.
+
+    Returns:
+        [1, T, heads, head size], and None for the weights.
+    """
+    assert attention_mask is None, "packs need no mask"
+    assert dropout == 0.0, "packed attention has no dropout"
+    assert sliding_window is None or max(document_lengths) <= sliding_window, "a document exceeds the window"
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        output = varlen_kernel()(query, key, value, cu_seq_lens_q, max(document_lengths), scaling)
+    else:
+        output = attend_by_document(query, key, value, document_lengths, scaling)
+    return output, None
+
+
+def attend_by_document(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths, scaling: float | None
+) -> torch.Tensor:
+    """SDPA on each document. Shapes as `packed_attention`."""
+    outputs = [
+        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+        for q, k, v in zip(
+            query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True
+        )
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+VarlenKernel = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float | None], torch.Tensor
+]
+
+
+@lru_cache(maxsize=1)
+def varlen_kernel() -> VarlenKernel:
+    """The variable-length kernel of this machine, with the shapes of `packed_attention`."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return _torch_varlen()
+
+    def attend(query, key, value, borders, longest, scaling):  # type: ignore[no-untyped-def]
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return flash_attn_varlen_func(
+            q, k, v, borders, borders, longest, longest, softmax_scale=scaling, causal=True
+        )[None]
+
+    return attend
+
+
+def _torch_varlen() -> VarlenKernel:
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def attend(query, key, value, borders, longest, scaling):  # type: ignore[no-untyped-def]
+        options = {}
+        if query.shape[1] != key.shape[1]:
+            if grouped:
+                options["enable_gqa"] = True
+            else:
+                repeats = query.shape[1] // key.shape[1]
+                key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return varlen_attn(
+            q, k, v, borders, borders, longest, longest, scale=scaling, window_size=(-1, 0), **options
+        )[None]
+
+    return attend
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The mask of packed attention: none, whatever `position_ids` look like."""
+
+
+AttentionInterface.register(PACKED, packed_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, _no_mask)

@@ -1,0 +1,66 @@
+"""The forward pass of a pack: the sum of the cross entropy over its supervised tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import LlavaForConditionalGeneration
+
+
+class PackedLoss(nn.Module):
+    """Runs a LLaVA model over one pack. What DeepSpeed wraps.
+
+    It does what `LlavaForConditionalGeneration.forward` does, less what a pack does not need (a mask, logits of
+    positions that are not supervised, checks that stall the device), and it touches the projector even when the
+    pack has no image: a rank whose graph lacks a trainable part hangs ZeRO.
+    """
+
+    def __init__(self, llava: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.llava = llava
+
+    def forward(
+        self,
+        *,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        n_images: int,
+        cu_seqlens: torch.Tensor,
+        lengths: tuple[int, ...],
+        predictors: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> torch.Tensor:
+        """Summed cross entropy, float32 scalar. Arguments as the fields of `data.loader.PackedBatch`."""
+        hidden = self.hidden_states(input_ids, position_ids, pixel_values, n_images, cu_seqlens, lengths)
+        logits = self.llava.lm_head(hidden[0, predictors])  # [S, vocabulary]
+        return cross_entropy(logits.float(), targets, reduction="sum")
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        n_images: int,
+        cu_seqlens: torch.Tensor,
+        lengths: tuple[int, ...],
+    ) -> torch.Tensor:
+        """Output of the language model's last layer: [1, T, hidden size]."""
+        llava = self.llava
+        pixel_values = pixel_values.to(llava.model.vision_tower.dtype)
+        features = torch.cat(llava.get_image_features(pixel_values).pooler_output)  # [N * image tokens, hidden]
+        embeddings = llava.get_input_embeddings()(input_ids)
+        if n_images:
+            is_image = (input_ids == llava.config.image_token_id)[..., None]
+            embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
+        else:
+            embeddings = embeddings + features.sum() * 0
+        return llava.model.language_model(
+            inputs_embeds=embeddings,
+            position_ids=position_ids,
+            attention_mask=None,
+            use_cache=False,
+            cu_seq_lens_q=cu_seqlens,
+            document_lengths=lengths,
+        ).last_hidden_state

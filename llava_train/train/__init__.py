@@ -1,0 +1,1 @@
+"""The run: a stage from its file to its result."""

@@ -1,0 +1,110 @@
+"""Held-out loss and a few generated answers while training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from llava_train.data.images import decode_image
+from llava_train.data.loader import StepDataset
+from llava_train.data.samples import SampleError, Turn
+from llava_train.model.attention import PACKED
+from llava_train.model.build import Llava
+from llava_train.train.engine import World
+from llava_train.train.loop import forward
+
+
+@torch.no_grad()
+def held_out_loss(
+    engine: deepspeed.DeepSpeedEngine, world: World, dataset: StepDataset, n_samples: int
+) -> float:
+    """Mean cross entropy over the supervised tokens of the first `n_samples` samples, over all ranks."""
+    totals = torch.zeros(2, dtype=torch.float64, device=world.device)
+    n_steps = -(-min(n_samples, len(dataset.mixture)) // dataset.batch_size)
+    with evaluating(engine):
+        for step in range(n_steps):
+            for micro_batch in dataset[step].micro_batches:
+                totals[0] += forward(engine, micro_batch, world).double()
+                totals[1] += micro_batch.n_supervised
+    torch.distributed.all_reduce(totals)
+    return float(totals[0] / totals[1].clamp(min=1))
+
+
+@torch.no_grad()
+def answers(
+    engine: deepspeed.DeepSpeedEngine,
+    llava: Llava,
+    dataset: StepDataset,
+    n_answers: int,
+    max_new_tokens: int,
+) -> list[dict[str, str]]:
+    """Greedy answers to the first question of the first readable samples.
+
+    Every rank must call it and computes the same: under ZeRO 3 each needs the others' parameters.
+    """
+    found: list[dict[str, str]] = []
+    with evaluating(engine), generating(llava.model):
+        for index in range(len(dataset.mixture)):
+            if len(found) == n_answers:
+                break
+            try:
+                sample = dataset.mixture[index]
+                images = [decode_image(path) for path in sample.images]
+            except SampleError:
+                continue
+            question = _until_first_answer(sample.turns)
+            n_images = sum(turn.text.count("<image>") for turn in question)
+            text, _ = dataset.encoder.render(question, prompt=True)
+            answer = generate(llava, text, images[:n_images], max_new_tokens, dataset.encoder.end_of_turn_id())
+            expected = sample.turns[len(question)].text
+            found.append({"id": sample.id, "prompt": question[-1].text, "answer": answer, "expected": expected})
+    return found
+
+
+def generate(llava: Llava, text: str, images: Sequence[Any], max_new_tokens: int, end_of_turn_id: int) -> str:
+    """The greedy answer to a rendered prompt."""
+    inputs = llava.processor(
+        text=text, images=list(images) or None, add_special_tokens=False, return_tensors="pt"
+    ).to(llava.model.device)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(llava.model.dtype)
+    output = llava.model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=end_of_turn_id,
+        pad_token_id=llava.tokenizer.pad_token_id,
+    )
+    return str(llava.tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+@contextmanager
+def evaluating(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
+    """Evaluation mode, and afterwards each module's own mode again."""
+    modes = {module: module.training for module in engine.module.modules()}
+    engine.module.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def generating(model: LlavaForConditionalGeneration) -> Iterator[None]:
+    """Attention with a key-value cache in place of attention over packs."""
+    language_model = model.model.language_model
+    language_model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        language_model.set_attn_implementation(PACKED)
+
+
+def _until_first_answer(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    return turns[: next(i for i, turn in enumerate(turns) if turn.role == "assistant")]

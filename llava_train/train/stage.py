@@ -1,0 +1,211 @@
+"""`run_stage`: the story of a stage, from its file to its result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from llava_train import __version__
+from llava_train.config import EvalSection, SourceSection, StageConfig
+from llava_train.data.chat import ChatEncoder, load_template
+from llava_train.data.images import ImagePreprocessor
+from llava_train.data.loader import StepDataset, read_steps
+from llava_train.data.order import n_steps_of
+from llava_train.data.samples import LlavaJson, Mixture
+from llava_train.files import damage, sha256, write_durably, write_manifest
+from llava_train.model.build import Llava, build_llava
+from llava_train.model.loss import PackedLoss
+from llava_train.model.trainable import parameter_groups, set_trainable, summarize
+from llava_train.model.weights import RESULT_FOLDER, export_model, load_init, save_projector
+from llava_train.train.checkpoint import load_newest, save_checkpoint
+from llava_train.train.engine import World, gathered, start_engine
+from llava_train.train.evaluate import answers, held_out_loss
+from llava_train.train.loop import train
+from llava_train.train.tracking import Tracker, parts_table
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def run_stage(config: StageConfig, world: World) -> Path:
+    """Trains a stage from wherever it stands to its end; returns the folder of its result.
+
+    A finished stage is passed over. Every rank of the run must call it.
+
+    Raises:
+        DataError, SampleError, BuildError, HandOffError: what the user gave cannot be used.
+    """
+    result = config.run_dir / RESULT_FOLDER
+    if damage(result) is None:
+        _say(world, f"{config.name}: complete, see {result}")
+        return result
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
+
+    mixture = _mixture(config.data)
+    n_steps = n_steps_of(len(mixture), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
+
+    llava, came_from = _starting_point(config)
+    peft_model = set_trainable(llava.model, config.trainable, config.seed)
+    encoder, preprocessor = _encoder(config, llava), ImagePreprocessor(llava.processor.image_processor)
+    dataset = _dataset(config, world, llava, encoder, preprocessor, mixture, seed=config.seed)
+    _write_card(config, world, mixture)
+    _say(world, f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}")
+    parts = list(summarize(llava.model, config.trainable))
+
+    _prepare_modes(llava, config)
+    groups = parameter_groups(llava.model, config.trainable, config.schedule.weight_decay)
+    engine = start_engine(PackedLoss(llava.model), groups, config)
+    checkpoints = config.run_dir / "checkpoints"
+    start, passed_over = load_newest(engine, world, checkpoints)
+
+    with Tracker(config, world, start, n_steps) as tracker:
+        tracker.console.print(parts_table(parts))
+        for reason in passed_over:
+            tracker.say(f"passed over {reason}")
+        if start:
+            tracker.say(f"resuming after step {start} of {n_steps}")
+
+        def after_step(step: int) -> None:
+            if config.eval and (step % config.eval.every == 0 or step == n_steps):
+                _evaluate(config, config.eval, world, engine, llava, encoder, preprocessor, tracker, step)
+            if config.checkpoint.every and step % config.checkpoint.every == 0 and step < n_steps:
+                save_checkpoint(engine, world, checkpoints, step, config.checkpoint.keep)
+
+        batches = read_steps(dataset, range(start, n_steps), config.loader.workers, world.device.type == "cuda")
+        train(engine, world, config, batches, n_steps, tracker, after_step)
+
+        trained = gathered(engine, world, llava.model)
+        engine.destroy()
+        del engine, llava, peft_model
+        if world.is_main:
+            _write_result(config, trained, encoder.end_of_turn_id(), result, n_steps)
+            tracker.say(f"{config.name}: finished, result in {result}")
+        torch.distributed.barrier()
+    return result
+
+
+def _starting_point(config: StageConfig) -> tuple[Llava, str]:
+    """The model before this stage, and a line that says where its trained parts came from."""
+    llava = build_llava(config.model, config.image, DTYPES[config.engine.precision], config.seed)
+    llava.processor.chat_template = load_template(config.model.chat_template, llava.tokenizer)
+    if config.init_from in (None, "random"):
+        return llava, "starting from a new projector"
+    return llava, "starting from " + load_init(str(config.init_from), llava.model, config.model)
+
+
+def _mixture(sources: list[SourceSection]) -> Mixture:
+    return Mixture([LlavaJson(source.path, source.images) for source in sources])
+
+
+def _encoder(config: StageConfig, llava: Llava) -> ChatEncoder:
+    return ChatEncoder(
+        llava.tokenizer,
+        llava.processor.chat_template,
+        llava.n_image_tokens,
+        config.batch.max_sample_tokens,
+        config.batch.over_long,
+    )
+
+
+def _dataset(
+    config: StageConfig,
+    world: World,
+    llava: Llava,
+    encoder: ChatEncoder,
+    preprocessor: ImagePreprocessor,
+    mixture: Mixture,
+    seed: int | None,
+) -> StepDataset:
+    return StepDataset(
+        mixture,
+        encoder,
+        preprocessor,
+        batch_size=config.batch.size,
+        max_tokens=config.batch.max_tokens,
+        seed=seed,
+        rank=world.rank,
+        n_ranks=world.n_ranks,
+        packing=config.batch.packing,
+        attention_cost=1 / (6 * llava.model.config.text_config.hidden_size),
+    )
+
+
+def _prepare_modes(llava: Llava, config: StageConfig) -> None:
+    """Training mode for what trains or is checkpointed; frozen encoders stay in evaluation mode."""
+    llava.model.train()
+    language_model, vision_tower = llava.model.model.language_model, llava.model.model.vision_tower
+    vision_tower.train(config.trainable.vision_tower is not None)
+    if config.engine.activation_checkpointing:
+        trained = [language_model] + ([vision_tower] if config.trainable.vision_tower else [])
+        for module in trained:
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _evaluate(
+    config: StageConfig,
+    section: EvalSection,
+    world: World,
+    engine: Any,
+    llava: Llava,
+    encoder: ChatEncoder,
+    preprocessor: ImagePreprocessor,
+    tracker: Tracker,
+    step: int,
+) -> None:
+    dataset = _dataset(config, world, llava, encoder, preprocessor, _mixture(section.data), seed=None)
+    loss = held_out_loss(engine, world, dataset, section.max_samples)
+    answered = answers(engine, llava, dataset, section.generate, section.max_new_tokens)
+    tracker.evaluation(step, {"step": step, "eval_loss": loss}, answered)
+
+
+def _write_result(
+    config: StageConfig, trained: dict[str, torch.Tensor], end_of_turn_id: int, folder: Path, n_steps: int
+) -> None:
+    """Writes what the stage leaves, from the starting point and the trained parameters."""
+    llava, _ = _starting_point(config)
+    peft_model = set_trainable(llava.model, config.trainable, config.seed)
+    unexpected = llava.model.load_state_dict(trained, strict=False).unexpected_keys
+    assert not unexpected, f"trained parameters without a place: {unexpected}"
+    if config.trainable.learning_rates().keys() == {"projector"}:
+        save_projector(llava.model, config.model, folder)
+    else:
+        export_model(llava.model, llava.processor, end_of_turn_id, folder, peft_model)
+    write_manifest(folder, step=n_steps, name=config.name)
+
+
+def _write_card(config: StageConfig, world: World, mixture: Mixture) -> None:
+    """config.yaml of the run: the resolved config, versions, git commit, data fingerprint."""
+    if not world.is_main:
+        return
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    packages = ("torch", "transformers", "deepspeed", "peft", "pillow")
+    about = {
+        "llava_train": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "git_commit": _git_commit(),
+        "n_ranks": world.n_ranks,
+        "data": [{"path": str(s.path), "n_samples": len(s), "sha256": sha256(s.path)} for s in mixture.sources],
+    }
+    text = yaml.safe_dump({**json.loads(config.model_dump_json()), "about": about}, sort_keys=False, allow_unicode=True)
+    write_durably(config.run_dir / "config.yaml", text)
+
+
+def _git_commit() -> str | None:
+    """Commit of the code that runs, when it runs from a checkout."""
+    answer = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip() or None
+
+
+def _say(world: World, text: str) -> None:
+    if world.is_main:
+        print(text, flush=True)

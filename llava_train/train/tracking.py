@@ -1,0 +1,149 @@
+"""What a run shows and keeps: progress bar, metrics.jsonl, quarantine.jsonl, answers.jsonl, wandb."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from llava_train.config import StageConfig
+from llava_train.data.loader import BadSample
+from llava_train.model.trainable import PartSummary
+from llava_train.train.engine import World
+
+METRICS_FILE = "metrics.jsonl"
+QUARANTINE_FILE = "quarantine.jsonl"
+ANSWERS_FILE = "answers.jsonl"
+
+Metrics = dict[str, Any]
+
+
+class Tracker:
+    """Writes a run's records. Only rank 0 shows and logs; every rank may quarantine.
+
+    Args:
+        start_step: steps done before; records of later steps, from before an interruption, are dropped.
+    """
+
+    def __init__(self, config: StageConfig, world: World, start_step: int, n_steps: int) -> None:
+        self.folder, self.world, self.n_steps = config.run_dir, world, n_steps
+        self.console = Console(quiet=not world.is_main, soft_wrap=True)
+        self._wandb: Any = None
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[line]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task(config.name, total=n_steps, completed=start_step, line="")
+        if world.is_main:
+            for name in (METRICS_FILE, QUARANTINE_FILE, ANSWERS_FILE):
+                _drop_after(self.folder / name, start_step)
+            self._start_wandb(config)
+
+    def __enter__(self) -> Tracker:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def say(self, text: str) -> None:
+        """Shows a line on rank 0."""
+        self.console.print(text, highlight=False, markup=False)
+
+    def step(self, step: int, metrics: Metrics | None = None) -> None:
+        """Moves the progress bar to `step`; `metrics`, when the step is a logged one, are shown and kept."""
+        line = _progress_line(metrics) if metrics else None
+        self._progress.update(self._task, completed=step, **({"line": line} if line else {}))
+        if metrics:
+            self._keep(metrics)
+            if not self.console.is_terminal:
+                self.say(f"step {step}/{self.n_steps}  {line}")
+
+    def evaluation(self, step: int, metrics: Metrics, answers: Iterable[Mapping[str, str]]) -> None:
+        """Keeps and shows the held-out loss and the generated answers."""
+        self._keep(metrics)
+        self.say(f"step {step}  held-out loss {metrics['eval_loss']:.4f}")
+        for answer in answers:
+            self._append(ANSWERS_FILE, {"step": step, **answer})
+            self.say(f"  {answer['prompt']!r} -> {answer['answer']!r} (expected {answer['expected']!r})")
+
+    def quarantine(self, bad_samples: Iterable[BadSample]) -> None:
+        """Records samples that a step did not train on. Those that every rank saw are recorded by rank 0."""
+        for bad in bad_samples:
+            record = asdict(bad)
+            record["step"] += 1
+            self._append(QUARANTINE_FILE, record)
+
+    def _keep(self, metrics: Metrics) -> None:
+        if self.world.is_main:
+            self._append(METRICS_FILE, metrics)
+            if self._wandb is not None:
+                self._wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        if self.world.is_main or name == QUARANTINE_FILE:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def _start_wandb(self, config: StageConfig) -> None:
+        section = config.logging.wandb
+        if section is None:
+            return
+        import wandb
+
+        self._wandb = wandb.init(
+            project=section.project,
+            entity=section.entity,
+            mode=section.mode,
+            name=config.name,
+            id=config.name,
+            resume="allow",
+            dir=str(self.folder),
+            config=config.model_dump(mode="json"),
+        )
+
+
+def parts_table(parts: Iterable[PartSummary]) -> Table:
+    """The table of what trains."""
+    table = Table("part", "parameters", "trainable", "dtype", "learning rate", title="What trains")
+    for part in parts:
+        rate = "frozen" if part.lr is None else f"{part.lr:g}" + (" (LoRA)" if part.lora else "")
+        dtype = str(part.dtype).removeprefix("torch.")
+        table.add_row(part.part, f"{part.n_parameters:,}", f"{part.n_trainable:,}", dtype, rate)
+    return table
+
+
+def _progress_line(metrics: Metrics) -> str:
+    minutes, seconds = divmod(int(metrics["time_left_s"]), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"loss {metrics['loss']:.4f}  lr {max(metrics['lr'].values()):.2e}  "
+        f"{metrics['tokens_per_s']:,.0f} tokens/s  {hours}:{minutes:02}:{seconds:02} left"
+    )
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Drops the records of steps after `step`, and a line that was cut off, from a JSONL file."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    path.write_text("".join(kept), encoding="utf-8")

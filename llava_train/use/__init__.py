@@ -1,0 +1,1 @@
+"""The trained model. Imports `model` and the chat and image code of `data`, never `train`."""
