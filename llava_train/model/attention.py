@@ -63,14 +63,19 @@ def packed_attention(
 def attend_by_document(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths, scaling: float | None
 ) -> torch.Tensor:
-    """SDPA on each document. Shapes as `packed_attention`."""
+    """SDPA on each document. Shapes as `packed_attention`.
+
+    In float32: on a CPU the backward pass of short documents is three times as fast as in bfloat16.
+    """
+    dtype = query.dtype
+    query, key, value = query.float(), key.float(), value.float()
     outputs = [
         scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
         for q, k, v in zip(
             query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True
         )
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
 
 
 VarlenKernel = Callable[

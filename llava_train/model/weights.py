@@ -137,7 +137,8 @@ def _joined(section: ModelSection, model: LlavaForConditionalGeneration) -> dict
 
 
 def _identity(part: Any) -> Any:
-    return part if isinstance(part, str) else part.model_dump(mode="json")
+    """A part's name without its place: `lmsys/vicuna-7b-v1.5` is also `/models/vicuna-7b-v1.5`."""
+    return Path(part).name if isinstance(part, str) else part.model_dump(mode="json")
 
 
 def _contiguous(state: Mapping[str, torch.Tensor]) -> State:

@@ -1,0 +1,400 @@
+"""Draws scenes of coloured shapes: captions for stage 1, conversations for stage 2, and held-out scenes.
+
+    python data/draw_scenes.py --out data/scenes
+
+A scene has one to three objects, each in a quadrant of its own. Eight of the 48 combinations of colour and shape
+are held out: training never draws or names one, the held-out scenes show nothing else, so a right answer there
+was not learnt by heart. Answers are balanced, so that guessing without the picture is poor, and no turn of a
+training conversation gives away the colour, shape or place that a later turn asks for.
+
+`plan_*` and the functions below them decide, from a seed alone; `draw_scene` draws; `main` writes LLaVA's JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+SIDE = 168
+"""Pixels; twice what the encoder sees."""
+OVERSAMPLING = 4
+
+COLOURS = {
+    "red": (215, 35, 35),
+    "green": (35, 150, 55),
+    "blue": (35, 65, 215),
+    "yellow": (245, 210, 35),
+    "purple": (135, 45, 170),
+    "orange": (245, 130, 25),
+    "black": (25, 25, 25),
+    "brown": (120, 75, 35),
+}
+SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
+PLURALS = {"cross": "crosses"}
+QUADRANTS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
+NUMBERS = ("zero", "one", "two", "three")
+
+Kind = tuple[str, str]
+"""Colour and shape."""
+COMBINATIONS: tuple[Kind, ...] = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+HELD_OUT: tuple[Kind, ...] = tuple((colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS))
+"""One combination of each colour, each shape once or twice."""
+TRAINING: tuple[Kind, ...] = tuple(kind for kind in COMBINATIONS if kind not in HELD_OUT)
+
+DESCRIBE = ("Describe the picture.", "What is in the picture?", "What do you see?")
+_REVEALING = ("colour", "shape", "position")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object of a scene; lengths in sides of a quadrant, angle in degrees."""
+
+    colour: str
+    shape: str
+    quadrant: str
+    radius: float = 0.36
+    dx: float = 0.0
+    dy: float = 0.0
+    angle: float = 0.0
+    tint: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def kind(self) -> Kind:
+        return self.colour, self.shape
+
+
+@dataclass(frozen=True)
+class Scene:
+    background: tuple[int, int, int]
+    things: tuple[Thing, ...]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question of a kind (colour, shape, position, count, existence, relation) and its true answer."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+def plan_scene(rng: random.Random, n_things: int, kinds: Sequence[Kind]) -> Scene:
+    """A scene of `n_things` objects of the given kinds, each in its own quadrant."""
+    quadrants = sorted(rng.sample(list(QUADRANTS), n_things), key=list(QUADRANTS).index)
+    things = []
+    for quadrant in quadrants:
+        colour, shape = rng.choice(kinds)
+        radius = rng.uniform(0.29, 0.43)
+        room = 0.48 - radius
+        things.append(
+            Thing(
+                colour,
+                shape,
+                quadrant,
+                radius,
+                rng.uniform(-room, room),
+                rng.uniform(-room, room),
+                rng.uniform(-12, 12),
+                (rng.randint(-10, 10), rng.randint(-10, 10), rng.randint(-10, 10)),
+            )
+        )
+    light = rng.randint(205, 250)
+    background = tuple(min(255, light + rng.randint(-8, 8)) for _ in range(3))
+    return Scene((background[0], background[1], background[2]), tuple(things))
+
+
+def plan_caption(scene: Scene) -> str:
+    """`red circle, top left`; several objects in reading order, with semicolons."""
+    return "; ".join(f"{thing.colour} {thing.shape}, {thing.quadrant}" for thing in scene.things)
+
+
+def plan_conversation(rng: random.Random, scene: Scene, kinds: Sequence[Kind]) -> list[Turn]:
+    """Turns of a training conversation: every kind of question that applies, but none given away by an earlier turn.
+
+    Mostly colour and shape come first: they are the hardest to see, and later turns would give them away.
+    """
+    turns = all_questions(rng, scene, kinds)
+    rng.shuffle(turns)
+    if rng.random() < 0.7:
+        turns.sort(key=lambda turn: turn.kind not in ("colour", "shape"))
+    kept: list[Turn] = []
+    said: list[str] = []
+    for turn in turns:
+        if turn.kind in _REVEALING and any(turn.answer in text for text in said):
+            continue
+        kept.append(turn)
+        said += [turn.question, turn.answer]
+    return kept
+
+
+def all_questions(rng: random.Random, scene: Scene, kinds: Sequence[Kind]) -> list[Turn]:
+    """One question of every kind that applies to a scene. `kinds` are those that may be named."""
+    turns = [
+        _colour(rng, scene),
+        _shape(rng, scene),
+        _position(rng, scene),
+        _existence(rng, scene, kinds),
+        _count(rng, scene),
+        _relation(rng, scene),
+    ]
+    return [turn for turn in turns if turn is not None]
+
+
+def _colour(rng: random.Random, scene: Scene) -> Turn | None:
+    shapes = [thing.shape for thing in scene.things]
+    thing = rng.choice(scene.things)
+    if len(shapes) == 1 and rng.random() < 0.6:
+        return Turn("colour", "What colour is the object?", thing.colour)
+    if shapes.count(thing.shape) > 1:
+        return None
+    return Turn("colour", f"What colour is the {thing.shape}?", thing.colour)
+
+
+def _shape(rng: random.Random, scene: Scene) -> Turn | None:
+    colours = [thing.colour for thing in scene.things]
+    thing = rng.choice(scene.things)
+    if len(colours) == 1 and rng.random() < 0.6:
+        return Turn("shape", "What shape is the object?", thing.shape)
+    if colours.count(thing.colour) > 1:
+        return None
+    return Turn("shape", f"What shape is the {thing.colour} object?", thing.shape)
+
+
+def _position(rng: random.Random, scene: Scene) -> Turn | None:
+    unique = _unique(scene)
+    if not unique:
+        return None
+    thing = rng.choice(unique)
+    return Turn("position", f"Where is the {thing.colour} {thing.shape}?", thing.quadrant)
+
+
+def _existence(rng: random.Random, scene: Scene, kinds: Sequence[Kind]) -> Turn:
+    """Yes half of the time; half of the absent ones share a colour or shape with a present one."""
+    present = [thing.kind for thing in scene.things]
+    if rng.random() < 0.5:
+        (colour, shape), answer = rng.choice(present), "yes"
+    else:
+        absent = [kind for kind in kinds if kind not in present]
+        like = [kind for kind in absent if any(kind[0] == p[0] or kind[1] == p[1] for p in present)]
+        (colour, shape), answer = rng.choice(like if like and rng.random() < 0.5 else absent), "no"
+    return Turn("existence", f"Is there {_article(colour)} {colour} {shape}?", answer)
+
+
+def _count(rng: random.Random, scene: Scene) -> Turn:
+    """Of a colour or a shape, absent ones as often as present ones; of all objects when there are several."""
+    if len(scene.things) > 1 and rng.random() < 0.2:
+        return Turn("count", "How many objects are there?", NUMBERS[len(scene.things)])
+    if rng.random() < 0.5:
+        shapes = [thing.shape for thing in scene.things]
+        shape = _present_or_absent(rng, shapes, SHAPES)
+        return Turn("count", f"How many {PLURALS.get(shape, shape + 's')} are there?", NUMBERS[shapes.count(shape)])
+    colours = [thing.colour for thing in scene.things]
+    colour = _present_or_absent(rng, colours, tuple(COLOURS))
+    return Turn("count", f"How many {colour} objects are there?", NUMBERS[colours.count(colour)])
+
+
+def _relation(rng: random.Random, scene: Scene) -> Turn | None:
+    """Left and right of objects in different columns, above and below in different rows; true half of the time."""
+    unique = _unique(scene)
+    if len(unique) < 2:
+        return None
+    a, b = rng.sample(unique, 2)
+    (column_a, row_a), (column_b, row_b) = QUADRANTS[a.quadrant], QUADRANTS[b.quadrant]
+    pairs = []
+    if column_a != column_b:
+        pairs.append(("left of", "right of") if column_a < column_b else ("right of", "left of"))
+    if row_a != row_b:
+        pairs.append(("above", "below") if row_a < row_b else ("below", "above"))
+    true, false = rng.choice(pairs)
+    relation, answer = (true, "yes") if rng.random() < 0.5 else (false, "no")
+    return Turn(
+        "relation", f"Is the {a.colour} {a.shape} {relation} the {b.colour} {b.shape}?", answer
+    )
+
+
+def _unique(scene: Scene) -> list[Thing]:
+    """The objects that their colour and shape tell apart from all others."""
+    kinds = [thing.kind for thing in scene.things]
+    return [thing for thing in scene.things if kinds.count(thing.kind) == 1]
+
+
+def _present_or_absent(rng: random.Random, present: Sequence[str], possible: Sequence[str]) -> str:
+    absent = [name for name in possible if name not in present]
+    return rng.choice(list(present) if rng.random() < 0.5 else absent)
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def draw_scene(scene: Scene) -> Image.Image:
+    """The picture of a scene: RGB, SIDE x SIDE pixels, antialiased."""
+    side = SIDE * OVERSAMPLING
+    image = Image.new("RGB", (side, side), scene.background)
+    canvas = ImageDraw.Draw(image)
+    for thing in scene.things:
+        colour = tuple(max(0, min(255, c + t)) for c, t in zip(COLOURS[thing.colour], thing.tint, strict=True))
+        column, row = QUADRANTS[thing.quadrant]
+        centre = ((column + 0.5 + thing.dx) * side / 2, (row + 0.5 + thing.dy) * side / 2)
+        _draw_shape(canvas, thing.shape, centre, thing.radius * side / 2, math.radians(thing.angle), colour)
+    return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+def _draw_shape(
+    canvas: ImageDraw.ImageDraw,
+    shape: str,
+    centre: tuple[float, float],
+    radius: float,
+    angle: float,
+    colour: tuple[int, ...],
+) -> None:
+    """Fills a shape that fits in the circle of `radius` pixels around `centre`, turned by `angle` radians."""
+    x, y = centre
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape == "circle":
+        canvas.ellipse(box, fill=colour)
+    elif shape == "ring":
+        canvas.ellipse(box, outline=colour, width=round(radius * 0.4))
+    else:
+        corners = [(x + r * radius * math.sin(a + angle), y - r * radius * math.cos(a + angle)) for r, a in _polar(shape)]
+        canvas.polygon(corners, fill=colour)
+
+
+def _polar(shape: str) -> list[tuple[float, float]]:
+    """Corners of a unit shape as (radius, angle from the top in radians, clockwise)."""
+    if shape == "square":
+        return [(1.0, math.pi / 4 + k * math.pi / 2) for k in range(4)]
+    if shape == "triangle":
+        return [(1.0, k * 2 * math.pi / 3) for k in range(3)]
+    if shape == "star":
+        return [(1.0 if k % 2 == 0 else 0.42, k * math.pi / 5) for k in range(10)]
+    arm = 0.3  # half the width of a cross's arm
+    corners = [(-arm, -1.0), (arm, -1.0), (arm, -arm), (1.0, -arm), (1.0, arm), (arm, arm)]
+    corners += [(-x, -y) for x, y in corners]
+    return [(math.hypot(x, y), math.atan2(x, -y)) for x, y in corners]
+
+
+def caption_row(seed: str, n_most: int, kinds: Sequence[Kind], name: str) -> tuple[dict[str, Any], Scene]:
+    """A row of captions in LLaVA's format, and its scene."""
+    rng = random.Random(seed)
+    scene = plan_scene(rng, rng.randint(1, n_most), kinds)
+    turns = [Turn("caption", rng.choice(DESCRIBE), plan_caption(scene))]
+    return _row(name, turns), scene
+
+
+def conversation_row(seed: str, share_single: float, name: str) -> tuple[dict[str, Any], Scene]:
+    """A training conversation in LLaVA's format, and its scene."""
+    rng = random.Random(seed)
+    n_things = 1 if rng.random() < share_single else rng.randint(2, 3)
+    scene = plan_scene(rng, n_things, TRAINING)
+    return _row(name, plan_conversation(rng, scene, TRAINING)), scene
+
+
+def held_out_row(seed: str, n_things: int, name: str) -> tuple[dict[str, Any], Scene]:
+    """A held-out scene of unseen combinations with a question of each kind, to be asked one by one."""
+    rng = random.Random(seed)
+    scene = plan_scene(rng, n_things, HELD_OUT)
+    turns = all_questions(rng, scene, HELD_OUT)
+    return {**_row(name, turns), "n_objects": n_things, "kinds": [turn.kind for turn in turns]}, scene
+
+
+def _row(name: str, turns: Sequence[Turn]) -> dict[str, Any]:
+    messages = []
+    for number, turn in enumerate(turns):
+        messages.append({"from": "human", "value": ("" if number else "<image>\n") + turn.question})
+        messages.append({"from": "gpt", "value": turn.answer})
+    return {"id": name, "image": f"images/{name}.png", "conversations": messages}
+
+
+def plan_files(arguments: argparse.Namespace) -> Iterator[tuple[str, list[tuple[dict[str, Any], Scene]]]]:
+    """Yields each JSON file's name with its rows and their scenes."""
+    seed, single = arguments.seed, arguments.single
+    yield (
+        "captions.json",
+        [
+            caption_row(f"{seed}-caption-{i}", arguments.caption_objects, TRAINING, f"caption-{i:05}")
+            for i in range(arguments.captions)
+        ],
+    )
+    yield (
+        "conversations.json",
+        [
+            conversation_row(f"{seed}-conversation-{i}", single, f"conversation-{i:05}")
+            for i in range(arguments.conversations)
+        ],
+    )
+    yield (
+        "held_out.json",
+        [held_out_row(f"{seed}-held-out-{i}", 1 + i % 3, f"held-out-{i:05}") for i in range(arguments.held_out)],
+    )
+    yield (
+        "held_out_captions.json",
+        [caption_row(f"{seed}-held-out-caption-{i}", 1, HELD_OUT, f"held-out-caption-{i:05}") for i in range(64)],
+    )
+
+
+def _save(job: tuple[Scene, Path]) -> None:
+    scene, path = job
+    draw_scene(scene).save(path, compress_level=1)
+
+
+def draw_all(out: Path, arguments: argparse.Namespace) -> None:
+    """Draws everything into a temporary folder and renames it: `out` is whole or absent."""
+    temporary = out.with_name(out.name + ".drawing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "images").mkdir(parents=True)
+    jobs = []
+    for file_name, rows in plan_files(arguments):
+        (temporary / file_name).write_text(json.dumps([row for row, _ in rows], indent=1) + "\n", encoding="utf-8")
+        jobs += [(scene, temporary / str(row["image"])) for row, scene in rows]
+    with multiprocessing.Pool() as pool:
+        for _ in pool.imap_unordered(_save, jobs, chunksize=64):
+            pass
+    (temporary / "scenes.json").write_text(json.dumps(vars(arguments), default=str) + "\n", encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.rename(out)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("data/scenes"), help="folder to write (default %(default)s)")
+    parser.add_argument("--captions", type=int, default=8000, help="training pictures with captions")
+    parser.add_argument("--conversations", type=int, default=6000, help="training pictures with conversations")
+    parser.add_argument("--held-out", type=int, default=300, help="held-out pictures with questions")
+    parser.add_argument("--caption-objects", type=int, default=1, choices=(1, 2, 3), help="most objects to caption")
+    parser.add_argument("--single", type=float, default=0.5, help="share of conversations about one object")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    if min(arguments.captions, arguments.conversations, arguments.held_out) < 1:
+        parser.error("--captions, --conversations and --held-out are at least 1")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    out: Path = arguments.out
+    card = out / "scenes.json"
+    if card.is_file() and json.loads(card.read_text(encoding="utf-8")) == json.loads(
+        json.dumps(vars(arguments), default=str)
+    ):
+        print(f"{out}: already drawn")
+        return
+    if out.exists() and not card.is_file():
+        raise SystemExit(f"error: {out} exists but was not drawn by this script; name another folder with --out")
+    draw_all(out, arguments)
+    n_pictures = sum(1 for _ in (out / "images").iterdir())
+    print(f"{out}: drew {n_pictures:,} pictures, for captions.json, conversations.json and held_out.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Scores a model on held-out scenes, with plain transformers.
+
+    python scripts/score_scenes.py --model runs/small-stage2/model --data data/scenes/held_out.json
+
+Every question is asked on its own, and an answer counts when it is the expected one to the letter. Beside the
+right picture the model gets a blank one, and the table shows what always giving the most frequent answer
+would reach: only what lies above both was seen in the picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+BLANK = Image.new("RGB", (168, 168), (128, 128, 128))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene of `n_objects` objects."""
+
+    image: Path
+    text: str
+    expected: str
+    kind: str
+    n_objects: int
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a file that `data/draw_scenes.py` drew."""
+    questions = []
+    for row in json.loads(path.read_text(encoding="utf-8")):
+        values = [turn["value"] for turn in row["conversations"]]
+        for kind, asked, expected in zip(row["kinds"], values[::2], values[1::2], strict=True):
+            text = asked.replace("<image>", "").strip()
+            questions.append(Question(path.parent / row["image"], text, expected, kind, row["n_objects"]))
+    return questions
+
+
+class Asker:
+    """Greedy answers of a model, in batches."""
+
+    def __init__(self, folder: Path, batch_size: int) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.processor.tokenizer.padding_side = "left"
+        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto").to(self.device).eval()
+        self.batch_size = batch_size
+
+    def answers(self, pairs: list[tuple[Image.Image | Path, str]], what: str) -> list[str]:
+        """An answer for each (picture, question)."""
+        starts = range(0, len(pairs), self.batch_size)
+        batches = (pairs[start : start + self.batch_size] for start in starts)
+        return [a for batch in track(batches, what, total=len(starts), transient=True) for a in self._batch(batch)]
+
+    @torch.inference_mode()
+    def _batch(self, pairs: list[tuple[Image.Image | Path, str]]) -> Iterator[str]:
+        pictures = [Image.open(p).convert("RGB") if isinstance(p, Path) else p for p, _ in pairs]
+        prompts = [self._prompt(text) for _, text in pairs]
+        inputs = self.processor(
+            text=prompts, images=pictures, padding=True, add_special_tokens=False, return_tensors="pt"
+        ).to(self.device, self.model.dtype)
+        output = self.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        for tokens in output[:, inputs.input_ids.shape[1] :]:
+            yield self.processor.decode(tokens, skip_special_tokens=True).strip()
+
+    def _prompt(self, text: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def score(asker: Asker, questions: list[Question]) -> dict[str, list[bool]]:
+    """For each way to answer (`image`, `blank`, `frequent`), whether each question was answered right."""
+    seen = asker.answers([(question.image, question.text) for question in questions], "with the picture")
+    texts = sorted({question.text for question in questions})
+    unseen = dict(zip(texts, asker.answers([(BLANK, text) for text in texts], "with a blank one"), strict=True))
+    frequent = most_frequent(questions)
+    return {
+        "image": [a == q.expected for a, q in zip(seen, questions, strict=True)],
+        "blank": [unseen[q.text] == q.expected for q in questions],
+        "frequent": [frequent[q.kind, q.n_objects] == q.expected for q in questions],
+    }
+
+
+def most_frequent(questions: Iterable[Question]) -> dict[tuple[str, int], str]:
+    """The most frequent answer of each kind and number of objects: the best guess without a picture."""
+    counts: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
+    for question in questions:
+        counts[question.kind, question.n_objects][question.expected] += 1
+    return {cell: counter.most_common(1)[0][0] for cell, counter in counts.items()}
+
+
+def table_of(questions: list[Question], right: dict[str, list[bool]]) -> Table:
+    """Accuracy in percent by kind of question and number of objects."""
+    sizes = sorted({question.n_objects for question in questions})
+    table = Table("question", title="Held-out exact match, %: picture / blank / most frequent answer")
+    for size in sizes:
+        table.add_column(f"{size} object{'s' if size > 1 else ''}", justify="right")
+    kinds = sorted({question.kind for question in questions})
+    for kind in [*kinds, None]:
+        cells = [cell_of(questions, right, kind, size) for size in sizes]
+        table.add_row(kind or "all", *cells, end_section=kind == kinds[-1])
+    return table
+
+
+def cell_of(questions: list[Question], right: dict[str, list[bool]], kind: str | None, size: int) -> str:
+    chosen = [i for i, q in enumerate(questions) if q.n_objects == size and kind in (None, q.kind)]
+    if not chosen:
+        return "-"
+    return " / ".join(f"{100 * sum(marks[i] for i in chosen) / len(chosen):.0f}" for marks in right.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="model/ folder of a finished run")
+    parser.add_argument("--data", type=Path, required=True, help="held_out.json of data/draw_scenes.py")
+    parser.add_argument("--batch-size", type=int, default=64)
+    arguments = parser.parse_args()
+    for path in (arguments.model / "config.json", arguments.data):
+        if not path.is_file():
+            raise SystemExit(f"error: {path} is missing; run scripts/quickstart.sh")
+    started = time.perf_counter()
+    questions = read_questions(arguments.data)
+    right = score(Asker(arguments.model, arguments.batch_size), questions)
+    Console().print(table_of(questions, right))
+    print(f"{len(questions)} questions in {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
