@@ -217,9 +217,7 @@ def _relation(rng: random.Random, scene: Scene) -> Turn | None:
         pairs.append(("above", "below") if row_a < row_b else ("below", "above"))
     true, false = rng.choice(pairs)
     relation, answer = (true, "yes") if rng.random() < 0.5 else (false, "no")
-    return Turn(
-        "relation", f"Is the {a.colour} {a.shape} {relation} the {b.colour} {b.shape}?", answer
-    )
+    return Turn("relation", f"Is the {a.colour} {a.shape} {relation} the {b.colour} {b.shape}?", answer)
 
 
 def _unique(scene: Scene) -> list[Thing]:
@@ -266,7 +264,9 @@ def _draw_shape(
     elif shape == "ring":
         canvas.ellipse(box, outline=colour, width=round(radius * 0.4))
     else:
-        corners = [(x + r * radius * math.sin(a + angle), y - r * radius * math.cos(a + angle)) for r, a in _polar(shape)]
+        corners = [
+            (x + r * radius * math.sin(a + angle), y - r * radius * math.cos(a + angle)) for r, a in _polar(shape)
+        ]
         canvas.polygon(corners, fill=colour)
 
 

@@ -1,6 +1,6 @@
 """Trains stages. Started by `deepspeed`, `torchrun`, `srun` or plain `python`:
 
-    deepspeed scripts/train.py --config stage1.yaml stage2.yaml --set batch.max_tokens=8192
+deepspeed scripts/train.py --config stage1.yaml stage2.yaml --set batch.max_tokens=8192
 """
 
 import argparse

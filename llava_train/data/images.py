@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from pathlib import Path
 
@@ -17,7 +16,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What may be opened. Pillow knows formats that start other programs (EPS starts Ghostscript)."""
 
 
-def decode_image(source: Path | bytes) -> Image.Image:
+def decode_image(path: Path) -> Image.Image:
     """Reads a picture as RGB, turned as its EXIF tag says; of an animation the first frame.
 
     Raises:
@@ -26,13 +25,18 @@ def decode_image(source: Path | bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError as error:
-        raise SampleError(f"{source}: the image file is missing") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        where = "" if isinstance(source, bytes) else f"{source}: "
-        raise SampleError(f"{where}not a readable image: {error}") from error
+        raise SampleError(f"{path}: the image file is missing") from error
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
+        raise SampleError(f"{path}: not a readable image: {error}") from error
 
 
 class ImagePreprocessor:

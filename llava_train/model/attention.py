@@ -78,9 +78,7 @@ def attend_by_document(
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
 
 
-VarlenKernel = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float | None], torch.Tensor
-]
+VarlenKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float | None], torch.Tensor]
 
 
 @lru_cache(maxsize=1)
@@ -93,9 +91,9 @@ def varlen_kernel() -> VarlenKernel:
 
     def attend(query, key, value, borders, longest, scaling):  # type: ignore[no-untyped-def]
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        return flash_attn_varlen_func(
-            q, k, v, borders, borders, longest, longest, softmax_scale=scaling, causal=True
-        )[None]
+        return flash_attn_varlen_func(q, k, v, borders, borders, longest, longest, softmax_scale=scaling, causal=True)[
+            None
+        ]
 
     return attend
 
@@ -106,7 +104,7 @@ def _torch_varlen() -> VarlenKernel:
     grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
     def attend(query, key, value, borders, longest, scaling):  # type: ignore[no-untyped-def]
-        options = {}
+        options: dict[str, Any] = {}
         if query.shape[1] != key.shape[1]:
             if grouped:
                 options["enable_gqa"] = True
@@ -114,9 +112,8 @@ def _torch_varlen() -> VarlenKernel:
                 repeats = query.shape[1] // key.shape[1]
                 key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        return varlen_attn(
-            q, k, v, borders, borders, longest, longest, scale=scaling, window_size=(-1, 0), **options
-        )[None]
+        output = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scaling, window_size=(-1, 0), **options)
+        return output[None]
 
     return attend
 

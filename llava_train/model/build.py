@@ -1,10 +1,10 @@
 """From parts to a model: a vision tower and a language model joined as transformers' LLaVA, and its processor.
 
-    build_llava(section) = load both parts
-                         -> give the tokenizer an `<image>` token, the embeddings a row for it
-                         -> LlavaForConditionalGeneration around the parts, with a fresh projector
-                         -> count the image tokens by a real forward pass
-                         -> LlavaProcessor that makes the same number of them
+build_llava(section) = load both parts
+                     -> give the tokenizer an `<image>` token, the embeddings a row for it
+                     -> LlavaForConditionalGeneration around the parts, with a fresh projector
+                     -> count the image tokens by a real forward pass
+                     -> LlavaProcessor that makes the same number of them
 """
 
 from __future__ import annotations
@@ -37,7 +37,13 @@ from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, 
 from llava_train.model.attention import PACKED
 
 IMAGE_TOKEN = "<image>"
-VISION_TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "dinov2", "dinov2_with_registers")
+VISION_TOWERS = (
+    "clip_vision_model",
+    "siglip_vision_model",
+    "siglip2_vision_model",
+    "dinov2",
+    "dinov2_with_registers",
+)
 INTERPOLATING = ("dinov2", "dinov2_with_registers")
 """Vision towers that take pictures of another size than their own."""
 
@@ -109,9 +115,7 @@ def load_language_model(
     return model, tokenizer
 
 
-def load_vision_tower(
-    part: str | RandomVisionTower, dtype: torch.dtype
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load_vision_tower(part: str | RandomVisionTower, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A vision encoder and the settings of its image processor (mean, deviation, resampling).
 
     Of a two-tower model (CLIP, SigLIP) only the vision half is loaded. Raises BuildError.

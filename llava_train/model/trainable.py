@@ -31,9 +31,7 @@ class PartSummary:
     lora: bool = False
 
 
-def set_trainable(
-    model: LlavaForConditionalGeneration, section: TrainableSection, seed: int = 0
-) -> PeftModel | None:
+def set_trainable(model: LlavaForConditionalGeneration, section: TrainableSection, seed: int = 0) -> PeftModel | None:
     """Freezes and unfreezes the parameters of a model in place, adapters added where asked.
 
     Args:
@@ -70,9 +68,7 @@ def add_lora(model: LlavaForConditionalGeneration, section: LoraSection, seed: i
         for name, module in language_model.named_modules()
         if isinstance(module, nn.Linear)
     ]
-    config = LoraConfig(
-        r=section.rank, lora_alpha=section.alpha, lora_dropout=section.dropout, target_modules=layers
-    )
+    config = LoraConfig(r=section.rank, lora_alpha=section.alpha, lora_dropout=section.dropout, target_modules=layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -104,9 +100,7 @@ def is_linear(model: LlavaForConditionalGeneration) -> bool:
     return bool(model.config.projector_hidden_act == "linear")
 
 
-def parameter_groups(
-    model: nn.Module, section: TrainableSection, weight_decay: float
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, section: TrainableSection, weight_decay: float) -> list[dict[str, Any]]:
     """Groups for AdamW: by part, matrices with weight decay, biases and norms without.
 
     Each group holds `name`, `params`, `lr`, `weight_decay`, and `peak_lr`, from which schedules compute `lr`.
@@ -151,7 +145,7 @@ def _freeze_unused(model: LlavaForConditionalGeneration) -> None:
     """
     tower = part_module(model, "vision_tower")
     size = model.config.vision_config.image_size
-    pixels = torch.zeros(1, 3, size, size, dtype=tower.dtype)
+    pixels = torch.zeros(1, 3, size, size, dtype=model.dtype)
     model.get_image_features(pixels).pooler_output[0].float().sum().backward()
     for parameter in tower.parameters():
         parameter.requires_grad_(parameter.grad is not None)

@@ -90,8 +90,6 @@ def export_model(
     _write_config_for_older_readers(folder / "config.json")
 
 
-
-
 def _load_projector(folder: Path, model: LlavaForConditionalGeneration, section: ModelSection) -> str:
     card = json.loads((folder / PROJECTOR_CARD).read_text(encoding="utf-8"))
     digest = sha256(folder / PROJECTOR_FILE)

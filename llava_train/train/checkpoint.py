@@ -58,15 +58,13 @@ def load_newest(engine: deepspeed.DeepSpeedEngine, world: World, folder: Path) -
             f"{newest} was saved by {manifest['n_ranks']} ranks, this run has {world.n_ranks}; "
             f"start it again on {manifest['n_ranks']}"
         )
-    engine.load_checkpoint(
-        str(folder), tag=newest.name, load_module_strict=False, load_lr_scheduler_states=False
-    )
+    engine.load_checkpoint(str(folder), tag=newest.name, load_module_strict=False, load_lr_scheduler_states=False)
     return int(manifest["step"]), passed_over
 
 
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is as its manifest says, and why newer folders are not."""
-    passed_over = []
+    passed_over: list[str] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         reason = damage(path)
         if reason is None:

@@ -82,15 +82,11 @@ def deepspeed_config(config: StageConfig, n_trainable: int) -> dict[str, Any]:
     return _merge(ours, user_deepspeed(engine))
 
 
-def start_engine(
-    module: nn.Module, groups: list[dict[str, Any]], config: StageConfig
-) -> deepspeed.DeepSpeedEngine:
+def start_engine(module: nn.Module, groups: list[dict[str, Any]], config: StageConfig) -> deepspeed.DeepSpeedEngine:
     """Wraps a module, whose parameters in `groups` AdamW trains. The module is moved to the device."""
     n_trainable = sum(parameter.numel() for group in groups for parameter in group["params"])
     optimizer = torch.optim.AdamW(groups, fused=True)
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=deepspeed_config(config, n_trainable)
-    )
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config, n_trainable))
     return engine
 
 

@@ -10,6 +10,7 @@ import deepspeed
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from llava_train.config import EvalSection
 from llava_train.data.images import decode_image
 from llava_train.data.loader import StepDataset
 from llava_train.data.samples import SampleError, Turn
@@ -19,10 +20,16 @@ from llava_train.train.engine import World
 from llava_train.train.loop import forward
 
 
+def evaluate(
+    engine: deepspeed.DeepSpeedEngine, world: World, llava: Llava, dataset: StepDataset, section: EvalSection
+) -> tuple[float, list[dict[str, str]]]:
+    """Held-out loss and generated answers on a data set in its own order. Every rank must call it."""
+    loss = held_out_loss(engine, world, dataset, section.max_samples)
+    return loss, answers(engine, llava, dataset, section.generate, section.max_new_tokens)
+
+
 @torch.no_grad()
-def held_out_loss(
-    engine: deepspeed.DeepSpeedEngine, world: World, dataset: StepDataset, n_samples: int
-) -> float:
+def held_out_loss(engine: deepspeed.DeepSpeedEngine, world: World, dataset: StepDataset, n_samples: int) -> float:
     """Mean cross entropy over the supervised tokens of the first `n_samples` samples, over all ranks."""
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)
     n_steps = -(-min(n_samples, len(dataset.mixture)) // dataset.batch_size)
@@ -68,9 +75,9 @@ def answers(
 
 def generate(llava: Llava, text: str, images: Sequence[Any], max_new_tokens: int, end_of_turn_id: int) -> str:
     """The greedy answer to a rendered prompt."""
-    inputs = llava.processor(
-        text=text, images=list(images) or None, add_special_tokens=False, return_tensors="pt"
-    ).to(llava.model.device)
+    inputs = llava.processor(text=text, images=list(images) or None, add_special_tokens=False, return_tensors="pt").to(
+        llava.model.device
+    )
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(llava.model.dtype)
     output = llava.model.generate(

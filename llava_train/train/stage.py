@@ -6,15 +6,16 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 
 from llava_train import __version__
-from llava_train.config import EvalSection, SourceSection, StageConfig
+from llava_train.config import SourceSection, StageConfig
 from llava_train.data.chat import ChatEncoder, load_template
 from llava_train.data.images import ImagePreprocessor
 from llava_train.data.loader import StepDataset, read_steps
@@ -24,12 +25,12 @@ from llava_train.files import damage, sha256, write_durably, write_manifest
 from llava_train.model.build import Llava, build_llava
 from llava_train.model.loss import PackedLoss
 from llava_train.model.trainable import parameter_groups, set_trainable, summarize
-from llava_train.model.weights import RESULT_FOLDER, export_model, load_init, save_projector
+from llava_train.model.weights import RESULT_FOLDER, State, export_model, load_init, save_projector
 from llava_train.train.checkpoint import load_newest, save_checkpoint
 from llava_train.train.engine import World, gathered, start_engine
-from llava_train.train.evaluate import answers, held_out_loss
+from llava_train.train.evaluate import evaluate
 from llava_train.train.loop import train
-from llava_train.train.tracking import Tracker, parts_table
+from llava_train.train.tracking import Tracker
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -40,55 +41,60 @@ def run_stage(config: StageConfig, world: World) -> Path:
     A finished stage is passed over. Every rank of the run must call it.
 
     Raises:
-        DataError, SampleError, BuildError, HandOffError: what the user gave cannot be used.
+        DataError, BuildError, HandOffError, BadSampleError: what the user gave cannot be used.
     """
     result = config.run_dir / RESULT_FOLDER
     if damage(result) is None:
         _say(world, f"{config.name}: complete, see {result}")
         return result
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
+    trained = _train(config, world)
+    if world.is_main:
+        _write_result(config, trained, result)
+    torch.distributed.barrier()
+    _say(world, f"{config.name}: finished, result in {result}")
+    return result
 
+
+def _train(config: StageConfig, world: World) -> State:
+    """Trains the stage; returns the trained parameters by name, on rank 0."""
     mixture = _mixture(config.data)
+    held_out = _mixture(config.eval.data) if config.eval else None
     n_steps = n_steps_of(len(mixture), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
 
     llava, came_from = _starting_point(config)
-    peft_model = set_trainable(llava.model, config.trainable, config.seed)
-    encoder, preprocessor = _encoder(config, llava), ImagePreprocessor(llava.processor.image_processor)
-    dataset = _dataset(config, world, llava, encoder, preprocessor, mixture, seed=config.seed)
-    _write_card(config, world, mixture)
-    _say(world, f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}")
+    set_trainable(llava.model, config.trainable, config.seed)
     parts = list(summarize(llava.model, config.trainable))
-
+    new_dataset = _dataset_maker(config, world, llava)
     _prepare_modes(llava, config)
+
+    _write_card(config, world, mixture)
+    _say(
+        world,
+        f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}",
+    )
+
     groups = parameter_groups(llava.model, config.trainable, config.schedule.weight_decay)
     engine = start_engine(PackedLoss(llava.model), groups, config)
     checkpoints = config.run_dir / "checkpoints"
     start, passed_over = load_newest(engine, world, checkpoints)
 
     with Tracker(config, world, start, n_steps) as tracker:
-        tracker.console.print(parts_table(parts))
-        for reason in passed_over:
-            tracker.say(f"passed over {reason}")
-        if start:
-            tracker.say(f"resuming after step {start} of {n_steps}")
+        tracker.started(parts, start, passed_over)
 
         def after_step(step: int) -> None:
-            if config.eval and (step % config.eval.every == 0 or step == n_steps):
-                _evaluate(config, config.eval, world, engine, llava, encoder, preprocessor, tracker, step)
+            if config.eval and held_out and (step % config.eval.every == 0 or step == n_steps):
+                evaluation = evaluate(engine, world, llava, new_dataset(held_out, seed=None), config.eval)
+                tracker.evaluation(step, *evaluation)
             if config.checkpoint.every and step % config.checkpoint.every == 0 and step < n_steps:
                 save_checkpoint(engine, world, checkpoints, step, config.checkpoint.keep)
 
-        batches = read_steps(dataset, range(start, n_steps), config.loader.workers, world.device.type == "cuda")
+        steps, on_cuda = range(start, n_steps), world.device.type == "cuda"
+        batches = read_steps(new_dataset(mixture, seed=config.seed), steps, config.loader.workers, on_cuda)
         train(engine, world, config, batches, n_steps, tracker, after_step)
-
         trained = gathered(engine, world, llava.model)
-        engine.destroy()
-        del engine, llava, peft_model
-        if world.is_main:
-            _write_result(config, trained, encoder.end_of_turn_id(), result, n_steps)
-            tracker.say(f"{config.name}: finished, result in {result}")
-        torch.distributed.barrier()
-    return result
+    engine.destroy()
+    return trained
 
 
 def _starting_point(config: StageConfig) -> tuple[Llava, str]:
@@ -114,22 +120,14 @@ def _encoder(config: StageConfig, llava: Llava) -> ChatEncoder:
     )
 
 
-def _dataset(
-    config: StageConfig,
-    world: World,
-    llava: Llava,
-    encoder: ChatEncoder,
-    preprocessor: ImagePreprocessor,
-    mixture: Mixture,
-    seed: int | None,
-) -> StepDataset:
-    return StepDataset(
-        mixture,
-        encoder,
-        preprocessor,
+def _dataset_maker(config: StageConfig, world: World, llava: Llava) -> Callable[..., StepDataset]:
+    """`make(mixture, seed=...)` gives the steps of this rank over a mixture."""
+    return partial(
+        StepDataset,
+        encoder=_encoder(config, llava),
+        preprocessor=ImagePreprocessor(llava.processor.image_processor),
         batch_size=config.batch.size,
         max_tokens=config.batch.max_tokens,
-        seed=seed,
         rank=world.rank,
         n_ranks=world.n_ranks,
         packing=config.batch.packing,
@@ -148,27 +146,8 @@ def _prepare_modes(llava: Llava, config: StageConfig) -> None:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _evaluate(
-    config: StageConfig,
-    section: EvalSection,
-    world: World,
-    engine: Any,
-    llava: Llava,
-    encoder: ChatEncoder,
-    preprocessor: ImagePreprocessor,
-    tracker: Tracker,
-    step: int,
-) -> None:
-    dataset = _dataset(config, world, llava, encoder, preprocessor, _mixture(section.data), seed=None)
-    loss = held_out_loss(engine, world, dataset, section.max_samples)
-    answered = answers(engine, llava, dataset, section.generate, section.max_new_tokens)
-    tracker.evaluation(step, {"step": step, "eval_loss": loss}, answered)
-
-
-def _write_result(
-    config: StageConfig, trained: dict[str, torch.Tensor], end_of_turn_id: int, folder: Path, n_steps: int
-) -> None:
-    """Writes what the stage leaves, from the starting point and the trained parameters."""
+def _write_result(config: StageConfig, trained: State, folder: Path) -> None:
+    """Writes what the stage leaves: its starting point, built anew, with the trained parameters."""
     llava, _ = _starting_point(config)
     peft_model = set_trainable(llava.model, config.trainable, config.seed)
     unexpected = llava.model.load_state_dict(trained, strict=False).unexpected_keys
@@ -176,8 +155,9 @@ def _write_result(
     if config.trainable.learning_rates().keys() == {"projector"}:
         save_projector(llava.model, config.model, folder)
     else:
+        end_of_turn_id = _encoder(config, llava).end_of_turn_id()
         export_model(llava.model, llava.processor, end_of_turn_id, folder, peft_model)
-    write_manifest(folder, step=n_steps, name=config.name)
+    write_manifest(folder, name=config.name)
 
 
 def _write_card(config: StageConfig, world: World, mixture: Mixture) -> None:
@@ -201,7 +181,10 @@ def _write_card(config: StageConfig, world: World, mixture: Mixture) -> None:
 def _git_commit() -> str | None:
     """Commit of the code that runs, when it runs from a checkout."""
     answer = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return answer.stdout.strip() or None
 

@@ -59,23 +59,32 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.finish()
 
+    def started(self, parts: Iterable[PartSummary], step: int, passed_over: Iterable[str]) -> None:
+        """Shows what trains and where the run stands."""
+        self.console.print(parts_table(parts))
+        for reason in passed_over:
+            self.say(f"passed over {reason}")
+        if step:
+            self.say(f"resuming after step {step} of {self.n_steps}")
+
     def say(self, text: str) -> None:
         """Shows a line on rank 0."""
         self.console.print(text, highlight=False, markup=False)
 
     def step(self, step: int, metrics: Metrics | None = None) -> None:
         """Moves the progress bar to `step`; `metrics`, when the step is a logged one, are shown and kept."""
-        line = _progress_line(metrics) if metrics else None
-        self._progress.update(self._task, completed=step, **({"line": line} if line else {}))
+        self._progress.update(self._task, completed=step)
         if metrics:
+            line = _progress_line(metrics)
+            self._progress.update(self._task, line=line)
             self._keep(metrics)
             if not self.console.is_terminal:
                 self.say(f"step {step}/{self.n_steps}  {line}")
 
-    def evaluation(self, step: int, metrics: Metrics, answers: Iterable[Mapping[str, str]]) -> None:
+    def evaluation(self, step: int, loss: float, answers: Iterable[Mapping[str, str]]) -> None:
         """Keeps and shows the held-out loss and the generated answers."""
-        self._keep(metrics)
-        self.say(f"step {step}  held-out loss {metrics['eval_loss']:.4f}")
+        self._keep({"step": step, "eval_loss": loss})
+        self.say(f"step {step}  held-out loss {loss:.4f}")
         for answer in answers:
             self._append(ANSWERS_FILE, {"step": step, **answer})
             self.say(f"  {answer['prompt']!r} -> {answer['answer']!r} (expected {answer['expected']!r})")
