@@ -191,7 +191,7 @@ class EvalSection(Section):
     every: PositiveInt
     data: Annotated[list[SourceSection], Field(min_length=1)]
     max_samples: PositiveInt = 256
-    """The held-out loss is over the first so many samples."""
+    """The held-out loss is over the first so many samples, rounded up to whole batches."""
     generate: Annotated[int, Field(ge=0)] = 4
     """Number of held-out prompts to answer."""
     max_new_tokens: PositiveInt = 64

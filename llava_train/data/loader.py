@@ -35,6 +35,8 @@ class BadSample:
     reason: str
     over_long: bool
     """Whether `batch.over_long` decides what happens, not `on_bad_sample`."""
+    on_every_rank: bool
+    """Whether every rank reports it, not only the one that decodes its images."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class StepDataset(Dataset[StepBatch]):
                 sample = self.mixture[index]
                 encoded.append(Encoded(index, sample, self.encoder.encode(sample)))
             except SampleError as error:
-                bad.append(self._bad(step, index, error))
+                bad.append(self._bad(step, index, error, on_every_rank=True))
         return encoded, bad
 
     def _indices(self, step: int) -> list[int]:
@@ -179,7 +181,7 @@ class StepDataset(Dataset[StepBatch]):
             except SampleError as error:
                 images = [self.preprocessor.blank()] * tokens.n_images
                 tokens = replace(tokens, labels=np.full_like(tokens.labels, IGNORED))
-                bad.append(self._bad(step, item.index, error))
+                bad.append(self._bad(step, item.index, error, on_every_rank=False))
             documents.append(tokens)
             pixels += images
         return pack_documents(documents, pixels, self.preprocessor.blank(), self._filler()), bad
@@ -189,11 +191,10 @@ class StepDataset(Dataset[StepBatch]):
         input_ids = np.full(2, self.encoder.end_of_turn_id(), dtype=np.int64)
         return EncodedSample(input_ids, np.full_like(input_ids, IGNORED), n_images=0)
 
-    def _bad(self, step: int, index: int, error: SampleError) -> BadSample:
+    def _bad(self, step: int, index: int, error: SampleError, on_every_rank: bool) -> BadSample:
         source, local = self.mixture.locate(index)
-        return BadSample(
-            step, index, str(source.path), source.record_id(local), str(error), isinstance(error, OverLong)
-        )
+        over_long = isinstance(error, OverLong)
+        return BadSample(step, index, str(source.path), source.record_id(local), str(error), over_long, on_every_rank)
 
 
 def pack_documents(

@@ -113,6 +113,7 @@ def _torch_varlen() -> VarlenKernel:
                 key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         output = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scaling, window_size=(-1, 0), **options)
+        assert isinstance(output, torch.Tensor)
         return output[None]
 
     return attend

@@ -60,10 +60,11 @@ def train_step(
     """One optimizer step.
 
     Returns:
-        float64 [2] on the device, summed over ranks: cross entropy, number of supervised tokens; and the norm
-        of the gradient before clipping. Nothing here waits for the device.
+        float64 [2] on the device: this rank's summed cross entropy and number of supervised tokens; and the
+        norm of the whole gradient before clipping. Nothing here waits for the device.
     """
-    count = torch.tensor(batch.n_supervised, dtype=torch.float64, device=world.device)
+    own_count = torch.tensor(batch.n_supervised, dtype=torch.float64, device=world.device)
+    count = own_count.clone()
     torch.distributed.all_reduce(count)
     scale = (world.n_ranks / count.clamp(min=1)).float()
     total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -73,7 +74,7 @@ def train_step(
         engine.backward(loss_sum * scale, scale_wrt_gas=False)
         total += loss_sum.detach()
     norm = optimizer_step(engine)
-    return torch.stack([total, torch.tensor(batch.n_supervised, dtype=torch.float64, device=world.device)]), norm
+    return torch.stack([total, own_count]), norm
 
 
 def forward(engine: deepspeed.DeepSpeedEngine, batch: PackedBatch, world: World) -> torch.Tensor:

@@ -84,7 +84,9 @@ def _train(config: StageConfig, world: World) -> State:
 
         def after_step(step: int) -> None:
             if config.eval and held_out and (step % config.eval.every == 0 or step == n_steps):
-                evaluation = evaluate(engine, world, llava, new_dataset(held_out, seed=None), config.eval)
+                batch_size = min(config.batch.size, config.eval.max_samples)
+                dataset = new_dataset(held_out, seed=None, batch_size=batch_size)
+                evaluation = evaluate(engine, world, llava, dataset, config.eval)
                 tracker.evaluation(step, *evaluation)
             if config.checkpoint.every and step % config.checkpoint.every == 0 and step < n_steps:
                 save_checkpoint(engine, world, checkpoints, step, config.checkpoint.keep)

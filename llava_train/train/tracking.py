@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +91,9 @@ class Tracker:
     def quarantine(self, bad_samples: Iterable[BadSample]) -> None:
         """Records samples that a step did not train on. Those that every rank saw are recorded by rank 0."""
         for bad in bad_samples:
-            record = asdict(bad)
-            record["step"] += 1
-            self._append(QUARANTINE_FILE, record)
+            if self.world.is_main or not bad.on_every_rank:
+                record = {"step": bad.step + 1, "source": bad.source, "id": bad.id, "index": bad.index}
+                self._append(QUARANTINE_FILE, {**record, "reason": bad.reason})
 
     def _keep(self, metrics: Metrics) -> None:
         if self.world.is_main:
