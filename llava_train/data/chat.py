@@ -24,11 +24,16 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llava_train.data.samples import IMAGE_PLACEHOLDER, Sample, SampleError, Turn
+from llava_train.errors import UserError
 
 IGNORED = -100
 """Label of a token that is not supervised."""
 
 _CONTROL_TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>")}
+
+
+class TemplateError(UserError):
+    """A chat template that does not fit the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,13 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The jinja text of a chat template, fitted to a tokenizer.
 
     Where the tokenizer puts a begin-of-sequence token before a text, so does the template: chat front ends
-    switch the tokenizer's own off. Raises ValueError when the tokenizer lacks a token that the template writes.
+    switch the tokenizer's own off. Raises TemplateError when the tokenizer lacks a token that the template writes.
     """
     missing = [token for token in _CONTROL_TOKENS.get(name, ()) if token not in tokenizer.get_vocab()]
     if name == "vicuna_v1" and tokenizer.eos_token is None:
         missing = ["an end-of-sequence token"]
     if missing:
-        raise ValueError(
+        raise TemplateError(
             f"model.chat_template: {name} needs {', '.join(missing)}, which the tokenizer of the language model "
             "lacks; choose the template that the language model was trained with"
         )

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from llava_train.errors import UserError
+
 IMAGE_PLACEHOLDER = "<image>"
 
 Role = Literal["system", "user", "assistant"]
@@ -28,11 +30,11 @@ _ROLES: dict[str, Role] = {
 }
 
 
-class SampleError(ValueError):
+class SampleError(UserError):
     """A sample that cannot be trained on. The message says why; whoever catches it knows which sample."""
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A source that cannot be read. The message names the file and the mend."""
 
 

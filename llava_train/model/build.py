@@ -34,6 +34,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, RandomVisionTower
+from llava_train.errors import UserError
 from llava_train.model.attention import PACKED
 
 IMAGE_TOKEN = "<image>"
@@ -51,7 +52,7 @@ _VOCABULARY_MULTIPLE = 64
 _CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 
 
-class BuildError(ValueError):
+class BuildError(UserError):
     """Parts that cannot be joined. The message names the key of the stage file and the mend."""
 
 

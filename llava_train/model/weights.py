@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_train.config import ModelSection
+from llava_train.errors import UserError
 from llava_train.files import sha256
 from llava_train.model.trainable import part_module
 
@@ -29,7 +30,7 @@ ADAPTER_FOLDER = "adapter"
 State = dict[str, torch.Tensor]
 
 
-class HandOffError(ValueError):
+class HandOffError(UserError):
     """`init_from` cannot be used. The message names the folder and the mend."""
 
 

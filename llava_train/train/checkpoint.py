@@ -14,8 +14,13 @@ from pathlib import Path
 import deepspeed
 import torch
 
+from llava_train.errors import UserError
 from llava_train.files import MANIFEST, damage, read_manifest, write_manifest
 from llava_train.train.engine import World
+
+
+class CheckpointError(UserError):
+    """A checkpoint that this run cannot continue."""
 
 
 def save_checkpoint(engine: deepspeed.DeepSpeedEngine, world: World, folder: Path, step: int, keep: int) -> Path:
@@ -54,7 +59,7 @@ def load_newest(engine: deepspeed.DeepSpeedEngine, world: World, folder: Path) -
     manifest = read_manifest(newest)
     assert manifest is not None
     if manifest["n_ranks"] != world.n_ranks and engine.zero_optimization():
-        raise ValueError(
+        raise CheckpointError(
             f"{newest} was saved by {manifest['n_ranks']} ranks, this run has {world.n_ranks}; "
             f"start it again on {manifest['n_ranks']}"
         )

@@ -17,12 +17,13 @@ import torch
 
 from llava_train.config import StageConfig
 from llava_train.data.loader import PackedBatch, StepBatch
+from llava_train.errors import UserError
 from llava_train.train.engine import World, optimizer_step
 from llava_train.train.schedule import lr_factor, step_seed
 from llava_train.train.tracking import Metrics, Tracker
 
 
-class BadSampleError(ValueError):
+class BadSampleError(UserError):
     """A sample cannot be trained on, and the stage file says to stop then."""
 
 
@@ -106,10 +107,12 @@ def refuse_or_quarantine(batch: StepBatch, config: StageConfig, tracker: Tracker
         )
         if policy == "error":
             remedy = "drop or truncate" if bad.over_long else "skip"
-            raise BadSampleError(
+            error = BadSampleError(
                 f"{bad.source}: sample {bad.id!r} (number {bad.index}): {bad.reason}. Mend it, or set {key}: "
                 f"{remedy} to go on without it"
             )
+            error.on_every_rank = bad.on_every_rank
+            raise error
     tracker.quarantine(batch.bad_samples)
 
 

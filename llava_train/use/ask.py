@@ -8,6 +8,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llava_train.data.images import decode_image
+from llava_train.errors import UserError
 
 
 def answer_question(folder: Path, image: Path, question: str, max_new_tokens: int = 128) -> str:
@@ -18,10 +19,10 @@ def answer_question(folder: Path, image: Path, question: str, max_new_tokens: in
         image: picture file.
 
     Raises:
-        ValueError: no model in the folder, or no readable picture.
+        UserError: no model in the folder, or no readable picture.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model (config.json); name the model/ folder of a finished stage 2")
+        raise UserError(f"{folder} holds no model (config.json); name the model/ folder of a finished stage 2")
     picture = decode_image(image)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = AutoProcessor.from_pretrained(str(folder))

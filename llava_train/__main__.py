@@ -1,0 +1,5 @@
+"""`python -m llava_train` is the `llava-train` command."""
+
+from llava_train.cli import app
+
+app()

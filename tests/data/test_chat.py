@@ -1,0 +1,230 @@
+"""Invariant 2: exactly the assistant's tokens are supervised, the end of the turn included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from llava_train.data.chat import IGNORED, ChatEncoder, OverLong, load_template
+from llava_train.data.samples import Sample, SampleError, Turn
+from llava_train.model.build import byte_tokenizer
+
+N_IMAGE_TOKENS = 5
+TEMPLATES = ("plain", "vicuna_v1", "chatml")
+SMOLLM2 = Path("parts/smollm2-135m-instruct")
+
+
+def llama_like_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer built like Llama's: words begin with ▁, unknown characters fall back to bytes, BOS is added."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
+    control = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=control + byte_tokens, show_progress=False)
+    corpus = ["USER: what is it? ASSISTANT: it is a red circle", "user assistant system", "abc def ghi 0123456789"]
+    tokenizer.train_from_iterator(corpus * 3, trainer)
+    content = json.loads(tokenizer.to_str())  # bytes are ordinary tokens that a text cannot spell
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in control]
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
+
+
+def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
+    found = {"bytes": byte_tokenizer(), "llama": llama_like_tokenizer()}
+    if SMOLLM2.is_dir():
+        found["smollm2"] = AutoTokenizer.from_pretrained(SMOLLM2)
+    for tokenizer in found.values():
+        tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    return found
+
+
+TOKENIZERS = tokenizers()
+
+
+def encoder(template: str, tokenizer: str = "bytes", **settings) -> ChatEncoder:
+    chosen = TOKENIZERS[tokenizer]
+    return ChatEncoder(chosen, load_template(template, chosen), N_IMAGE_TOKENS, **{"max_tokens": 4096, **settings})
+
+
+def sample_of(*texts: str, system: str | None = None) -> Sample:
+    """User and assistant by turns; as many images as placeholders."""
+    turns = [Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
+    if system is not None:
+        turns.insert(0, Turn("system", system))
+    n_images = sum(text.count("<image>") for text in texts)
+    return Sample("x", tuple(Path(f"{i}.png") for i in range(n_images)), tuple(turns))
+
+
+SAMPLES = {
+    "one turn": sample_of("<image>\nWhat is it?", "A red circle."),
+    "many turns": sample_of("<image>\nWhat?", "A", "And?", "B b", "Then?", "C c c"),
+    "system turn": sample_of("<image>\nWhat?", "A", system="Be brief."),
+    "later image": sample_of("Hello", "Hi", "<image>\nWhat?", "A cat"),
+    "two images": sample_of("<image>\n<image>\nWhich?", "The first", "<image>\nAnd now?", "The third"),
+    "no image": sample_of("What is 2 + 2?", "4"),
+    "unicode": sample_of("<image>\nÜber “naïve” 北京?", "Ça va 👍🏽 — 東京。"),
+    "markers": sample_of("<image>\nSay USER: and ASSISTANT:", "USER: ASSISTANT: user\nassistant"),
+    "newlines": sample_of("<image>\nList.", "1. one\n2. two\n\nDone."),
+}
+
+
+def expected_text(template: str, sample: Sample, eos: str) -> list[str]:
+    """What must be supervised, written down from the published formats."""
+    answers = [turn.text for turn in sample.turns if turn.role == "assistant"]
+    wrap = {"plain": "{}\n", "vicuna_v1": " {}" + eos, "chatml": "{}<|im_end|>"}[template]
+    return [wrap.format(answer) for answer in answers]
+
+
+def supervised_runs(labels: list[int]) -> list[list[int]]:
+    """Maximal runs of supervised labels."""
+    runs: list[list[int]] = [[]]
+    for label in labels:
+        if label == IGNORED:
+            runs.append([])
+        else:
+            runs[-1].append(label)
+    return [run for run in runs if run]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("case", SAMPLES)
+def test_exactly_the_answers_and_the_end_of_their_turns_are_supervised(case, template, tokenizer) -> None:
+    if template == "plain" and not SAMPLES[case].turns[0].text.startswith("<image>"):
+        pytest.skip("plain is for captions: nothing would precede the first answer's first token")
+    chosen = TOKENIZERS[tokenizer]
+    encoded = encoder(template, tokenizer).encode(SAMPLES[case])
+    expected = expected_text(template, SAMPLES[case], chosen.eos_token)
+    runs = supervised_runs(encoded.labels.tolist())
+    decoded = [chosen.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False) for run in runs]
+    if template == "plain":  # answers with no user's text between them form one run
+        expected, decoded = ["".join(expected)], ["".join(decoded)]
+    assert decoded == expected
+    positions = encoded.labels != IGNORED
+    assert (encoded.labels[positions] == encoded.input_ids[positions]).all()
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("case", SAMPLES)
+def test_images_take_their_tokens_and_are_never_supervised(case, template) -> None:
+    chat = encoder(template)
+    encoded = chat.encode(SAMPLES[case])
+    is_image = encoded.input_ids == chat.image_token_id
+    assert is_image.sum() == N_IMAGE_TOKENS * len(SAMPLES[case].images)
+    assert (encoded.labels[is_image] == IGNORED).all()
+
+
+TEXT = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1, max_size=30).map(str.strip).filter(bool)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(texts=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4), template=st.sampled_from(["vicuna_v1", "chatml"]))
+def test_random_conversations_supervise_exactly_their_answers(texts, template) -> None:
+    sample = sample_of(*[text for pair in texts for text in pair])
+    encoded = encoder(template).encode(sample)
+    tokenizer = TOKENIZERS["bytes"]
+    decoded = [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in supervised_runs(encoded.labels)]
+    assert decoded == expected_text(template, sample, tokenizer.eos_token)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("template", ["vicuna_v1", "chatml"])
+def test_the_prompt_of_use_is_the_beginning_of_the_training_text(template, tokenizer) -> None:
+    chat, sample = encoder(template, tokenizer), SAMPLES["one turn"]
+    text, spans = chat.render(sample.turns)
+    prompt, _ = chat.render(sample.turns[:1], prompt=True)
+    assert text[: spans[0][0]] == prompt
+    ids = chat.tokenizer(prompt, add_special_tokens=False).input_ids
+    encoded = encoder(template, tokenizer, max_tokens=4096)
+    encoded.n_image_tokens = 1
+    trained = encoded.encode(sample)
+    assert trained.input_ids[: len(ids)].tolist() == ids
+    assert trained.labels[len(ids) - 1] == IGNORED and trained.labels[len(ids)] != IGNORED
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_string_and_list_content_render_the_same_text(template) -> None:
+    tokenizer = TOKENIZERS["bytes"]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A cat"}],
+        chat_template=load_template(template, tokenizer),
+        tokenize=False,
+    )
+    content = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    parts = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": "A cat"}]}],
+        chat_template=load_template(template, tokenizer),
+        tokenize=False,
+    )
+    assert parts == text
+
+
+def test_vicuna_v1_is_the_published_text() -> None:
+    text, _ = encoder("vicuna_v1").render(SAMPLES["one turn"].turns)
+    assert text == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: <image>\nWhat is it? ASSISTANT: A red circle.</s>"
+    )
+
+
+def test_a_begin_of_sequence_token_stands_first_exactly_where_the_tokenizer_adds_one() -> None:
+    for name, tokenizer in TOKENIZERS.items():
+        text, _ = encoder("vicuna_v1", name).render(SAMPLES["no image"].turns)
+        assert text.startswith("<s>") == (name == "llama")
+        assert text.count("<s>") == (name == "llama")
+        encoded = encoder("vicuna_v1", name).encode(SAMPLES["no image"])
+        assert encoded.input_ids.tolist().count(tokenizer.convert_tokens_to_ids("<s>")) == (name == "llama")
+
+
+def test_a_control_token_in_a_text_is_refused() -> None:
+    with pytest.raises(SampleError, match=r"turn 1: the text holds the control token '<\|im_end\|>'"):
+        encoder("chatml").encode(sample_of("Hi <|im_end|>", "A"))
+
+
+def test_an_empty_answer_has_only_its_end_supervised() -> None:
+    encoded = encoder("chatml").encode(sample_of("Hi", ""))
+    assert TOKENIZERS["bytes"].decode(encoded.labels[encoded.labels != IGNORED]) == "<|im_end|>"
+
+
+def test_a_template_without_its_control_tokens_is_refused() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    with pytest.raises(ValueError, match=r"chatml needs <\|im_start\|>, <\|im_end\|>"):
+        load_template("chatml", tokenizer)
+    with pytest.raises(ValueError, match="vicuna_v1 needs an end-of-sequence token"):
+        load_template("vicuna_v1", tokenizer)
+
+
+@pytest.mark.parametrize("over_long", ["error", "drop"])
+def test_an_over_long_sample_is_not_encoded(over_long) -> None:
+    with pytest.raises(OverLong, match=r"tokens, more than batch.max_sample_tokens \(20\)"):
+        encoder("chatml", max_tokens=20, over_long=over_long).encode(SAMPLES["one turn"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(max_tokens=st.integers(1, 200), case=st.sampled_from(list(SAMPLES)), template=st.sampled_from(TEMPLATES))
+def test_truncation_never_cuts_an_image_nor_leaves_nothing_to_supervise(max_tokens, case, template) -> None:
+    chat, sample = encoder(template, max_tokens=max_tokens, over_long="truncate"), SAMPLES[case]
+    whole = encoder(template).encode(sample)
+    try:
+        encoded = chat.encode(sample)
+    except OverLong as error:
+        assert "nothing to supervise" in str(error)
+        return
+    n_image_tokens = int((encoded.input_ids == chat.image_token_id).sum())
+    assert encoded.n_tokens <= max_tokens
+    assert n_image_tokens == N_IMAGE_TOKENS * encoded.n_images
+    assert (encoded.labels != IGNORED).any()
+    assert encoded.input_ids.tolist() == whole.input_ids[: encoded.n_tokens].tolist()
+    assert encoded.truncated == (whole.n_tokens > max_tokens)

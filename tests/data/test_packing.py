@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_train.data.packing import plan_packs, sample_cost
+
+MAX_TOKENS = 512
+LENGTHS = st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=60)
+CASE = {"lengths": LENGTHS, "n_ranks": st.integers(1, 9), "attention_cost": st.sampled_from([0.0, 1e-4, 1e-2])}
+
+
+@settings(max_examples=2000, deadline=None)
+@given(**CASE)
+def test_every_sample_once_within_the_limit_and_ranks_in_step(lengths, n_ranks, attention_cost) -> None:
+    plan = plan_packs(lengths, n_ranks, MAX_TOKENS, attention_cost)
+    packs = [pack for rank in plan for pack in rank]
+    assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in pack) <= MAX_TOKENS for pack in packs)
+    assert len(plan) == n_ranks and len({len(rank) for rank in plan}) == 1
+
+
+@settings(max_examples=2000, deadline=None)
+@given(**CASE)
+def test_no_pack_costs_more_than_the_mean_pack_plus_the_costliest_sample(lengths, n_ranks, attention_cost) -> None:
+    plan = plan_packs(lengths, n_ranks, MAX_TOKENS, attention_cost)
+    costs = [sample_cost(n, attention_cost) for n in lengths]
+    pack_costs = [sum(costs[i] for i in pack) for rank in plan for pack in rank]
+    mean = sum(pack_costs) / len(pack_costs)
+    assert max(pack_costs) <= mean + max(costs) * (1 + 1e-9)
+
+
+@settings(max_examples=500, deadline=None)
+@given(**CASE)
+def test_the_plan_is_a_function_of_its_arguments(lengths, n_ranks, attention_cost) -> None:
+    arguments = (lengths, n_ranks, MAX_TOKENS, attention_cost)
+    assert plan_packs(*arguments) == plan_packs(*arguments)
+
+
+@settings(max_examples=500, deadline=None)
+@given(**CASE)
+def test_without_packing_each_sample_has_a_pack_of_its_own(lengths, n_ranks, attention_cost) -> None:
+    plan = plan_packs(lengths, n_ranks, MAX_TOKENS, attention_cost, packing=False)
+    assert all(len(pack) <= 1 for rank in plan for pack in rank)
+    assert {len(rank) for rank in plan} == {math.ceil(len(lengths) / n_ranks)}
+
+
+@settings(max_examples=500, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=32, max_size=128), n_ranks=st.integers(1, 4))
+def test_short_samples_need_at_most_one_micro_step_more_than_their_tokens(lengths, n_ranks) -> None:
+    plan = plan_packs(lengths, n_ranks, MAX_TOKENS)
+    assert len(plan[0]) <= math.ceil(sum(lengths) / (n_ranks * MAX_TOKENS)) + 1
+
+
+def test_the_example_of_the_docstring() -> None:
+    assert plan_packs([5, 4, 3, 3], n_ranks=2, max_tokens=8) == [[[0, 3]], [[1, 2]]]
+
+
+def test_ranks_without_a_sample_get_an_empty_pack() -> None:
+    assert plan_packs([3], n_ranks=3, max_tokens=8) == [[[0]], [[]], [[]]]
+
+
+def test_a_sample_over_the_limit_is_refused() -> None:
+    with pytest.raises(ValueError, match="a sample of 9 tokens does not fit in a pack of 8"):
+        plan_packs([3, 9], n_ranks=1, max_tokens=8)
+
+
+def test_a_step_without_samples_is_refused() -> None:
+    with pytest.raises(ValueError, match="without samples"):
+        plan_packs([], n_ranks=1, max_tokens=8)

@@ -1,0 +1,207 @@
+"""Every refusal is told with the file, the key, what is allowed and the nearest valid name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llava_train.config import ConfigError, dump_stage, load_stage, parse_stage, stage_schema
+
+ROOT = Path(__file__).parents[1]
+STAGE_FILES = sorted(ROOT.glob("configs/*/*.yaml"))
+GOOD = {
+    "name": "good",
+    "model": {"language_model": "a/b", "vision_tower": "c/d", "chat_template": "vicuna_v1"},
+    "init_from": "runs/stage1",
+    "trainable": {"projector": {"lr": 1e-3}, "language_model": {"lr": 1e-5}},
+    "data": [{"path": "data.json"}],
+    "batch": {"size": 8, "max_tokens": 4096, "max_sample_tokens": 2048},
+}
+
+
+def refusal(tmp_path: Path, content: dict | str, *overrides: str) -> str:
+    """The message with which a stage file is refused."""
+    path = tmp_path / "stage.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_stage(path, overrides)
+    return str(caught.value).replace(str(path), "stage.yaml")
+
+
+@pytest.mark.parametrize("path", STAGE_FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_stage_file_of_the_project_loads(path: Path) -> None:
+    stage = load_stage(path)
+    assert stage.name == f"{path.parent.name}-{path.stem}"
+
+
+def test_all_recipes_are_there() -> None:
+    recipes = {path.parent.name for path in STAGE_FILES}
+    assert recipes == {"llava-v1-7b", "llava-1.5-7b", "llava-1.5-13b", "small", "smoke"}
+
+
+def test_the_published_recipe_of_llava_15() -> None:
+    stage1, stage2, lora = (
+        load_stage(ROOT / f"configs/llava-1.5-7b/{n}.yaml") for n in ("stage1", "stage2", "stage2-lora")
+    )
+    assert (stage1.batch.size, stage1.trainable.learning_rates()) == (256, {"projector": 1e-3})
+    assert (stage2.batch.size, stage2.engine.zero, stage2.image.aspect) == (128, 3, "pad")
+    assert stage2.trainable.learning_rates() == {"projector": 2e-5, "language_model": 2e-5}
+    assert lora.trainable.lora.model_dump() == {"rank": 128, "alpha": 256, "dropout": 0.05}
+    assert lora.trainable.learning_rates() == {"projector": 2e-5, "language_model": 2e-4}
+    assert stage2.schedule.model_dump() == {
+        "epochs": 1, "max_steps": None, "lr": "cosine", "warmup": 0.03, "weight_decay": 0.0, "clip": 1.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bacth={}", "stage.yaml: bacth: unknown key; did you mean batch? allowed here: batch, checkpoint, data,"),
+        ("batch.sizee=4", "stage.yaml: batch.sizee: unknown key; did you mean size? allowed here: max_sample_tokens"),
+        ("data.0.image=x", "stage.yaml: data.0.image: unknown key; did you mean images? allowed here: images, path"),
+        ("trainable.vision={lr: 1}", "trainable.vision: unknown key; did you mean vision_tower?"),
+        ("trainable.projector.lora={rank: 4}", "trainable.projector.lora: unknown key; LoRA goes below trainable.lang"),
+        ("trainable.vision_tower={lr: 1e-5, lora: {rank: 4}}", "trainable.vision_tower.lora: unknown key; LoRA goes"),
+        ("trainable.language_model={lora: {rank: 4, alpha: 8}}", "trainable.language_model.lr: required, but missing"),
+        ("trainable.language_model.lr=0", "trainable.language_model.lr: Input should be greater than 0, not 0"),
+        ("batch.size=many", "batch.size: Input should be a valid integer, unable to parse string as an integer, not 'm"),
+        ("batch.size=0", "batch.size: Input should be greater than 0, not 0"),
+        ("model.chat_template=vicuna", "'vicuna' is not allowed; allowed: 'plain', 'vicuna_v1' or 'chatml'; did you mean vicuna_v1?"),
+        ("engine.zero=4", "engine.zero: 4 is not allowed; allowed: 0, 1, 2 or 3"),
+        ("engine.precision=fp16", "engine.precision: 'fp16' is not allowed; allowed: 'bf16' or 'fp32'"),
+        ("model.vision_tower={config: {}, sede: 1}", "model.vision_tower.sede: unknown key; did you mean seed?"),
+        ("name=a/b", "name: String should match pattern"),
+        ("init_from=null", "init_from: missing, but the stage trains more than the projector; name the run folder"),
+        ("batch.max_tokens=1024", "batch.max_tokens: 1024 is below batch.max_sample_tokens (2048)"),
+        ("trainable={}", "trainable: every part is frozen, nothing would train; list at least one of projector, lang"),
+        ("engine={zero: 2, offload_parameters: true}", "engine.offload_parameters: needs engine.zero: 3, not 2"),
+        ("engine={zero: 0, offload_optimizer: true}", "engine.offload_optimizer: needs engine.zero: 1, 2 or 3, not 0"),
+        ("eval={every: 5, data: []}", "eval.data: List should have at least 1 item"),
+        ("schedule.warmup=1.5", "schedule.warmup: Input should be less than 1"),
+    ],
+)  # fmt: skip
+def test_a_wrong_key_or_value_is_refused_with_a_remedy(override: str, message: str, tmp_path: Path) -> None:
+    assert message in refusal(tmp_path, GOOD, override)
+
+
+def test_a_frozen_everything_file_is_refused_under_zero_3(tmp_path: Path) -> None:
+    assert "nothing would train" in refusal(tmp_path, GOOD, "trainable={}", "engine.zero=3")
+
+
+def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
+    message = refusal(tmp_path, GOOD, "batch.size=0", "engine.zero=9", "nome=x")
+    assert len(message.splitlines()) == 3
+    assert all(line.startswith("stage.yaml: ") for line in message.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("{zero_optimization: {stage: 2}}", "its key zero_optimization.stage (2) conflicts with engine.zero of the stage file (3)"),
+        ("{optimizer: {type: Lion}}", 'its key optimizer ({"type": "Lion"}) conflicts with trainable.*.lr of the stage file'),
+        ("{train_batch_size: 64}", "its key train_batch_size (64) conflicts with batch.size of the stage file (8)"),
+        ("{gradient_accumulation_steps: 4}", "its key gradient_accumulation_steps (4) conflicts with batch.max_tokens"),
+        ("{bf16: {enabled: false}}", "its key bf16.enabled (false) conflicts with engine.precision of the stage file (true)"),
+        ("{gradient_clipping: 0.5}", "its key gradient_clipping (0.5) conflicts with schedule.clip of the stage file (1.0)"),
+        ("missing.json", "engine.deepspeed: cannot read missing.json: "),
+    ],
+)  # fmt: skip
+def test_a_deepspeed_json_that_contradicts_the_stage_file_is_refused(keys: str, message: str, tmp_path: Path) -> None:
+    assert message in refusal(tmp_path, GOOD, "engine.zero=3", f"engine.deepspeed={keys}")
+
+
+@pytest.mark.parametrize("text", ["{not json", "[1, 2]"])
+def test_a_deepspeed_file_that_is_no_json_object_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(text)
+    assert "engine.deepspeed: cannot read" in refusal(tmp_path, GOOD, f"engine.deepspeed={tmp_path / 'ds.json'}")
+
+
+def test_deepspeed_keys_that_agree_or_are_free_are_taken() -> None:
+    keys = {
+        "zero_optimization": {"stage": 2, "overlap_comm": True},
+        "bf16": {"enabled": "auto"},
+        "wall_clock_breakdown": True,
+    }
+    stage = parse_stage({**GOOD, "engine": {"zero": 2, "deepspeed": keys}}, "x")
+    assert stage.engine.deepspeed == keys
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b", "stage.yaml: not valid YAML: key 'name' stands twice"),
+        ("name: [a", "stage.yaml: not valid YAML"),
+        ("- a", "stage.yaml: a stage file is a mapping of keys"),
+        ("", "stage.yaml: a stage file is a mapping of keys"),
+    ],
+)
+def test_a_file_that_is_no_stage_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    assert message in refusal(tmp_path, text)
+
+
+def test_a_missing_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot read the stage file: No such file"):
+        load_stage("nowhere.yaml")
+
+
+def test_overrides_reach_nested_keys_lists_and_sections_that_the_file_leaves_out(tmp_path: Path) -> None:
+    path = tmp_path / "stage.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    stage = load_stage(
+        path, ["batch.size=64", "data.0.images=pictures", "logging.wandb.project=x", "schedule.clip=null"]
+    )
+    assert (stage.batch.size, stage.data[0].images) == (64, "pictures")
+    assert (stage.logging.wandb.project, stage.schedule.clip) == ("x", None)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch.size", "--set batch.size: write it as key=value"),
+        ("data.3.path=x", "--set data.3.path=x: 3 is not an index of a list of 1"),
+        ("name.first=x", "--set name.first=x: name holds 'good', which has no keys"),
+        ("batch.size=[", "--set batch.size=[: the value is not valid YAML"),
+    ],
+)
+def test_a_wrong_override_is_refused(override: str, message: str, tmp_path: Path) -> None:
+    assert message in refusal(tmp_path, GOOD, override)
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "stage.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    assert load_stage(path, ["trainable.projector.lr=1e-3"]).trainable.learning_rates()["projector"] == 0.001
+
+
+def test_the_resolved_config_loads_again() -> None:
+    stage = load_stage(ROOT / "configs/smoke/stage2-lora.yaml")
+    assert parse_stage(yaml.safe_load(dump_stage(stage)), "x") == stage
+
+
+def test_the_schema_describes_every_section() -> None:
+    schema = stage_schema()
+    assert schema["additionalProperties"] is False
+    assert {"model", "trainable", "data", "batch", "engine", "eval"} <= schema["properties"].keys()
+    assert "max_sample_tokens" in schema["$defs"]["BatchSection"]["properties"]
+    assert "memory knob" in schema["$defs"]["BatchSection"]["properties"]["max_tokens"]["description"]
+
+
+def test_the_command_prints_the_schema() -> None:
+    command = [sys.executable, "-m", "llava_train", "schema"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == stage_schema()
+
+
+def test_a_wrong_file_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    path = tmp_path / "stage.yaml"
+    path.write_text(yaml.safe_dump({**GOOD, "bacth": 1}))
+    program = "import sys; from llava_train.cli import run; from pathlib import Path; "
+    program += f"code = run([Path({str(path)!r})], []); assert 'torch' not in sys.modules; sys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "bacth: unknown key; did you mean batch?" in done.stderr

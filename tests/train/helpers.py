@@ -1,0 +1,174 @@
+"""Small data sets and stage files, and the processes that train on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+TRAIN = ROOT / "scripts" / "train.py"
+TIMEOUT_S = 300
+
+
+def write_samples(path: Path, kinds: str, seed: int = 0) -> Path:
+    """Writes a LLaVA JSON file with one sample a letter, and its images.
+
+    `i` one image, `m` two images, `t` text only, `x` an image that is missing, `b` an image file that is no
+    image, `r` a record whose roles are out of order, `l` a text of 400 bytes more than the others.
+    """
+    rng = random.Random(seed)
+    (path.parent / "images").mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([_record(path, i, kind, rng) for i, kind in enumerate(kinds)]), encoding="utf-8")
+    return path
+
+
+def _record(path: Path, number: int, kind: str, rng: random.Random) -> dict[str, Any]:
+    n_images = {"i": 1, "m": 2, "x": 1, "b": 1}.get(kind, 0)
+    turns = []
+    for turn in range(rng.randint(1, 3)):
+        marks = "<image>\n" * n_images if turn == 0 else ""
+        turns.append({"from": "human", "value": marks + "what " * rng.randint(1, 5) + "?"})
+        turns.append({"from": "gpt", "value": rng.choice("abcdef") * rng.randint(1, 12) + "."})
+    if kind == "l":
+        turns[-1]["value"] += " long" * 80
+    if kind == "r":
+        turns.reverse()
+    record: dict[str, Any] = {"id": f"{path.stem}-{number}-{kind}", "conversations": turns}
+    names = [f"images/{path.stem}-{number}-{i}.png" for i in range(n_images)]
+    for name in names:
+        file = path.parent / name
+        if kind == "b":
+            file.write_bytes(b"\x89PNG no picture")
+        elif kind != "x":
+            size = (rng.randint(20, 40), rng.randint(20, 40))
+            Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])).save(file)
+    if names:
+        record["image"] = names if len(names) > 1 else names[0]
+    return record
+
+
+def stage_content(**changes: Any) -> dict[str, Any]:
+    """The content of a stage file: the smoke recipe's stage 2, without evaluation, on `data.json`."""
+    content = yaml.safe_load((ROOT / "configs/smoke/stage2.yaml").read_text(encoding="utf-8"))
+    del content["eval"]
+    content["model"]["chat_template"] = "chatml"
+    content |= {
+        "name": "tiny",
+        "init_from": "random",
+        "data": [{"path": "data.json"}],
+        "batch": {"size": 4, "max_tokens": 1024, "max_sample_tokens": 1024},
+        "engine": {"zero": 0, "precision": "fp32"},
+        "loader": {"workers": 0},
+        "checkpoint": {"every": None},
+    }
+    return {**content, **changes}
+
+
+def write_stage(path: Path, **changes: Any) -> Path:
+    """Writes `stage_content(**changes)`; the run is named like the file."""
+    path.write_text(yaml.safe_dump(stage_content(**{"name": path.stem, **changes})), encoding="utf-8")
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@dataclass
+class Finished:
+    """Processes of a run that have ended: exit code, standard output and standard error of each rank."""
+
+    codes: list[int]
+    stdout: list[str]
+    stderr: list[str]
+
+    def check(self) -> Finished:
+        assert not any(self.codes), f"{self.codes}\n{self.stdout[0][-2000:]}\n" + "\n".join(
+            text[-4000:] for text in self.stderr
+        )
+        return self
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment, as a launcher would hand it to a rank on a machine without a hub."""
+    of_launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in of_launchers}
+    defaults = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "300"}
+    return {**kept, **defaults, **more}
+
+
+def start_ranks(arguments: list[Any], cwd: Path, n_ranks: int = 1) -> list[subprocess.Popen[bytes]]:
+    """Starts `python ARGUMENTS` once a rank, each the leader of a process group of its own."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    started = []
+    for rank in range(n_ranks):
+        places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_ranks)}
+        env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **places)
+        with (cwd / f"stdout-{rank}").open("wb") as stdout, (cwd / f"stderr-{rank}").open("wb") as stderr:
+            command = [sys.executable, *map(str, arguments)]
+            started.append(
+                subprocess.Popen(command, cwd=cwd, env=env, stdout=stdout, stderr=stderr, start_new_session=True)
+            )
+    return started
+
+
+def wait(processes: list[subprocess.Popen[bytes]], cwd: Path, timeout_s: float = TIMEOUT_S) -> Finished:
+    """Waits for the ranks. When one fails, the others get 20 seconds, as under a launcher."""
+    deadline = time.monotonic() + timeout_s
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        if any(process.returncode for process in processes):
+            deadline = min(deadline, time.monotonic() + 20)
+        time.sleep(0.05)
+    kill(processes)
+    ranks = range(len(processes))
+    read = [[(cwd / f"{name}-{rank}").read_text() for rank in ranks] for name in ("stdout", "stderr")]
+    return Finished([process.wait() for process in processes], *read)
+
+
+def kill(processes: list[subprocess.Popen[bytes]]) -> None:
+    """SIGKILL to each process that still runs, and to its children."""
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def run_ranks(arguments: list[Any], cwd: Path, n_ranks: int = 1) -> Finished:
+    """Runs `python ARGUMENTS` on each of `n_ranks` ranks to the end."""
+    return wait(start_ranks(arguments, cwd, n_ranks), cwd)
+
+
+@dataclass
+class Outcome:
+    """What one command of `run_many` did on one rank."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def run_many(commands: dict[str, list[Any]], cwd: Path, n_ranks: int = 1) -> dict[str, list[Outcome]]:
+    """Runs `scripts/train.py ARGUMENTS` for each command, one after another in the same processes.
+
+    Starting a process takes longer than a small run. Returns the outcomes of each command by rank.
+    """
+    spec = {name: [str(argument) for argument in arguments] for name, arguments in commands.items()}
+    (cwd / "commands.json").write_text(json.dumps(spec))
+    run_ranks(["-m", "tests.train.run_many", cwd / "commands.json"], cwd, n_ranks).check()
+    ranks = [json.loads((cwd / f"outcomes-{rank}.json").read_text()) for rank in range(n_ranks)]
+    return {name: [Outcome(**outcomes[name]) for outcomes in ranks] for name in commands}
