@@ -2,10 +2,10 @@
 
     python data/draw_scenes.py --out data/scenes
 
-A scene has one to three objects, each in a quadrant of its own. Eight of the 48 combinations of colour and shape
+A scene has one to three objects, each in a quadrant of its own. Twelve of the 48 combinations of colour and shape
 are held out: training never draws or names one, the held-out scenes show nothing else, so a right answer there
 was not learnt by heart. Answers are balanced, so that guessing without the picture is poor, and no turn of a
-training conversation gives away the colour, shape or place that a later turn asks for.
+training conversation gives away what a later turn asks for.
 
 `plan_*` and the functions below them decide, from a seed alone; `draw_scene` draws; `main` writes LLaVA's JSON.
 """
@@ -13,6 +13,7 @@ training conversation gives away the colour, shape or place that a later turn as
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import multiprocessing
@@ -47,12 +48,15 @@ NUMBERS = ("zero", "one", "two", "three")
 Kind = tuple[str, str]
 """Colour and shape."""
 COMBINATIONS: tuple[Kind, ...] = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
-HELD_OUT: tuple[Kind, ...] = tuple((colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS))
-"""One combination of each colour, each shape once or twice."""
+HELD_OUT: tuple[Kind, ...] = tuple(
+    kind
+    for i, colour in enumerate(COLOURS)
+    for kind in [(colour, SHAPES[i % 6]), *([(colour, SHAPES[i + 2])] if i < 4 else [])]
+)
+"""Twelve combinations: each shape twice, each colour once or twice, so that a colour does not tell the shape."""
 TRAINING: tuple[Kind, ...] = tuple(kind for kind in COMBINATIONS if kind not in HELD_OUT)
 
 DESCRIBE = ("Describe the picture.", "What is in the picture?", "What do you see?")
-_REVEALING = ("colour", "shape", "position")
 
 
 @dataclass(frozen=True)
@@ -119,22 +123,37 @@ def plan_caption(scene: Scene) -> str:
 
 
 def plan_conversation(rng: random.Random, scene: Scene, kinds: Sequence[Kind]) -> list[Turn]:
-    """Turns of a training conversation: every kind of question that applies, but none given away by an earlier turn.
+    """Turns of a training conversation: the kinds of question that apply, less what an earlier turn gives away.
 
-    Mostly colour and shape come first: they are the hardest to see, and later turns would give them away.
+    Colour and shape often come first, for they are the hardest to see, and existence and count often do, for
+    every other turn would give them away. Where an object stands is easy: it is asked less often.
     """
-    turns = all_questions(rng, scene, kinds)
+    asked = all_questions(rng, scene, kinds)
+    turns = [turn for turn in asked if turn.kind not in ("position", "relation") or rng.random() < 0.6]
     rng.shuffle(turns)
-    if rng.random() < 0.7:
-        turns.sort(key=lambda turn: turn.kind not in ("colour", "shape"))
+    first = rng.choices([("colour", "shape"), ("existence", "count"), ()], weights=[5, 3, 2])[0]
+    turns.sort(key=lambda turn: turn.kind not in first)
     kept: list[Turn] = []
-    said: list[str] = []
     for turn in turns:
-        if turn.kind in _REVEALING and any(turn.answer in text for text in said):
-            continue
-        kept.append(turn)
-        said += [turn.question, turn.answer]
+        if not gives_away(scene, kept, turn):
+            kept.append(turn)
     return kept
+
+
+def gives_away(scene: Scene, earlier: Sequence[Turn], turn: Turn) -> bool:
+    """Whether earlier turns tell the answer of `turn`.
+
+    Existence and count are judged by what is known of the objects, whatever the answer: judged by the answer,
+    the questions that remain would mostly be answered `no`.
+    """
+    said = [word for t in earlier for word in (t.question, t.answer)]
+    if turn.kind in ("colour", "shape", "position"):
+        return any(turn.answer in text for text in said)
+    text = " ".join(said)
+    known = [(thing.colour in text) + (thing.shape in text) for thing in scene.things]
+    if turn.kind == "existence":
+        return max(known) == 2 or (len(known) == 1 and max(known) > 0)
+    return turn.kind == "count" and len(known) == 1 and known[0] > 0
 
 
 def all_questions(rng: random.Random, scene: Scene, kinds: Sequence[Kind]) -> list[Turn]:
@@ -152,22 +171,22 @@ def all_questions(rng: random.Random, scene: Scene, kinds: Sequence[Kind]) -> li
 
 def _colour(rng: random.Random, scene: Scene) -> Turn | None:
     shapes = [thing.shape for thing in scene.things]
-    thing = rng.choice(scene.things)
-    if len(shapes) == 1 and rng.random() < 0.6:
-        return Turn("colour", "What colour is the object?", thing.colour)
-    if shapes.count(thing.shape) > 1:
+    unique = [thing for thing in scene.things if shapes.count(thing.shape) == 1]
+    if not unique:
         return None
-    return Turn("colour", f"What colour is the {thing.shape}?", thing.colour)
+    thing = rng.choice(unique)
+    named = "object" if len(shapes) == 1 and rng.random() < 0.6 else thing.shape
+    return Turn("colour", f"What colour is the {named}?", thing.colour)
 
 
 def _shape(rng: random.Random, scene: Scene) -> Turn | None:
     colours = [thing.colour for thing in scene.things]
-    thing = rng.choice(scene.things)
-    if len(colours) == 1 and rng.random() < 0.6:
-        return Turn("shape", "What shape is the object?", thing.shape)
-    if colours.count(thing.colour) > 1:
+    unique = [thing for thing in scene.things if colours.count(thing.colour) == 1]
+    if not unique:
         return None
-    return Turn("shape", f"What shape is the {thing.colour} object?", thing.shape)
+    thing = rng.choice(unique)
+    named = "object" if len(colours) == 1 and rng.random() < 0.6 else f"{thing.colour} object"
+    return Turn("shape", f"What shape is the {named}?", thing.shape)
 
 
 def _position(rng: random.Random, scene: Scene) -> Turn | None:
@@ -179,7 +198,7 @@ def _position(rng: random.Random, scene: Scene) -> Turn | None:
 
 
 def _existence(rng: random.Random, scene: Scene, kinds: Sequence[Kind]) -> Turn:
-    """Yes half of the time; half of the absent ones share a colour or shape with a present one."""
+    """Yes half of the time; at least half of the absent ones share a colour or shape with a present one."""
     present = [thing.kind for thing in scene.things]
     if rng.random() < 0.5:
         (colour, shape), answer = rng.choice(present), "yes"
@@ -348,6 +367,13 @@ def _save(job: tuple[Scene, Path]) -> None:
     draw_scene(scene).save(path, compress_level=1)
 
 
+def card_of(arguments: argparse.Namespace) -> str:
+    """What decides every byte of the output: the arguments and this script."""
+    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    wanted = {name: value for name, value in vars(arguments).items() if name != "out"}
+    return json.dumps({**wanted, "script": script}) + "\n"
+
+
 def draw_all(out: Path, arguments: argparse.Namespace) -> None:
     """Draws everything into a temporary folder and renames it: `out` is whole or absent."""
     temporary = out.with_name(out.name + ".drawing")
@@ -360,7 +386,7 @@ def draw_all(out: Path, arguments: argparse.Namespace) -> None:
     with multiprocessing.Pool() as pool:
         for _ in pool.imap_unordered(_save, jobs, chunksize=64):
             pass
-    (temporary / "scenes.json").write_text(json.dumps(vars(arguments), default=str) + "\n", encoding="utf-8")
+    (temporary / "scenes.json").write_text(card_of(arguments), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
 
@@ -372,7 +398,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--conversations", type=int, default=6000, help="training pictures with conversations")
     parser.add_argument("--held-out", type=int, default=300, help="held-out pictures with questions")
     parser.add_argument("--caption-objects", type=int, default=1, choices=(1, 2, 3), help="most objects to caption")
-    parser.add_argument("--single", type=float, default=0.5, help="share of conversations about one object")
+    parser.add_argument("--single", type=float, default=0.6, help="share of conversations about one object")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     if min(arguments.captions, arguments.conversations, arguments.held_out) < 1:
@@ -384,9 +410,7 @@ def main() -> None:
     arguments = parse_arguments()
     out: Path = arguments.out
     card = out / "scenes.json"
-    if card.is_file() and json.loads(card.read_text(encoding="utf-8")) == json.loads(
-        json.dumps(vars(arguments), default=str)
-    ):
+    if card.is_file() and card.read_text(encoding="utf-8") == card_of(arguments):
         print(f"{out}: already drawn")
         return
     if out.exists() and not card.is_file():

@@ -62,8 +62,8 @@ class ModelSection(Section):
     """Hub id or folder of a causal language model."""
     vision_tower: str | RandomVisionTower
     """Hub id or folder of a CLIP, SigLIP, SigLIP 2 or DINOv2 encoder."""
-    vision_feature_layer: int = -2
-    """Index into the encoder's hidden states; -2 is the layer before the last."""
+    vision_feature_layer: int | Annotated[list[int], Field(min_length=1)] = -2
+    """Index into the encoder's hidden states; -2 is the layer before the last. Of a list, the features are joined."""
     vision_feature_select: Literal["patch", "full"] = "patch"
     """`patch` drops the class token, `full` keeps every token of the encoder."""
     projector: Literal["mlp2x_gelu", "linear"] = "mlp2x_gelu"
@@ -170,7 +170,7 @@ class EngineSection(Section):
 
 class CheckpointSection(Section):
     every: PositiveInt | None = 500
-    """Optimizer steps between checkpoints; null saves none but the result."""
+    """Optimizer steps between checkpoints, the last step has one too; null saves none but the result."""
     keep: PositiveInt = 2
     """Complete checkpoints to keep."""
 
@@ -429,7 +429,8 @@ def _plain(expected: str) -> list[str]:
 
 def _is_union_tag(step: Any) -> bool:
     """pydantic adds the name of the tried alternative to a location; users don't write that."""
-    return step in ("str", "RandomLanguageModel", "RandomVisionTower") or str(step).startswith("dict[")
+    alternatives = ("str", "int", "RandomLanguageModel", "RandomVisionTower")
+    return step in alternatives or str(step).startswith(("dict[", "list["))
 
 
 def _keys_at(location: list[Any]) -> set[str]:

@@ -10,8 +10,8 @@ would reach: only what lies above both was seen in the picture.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from llava_train.files import sha256
 
 BLANK = Image.new("RGB", (168, 168), (128, 128, 128))
 
@@ -102,6 +104,20 @@ def most_frequent(questions: Iterable[Question]) -> dict[tuple[str, int], str]:
     return {cell: counter.most_common(1)[0][0] for cell, counter in counts.items()}
 
 
+def scored_before(scores: Path, model: Path, data: Path) -> dict[str, list[bool]] | None:
+    """What an earlier run found, when it was of this model and these questions."""
+    if not scores.is_file():
+        return None
+    record = json.loads(scores.read_text(encoding="utf-8"))
+    return record["right"] if record["of"] == fingerprint(model, data) else None
+
+
+def fingerprint(model: Path, data: Path) -> str:
+    """Changes with the questions and with any file of the model."""
+    files = [data, *sorted(path for path in model.iterdir() if path.is_file())]
+    return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest()
+
+
 def table_of(questions: list[Question], right: dict[str, list[bool]]) -> Table:
     """Accuracy in percent by kind of question and number of objects."""
     sizes = sorted({question.n_objects for question in questions})
@@ -131,11 +147,15 @@ def main() -> None:
     for path in (arguments.model / "config.json", arguments.data):
         if not path.is_file():
             raise SystemExit(f"error: {path} is missing; run scripts/quickstart.sh")
-    started = time.perf_counter()
     questions = read_questions(arguments.data)
-    right = score(Asker(arguments.model, arguments.batch_size), questions)
+    scores = arguments.model.parent / "held_out_scores.json"
+    right = scored_before(scores, arguments.model, arguments.data)
+    if right is None:
+        right = score(Asker(arguments.model, arguments.batch_size), questions)
+        record = {"of": fingerprint(arguments.model, arguments.data), "right": right}
+        scores.write_text(json.dumps(record) + "\n", encoding="utf-8")
     Console().print(table_of(questions, right))
-    print(f"{len(questions)} questions in {time.perf_counter() - started:.0f} s")
+    print(f"{len(questions)} questions; each one's score is in {scores}")
 
 
 if __name__ == "__main__":

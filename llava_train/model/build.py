@@ -252,13 +252,14 @@ def _count_encoder_tokens(model: LlavaForConditionalGeneration, size: int) -> in
     tower = model.model.vision_tower
     pixels = torch.zeros(1, 3, size, size, dtype=tower.dtype)
     hidden_states = tower(pixels, output_hidden_states=True).hidden_states
-    layer = model.config.vision_feature_layer
-    if not -len(hidden_states) <= layer < len(hidden_states):
-        raise BuildError(
-            f"model.vision_feature_layer: {layer} is out of range; the tower has hidden states "
-            f"{-len(hidden_states)} to {len(hidden_states) - 1}"
-        )
-    return hidden_states[layer].shape[1]
+    layers = model.config.vision_feature_layer
+    for layer in [layers] if isinstance(layers, int) else layers:
+        if not -len(hidden_states) <= layer < len(hidden_states):
+            raise BuildError(
+                f"model.vision_feature_layer: {layer} is out of range; the tower has hidden states "
+                f"{-len(hidden_states)} to {len(hidden_states) - 1}"
+            )
+    return hidden_states[0].shape[1]
 
 
 def _image_size(vision_config: PreTrainedConfig, wanted: int | None) -> int:

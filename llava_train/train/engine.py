@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
 from llava_train.config import StageConfig, user_deepspeed
@@ -87,6 +88,8 @@ def start_engine(module: nn.Module, groups: list[dict[str, Any]], config: StageC
     n_trainable = sum(parameter.numel() for group in groups for parameter in group["params"])
     optimizer = torch.optim.AdamW(groups, fused=True)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config, n_trainable))
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        _forget_first_step(engine.optimizer)
     return engine
 
 
@@ -110,7 +113,8 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | float:
     norm = None
     if not engine.zero_optimization():  # DeepSpeed keeps no norm there
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
     engine.step()
     return engine.get_global_grad_norm() if norm is None else norm
 
@@ -124,6 +128,16 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
             continue
         merged[key] = _merge(value, merged[key]) if nested else value
     return merged
+
+
+def _forget_first_step(optimizer: FP16_UnfusedOptimizer) -> None:
+    """Undoes the step that DeepSpeed takes at the start in bf16 without ZeRO, on gradients of zero.
+
+    It decays the weights, and AdamW would take the first real step, its bias correction off by one, for the second.
+    """
+    for state in optimizer.optimizer.state.values():
+        state["step"].zero_()
+    optimizer.refresh_fp32_params()
 
 
 def _free_port() -> int:

@@ -69,10 +69,7 @@ def _train(config: StageConfig, world: World) -> State:
     _prepare_modes(llava, config)
 
     _write_card(config, world, mixture)
-    _say(
-        world,
-        f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}",
-    )
+    _say(world, f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}")
 
     groups = parameter_groups(llava.model, config.trainable, config.schedule.weight_decay)
     engine = start_engine(PackedLoss(llava.model), groups, config)
@@ -88,7 +85,7 @@ def _train(config: StageConfig, world: World) -> State:
                 dataset = new_dataset(held_out, seed=None, batch_size=batch_size)
                 evaluation = evaluate(engine, world, llava, dataset, config.eval)
                 tracker.evaluation(step, *evaluation)
-            if config.checkpoint.every and step % config.checkpoint.every == 0 and step < n_steps:
+            if config.checkpoint.every and (step % config.checkpoint.every == 0 or step == n_steps):
                 save_checkpoint(engine, world, checkpoints, step, config.checkpoint.keep)
 
         steps, on_cuda = range(start, n_steps), world.device.type == "cuda"

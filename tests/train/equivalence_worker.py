@@ -45,7 +45,7 @@ class Case:
     """One way to train on the same steps."""
 
     zero: int
-    max_tokens: int = 4096
+    max_tokens: int = LONGEST
     packing: bool = True
     trainable: dict[str, Any] = field(default_factory=lambda: ALL)
     projector: str = "mlp2x_gelu"
@@ -61,24 +61,29 @@ class Case:
 
 
 CHECKPOINTING = {"activation_checkpointing": True}
+OFFLOAD_OPTIMIZER = {"offload_optimizer": True}
+OFFLOAD_BOTH = {"offload_optimizer": True, "offload_parameters": True}
+
+
+def _each(name: str, stages: tuple[int, ...], **settings: Any) -> dict[str, Case]:
+    return {f"zero{zero}-{name}": Case(zero, **settings) for zero in stages}
+
+
 CASES = {
-    **{f"zero{zero}": Case(zero) for zero in (0, 1, 2, 3)},
-    **{f"zero{zero}-small-packs": Case(zero, max_tokens=LONGEST) for zero in (0, 1, 2, 3)},
-    **{f"zero{zero}-unpacked": Case(zero, packing=False) for zero in (0, 1, 2, 3)},
-    **{f"zero{zero}-checkpointing": Case(zero, max_tokens=LONGEST, engine=CHECKPOINTING) for zero in (0, 1, 2, 3)},
-    **{f"zero{zero}-tower-too": Case(zero, max_tokens=LONGEST, trainable=TOWER_TOO) for zero in (0, 2)},
-    "zero3-tower-too-checkpointing": Case(3, max_tokens=LONGEST, trainable=TOWER_TOO, engine=CHECKPOINTING),
-    **{f"zero{zero}-projector": Case(zero, max_tokens=LONGEST, trainable=PROJECTOR, clip=0.05) for zero in (0, 2, 3)},
-    "zero3-linear-projector": Case(3, max_tokens=LONGEST, trainable=PROJECTOR, projector="linear", clip=0.05),
-    **{f"zero{zero}-lora": Case(zero, max_tokens=LONGEST, trainable=LORA) for zero in (0, 2, 3)},
-    "zero3-lora-checkpointing": Case(3, max_tokens=LONGEST, trainable=LORA, engine=CHECKPOINTING),
-    **{
-        f"zero{zero}-offload-optimizer": Case(zero, max_tokens=LONGEST, engine={"offload_optimizer": True})
-        for zero in (1, 2)
-    },
-    "zero3-offload-both": Case(3, max_tokens=LONGEST, engine={"offload_optimizer": True, "offload_parameters": True}),
-    **{f"zero{zero}-bf16": Case(zero, precision="bf16") for zero in (0, 1, 2, 3)},
-    **{f"zero{zero}-bf16-unpacked": Case(zero, packing=False, precision="bf16") for zero in (0, 1, 2, 3)},
+    **_each("one-pack", (0, 1, 2, 3), max_tokens=4096),
+    **_each("small-packs", (0, 1, 2, 3)),
+    **_each("unpacked", (0, 1, 2, 3), packing=False),
+    **_each("checkpointing", (2, 3), engine=CHECKPOINTING),
+    **_each("tower-too", (0, 2), trainable=TOWER_TOO),
+    **_each("tower-too-checkpointing", (3,), trainable=TOWER_TOO, engine=CHECKPOINTING),
+    **_each("projector", (0, 2, 3), trainable=PROJECTOR, clip=0.02),
+    **_each("linear-projector", (2, 3), trainable=PROJECTOR, projector="linear", clip=0.02),
+    **_each("lora", (0, 2, 3), trainable=LORA, clip=0.5),
+    **_each("lora-checkpointing", (3,), trainable=LORA, clip=0.5, engine=CHECKPOINTING),
+    **_each("offload-optimizer", (1, 2), engine=OFFLOAD_OPTIMIZER),
+    **_each("offload-both", (3,), engine=OFFLOAD_BOTH),
+    **_each("bf16-one-pack", (0, 1, 2, 3), max_tokens=4096, precision="bf16"),
+    **_each("bf16-unpacked", (0, 1, 2, 3), packing=False, precision="bf16"),
 }
 
 

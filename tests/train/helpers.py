@@ -110,11 +110,15 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, **defaults, **more}
 
 
-def start_ranks(arguments: list[Any], cwd: Path, n_ranks: int = 1) -> list[subprocess.Popen[bytes]]:
-    """Starts `python ARGUMENTS` once a rank, each the leader of a process group of its own."""
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
+        return int(listener.getsockname()[1])
+
+
+def start_ranks(arguments: list[Any], cwd: Path, n_ranks: int = 1) -> list[subprocess.Popen[bytes]]:
+    """Starts `python ARGUMENTS` once a rank, each the leader of a process group of its own."""
+    port = str(free_port())
     started = []
     for rank in range(n_ranks):
         places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_ranks)}

@@ -1,0 +1,222 @@
+"""The recipe from its files to its models: stage 1, stage 2 and stage 2 with LoRA, by each launcher.
+
+Invariant 8: `model/` loads in plain transformers and gives what training computed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
+
+from llava_train.config import load_stage
+from llava_train.data.chat import ChatEncoder
+from llava_train.data.samples import LlavaJson
+from llava_train.files import damage, sha256
+from llava_train.model.build import build_llava
+from llava_train.model.weights import HandOffError, load_init
+from llava_train.train.stage import _starting_point
+from tests.train.helpers import ROOT, TIMEOUT_S, TRAIN, environment, free_port, read_lines, run_ranks, write_stage
+
+BIN = Path(sys.executable).parent
+SMOKE = [ROOT / f"configs/smoke/{name}.yaml" for name in ("stage1", "stage2", "stage2-lora")]
+RUNS = ["smoke-stage1", "smoke-stage2", "smoke-stage2-lora"]
+N_SAMPLES, BATCH_SIZE = 48, 8
+HELD_OUT = [{"path": "data/smoke/held_out.json"}]
+
+
+@dataclass
+class Recipe:
+    """Runs of a recipe, and what its commands printed."""
+
+    folder: Path
+    printed: str
+    printed_again: str
+    printed_by_torchrun: str
+    changed_by_second_run: list[str]
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+
+def launch(command: list[Any], cwd: Path) -> str:
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+def linear_stages(folder: Path) -> list[Path]:
+    """Stage files of LLaVA v1's recipe: a linear projector."""
+    content = load_stage(SMOKE[1]).model.model_dump(mode="json") | {"projector": "linear"}
+    common = {"model": content, "batch": {"size": 8, "max_tokens": 2048, "max_sample_tokens": 1024}}
+    first = write_stage(
+        folder / "linear-stage1.yaml",
+        **common,
+        trainable={"projector": {"lr": 1e-3}},
+        data=[{"path": "data/smoke/captions.json"}],
+        engine={"zero": 3, "precision": "fp32"},
+        schedule={"max_steps": 3, "warmup": 0.0},
+    )
+    second = write_stage(
+        folder / "linear-stage2.yaml",
+        **common,
+        init_from="runs/linear-stage1",
+        data=[{"path": "data/smoke/conversations.json"}],
+        engine={"zero": 2, "precision": "fp32"},
+        schedule={"max_steps": 3, "warmup": 0.0},
+        eval={"every": 100, "data": HELD_OUT, "generate": 0},
+    )
+    return [first, second]
+
+
+def fingerprint(folder: Path) -> dict[str, tuple[str, int]]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (sha256(path), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("recipe")
+    draw = [sys.executable, ROOT / "data/draw_scenes.py", "--out", "data/smoke", "--seed", 0]
+    launch([*draw, "--captions", N_SAMPLES, "--conversations", N_SAMPLES, "--held-out", 9], folder)
+    deepspeed = [BIN / "deepspeed", "--num_accelerators", 2, "--master_port", free_port()]
+    printed = launch([*deepspeed, TRAIN, "--config", *SMOKE], folder)
+    before = fingerprint(folder / "runs")
+    printed_again = launch([sys.executable, TRAIN, "--config", *SMOKE], folder)
+    after = fingerprint(folder / "runs")
+    torchrun = [BIN / "torchrun", "--nproc_per_node", 2, "--master_port", free_port()]
+    printed_by_torchrun = launch([*torchrun, TRAIN, "--config", *linear_stages(folder)], folder)
+    changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+    return Recipe(folder, printed, printed_again, printed_by_torchrun, changed)
+
+
+@pytest.fixture(scope="module")
+def in_plain_transformers(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What a process without llava_train finds in each exported model."""
+    config = load_stage(SMOKE[1])
+    llava, _ = _starting_point(config.model_copy(update={"init_from": "random"}))
+    encoder = ChatEncoder(llava.tokenizer, llava.processor.chat_template, llava.n_image_tokens, 1024)
+    samples = []
+    for sample in LlavaJson(recipe.folder / HELD_OUT[0]["path"]):
+        tokens = encoder.encode(sample)
+        messages = [{"role": turn.role, "content": turn.text} for turn in sample.turns]
+        tensors = {"input_ids": tokens.input_ids.tolist(), "labels": tokens.labels.tolist()}
+        samples.append({"messages": messages, "image": str(sample.images[0]), **tensors})
+    names = ["smoke-stage2", "smoke-stage2-lora", "linear-stage2"]
+    models = {name: str(recipe.run(name) / "model") for name in names}
+    (recipe.folder / "spec.json").write_text(json.dumps({"models": models, "samples": samples}))
+    script = Path(__file__).with_name("plain_transformers.py")
+    run_ranks([script, recipe.folder / "spec.json", recipe.folder / "plain.json"], recipe.folder).check()
+    return json.loads((recipe.folder / "plain.json").read_text())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_keeps_every_step_and_a_complete_result(recipe: Recipe, name: str) -> None:
+    steps = [line["step"] for line in read_lines(recipe.run(name) / "metrics.jsonl") if "loss" in line]
+    assert steps == list(range(1, N_SAMPLES // BATCH_SIZE + 1))
+    assert damage(recipe.run(name) / "model") is None
+    assert f"{name}: finished, result in runs/{name}/model" in recipe.printed
+    assert sorted(path.name for path in (recipe.run(name) / "checkpoints").glob("step-*")) == ["step-00000004", "step-00000006"]
+
+
+def test_a_run_prints_what_trains(recipe: Recipe) -> None:
+    for words in ("projector 6,272 6,272 float32 0.001", "language_model 115,008 0 float32 frozen", "(LoRA)"):
+        assert words in " ".join(recipe.printed.replace("│", " ").split())
+
+
+def test_the_same_command_passes_over_complete_stages_and_changes_nothing(recipe: Recipe) -> None:
+    lines = [line for line in recipe.printed_again.splitlines() if "smoke-" in line]
+    assert lines == [f"{name}: complete, see runs/{name}/model" for name in RUNS]
+    assert "step" not in recipe.printed_again
+    assert recipe.changed_by_second_run == []
+
+
+def test_torchrun_trains_a_linear_projector(recipe: Recipe) -> None:
+    assert "linear-stage2: finished, result in runs/linear-stage2/model" in recipe.printed_by_torchrun
+    projector = {
+        name.removeprefix("multi_modal_projector."): tensor
+        for name, tensor in load_file(recipe.run("linear-stage2") / "model/model.safetensors").items()
+        if name.startswith("multi_modal_projector.")
+    }
+    assert torch.equal(projector["linear_2.weight"], torch.eye(64))
+    assert not projector["linear_2.bias"].any()
+    at_the_end_of_stage_1 = load_file(recipe.run("linear-stage1") / "model/projector.safetensors")
+    assert not torch.equal(projector["linear_1.weight"], at_the_end_of_stage_1["linear_1.weight"])
+
+
+@pytest.mark.parametrize("name", ["smoke-stage2", "smoke-stage2-lora"])
+def test_stage_2_starts_from_the_projector_of_stage_1_and_prints_its_hash(recipe: Recipe, name: str) -> None:
+    card = json.loads((recipe.run("smoke-stage1") / "model/projector.json").read_text())
+    assert card["sha256"] == sha256(recipe.run("smoke-stage1") / "model/projector.safetensors")
+    wanted = f"starting from projector from runs/smoke-stage1/model, sha256 {card['sha256'][:16]}"
+    assert any(line.startswith(f"{name}:") and wanted in line for line in recipe.printed.splitlines())
+
+
+def test_a_projector_with_a_flipped_byte_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    shutil.copytree(recipe.run("smoke-stage1"), tmp_path / "stage1")
+    file = tmp_path / "stage1/model/projector.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    config = load_stage(SMOKE[1])
+    llava = build_llava(config.model, config.image, torch.float32)
+    with pytest.raises(HandOffError, match=r"projector\.safetensors has .* the file changed .* run that stage again"):
+        load_init(str(tmp_path / "stage1"), llava.model, config.model)
+
+
+@pytest.mark.parametrize("name", ["smoke-stage2", "smoke-stage2-lora", "linear-stage2"])
+def test_the_model_in_plain_transformers_computes_the_loss_of_training(
+    recipe: Recipe, in_plain_transformers: dict[str, dict[str, Any]], name: str
+) -> None:
+    of_training = [line for line in read_lines(recipe.run(name) / "metrics.jsonl") if "eval_loss" in line][-1]
+    assert in_plain_transformers[name]["loss"] == pytest.approx(of_training["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["smoke-stage2", "smoke-stage2-lora", "linear-stage2"])
+def test_the_model_in_plain_transformers_talks_as_it_was_trained_to(
+    recipe: Recipe, in_plain_transformers: dict[str, dict[str, Any]], name: str
+) -> None:
+    found = in_plain_transformers[name]
+    assert found["same_tokens"], "the exported processor makes the tokens that training saw"
+    assert found["same_prompts"], "string and list content give the same prompt"
+    assert found["n_generated"] == 4
+    assert found["n_until_end"] == 3, "generation stops after the end-of-turn token"
+    assert found["attention"] == "sdpa"
+    assert "packed" not in (recipe.run(name) / "model/config.json").read_text()
+
+
+def test_the_adapter_gives_the_merged_model(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = recipe.run("smoke-stage2-lora")
+    monkeypatch.chdir(recipe.folder)
+    base, _ = _starting_point(load_stage(SMOKE[2]))
+    base.model.model.language_model.set_attn_implementation("sdpa")
+    projector = load_file(run / "adapter/projector.safetensors")
+    base.model.model.multi_modal_projector.load_state_dict(projector)
+    adapted = PeftModel.from_pretrained(base.model, str(run / "adapter")).eval()
+    merged = LlavaForConditionalGeneration.from_pretrained(run / "model")
+    image_tokens = [merged.config.image_token_id] * base.n_image_tokens
+    input_ids = torch.tensor([[5, 6, *image_tokens, 7, 8, 9]])
+    pixel_values = torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        ours, expected = (m(input_ids=input_ids, pixel_values=pixel_values).logits for m in (adapted, merged))
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+        with adapted.disable_adapter():
+            assert not torch.allclose(adapted(input_ids=input_ids, pixel_values=pixel_values).logits, expected, atol=1e-4)
