@@ -138,9 +138,7 @@ def test_training_on_one_rank_equals_plain_pytorch(
     assert_same_training(on_one_rank[name], reference(CASES[name]))
 
 
-def test_the_cases_are_what_they_say(
-    on_two_ranks: Results, reference: Callable[[Case], dict[str, Any]]
-) -> None:
+def test_the_cases_are_what_they_say(on_two_ranks: Results, reference: Callable[[Case], dict[str, Any]]) -> None:
     assert on_two_ranks["zero2-one-pack"]["micro_steps"] == [[1, 1, 1, 1, 1]] * 2
     assert on_two_ranks["zero2-small-packs"]["micro_steps"] == [[2, 3, 3, 2, 1]] * 2
     assert on_two_ranks["zero2-unpacked"]["micro_steps"] == [[3, 3, 3, 3, 1]] * 2

@@ -134,7 +134,10 @@ def test_a_run_keeps_every_step_and_a_complete_result(recipe: Recipe, name: str)
     assert steps == list(range(1, N_SAMPLES // BATCH_SIZE + 1))
     assert damage(recipe.run(name) / "model") is None
     assert f"{name}: finished, result in runs/{name}/model" in recipe.printed
-    assert sorted(path.name for path in (recipe.run(name) / "checkpoints").glob("step-*")) == ["step-00000004", "step-00000006"]
+    assert sorted(path.name for path in (recipe.run(name) / "checkpoints").glob("step-*")) == [
+        "step-00000004",
+        "step-00000006",
+    ]
 
 
 def test_a_run_prints_what_trains(recipe: Recipe) -> None:
@@ -219,4 +222,6 @@ def test_the_adapter_gives_the_merged_model(recipe: Recipe, monkeypatch: pytest.
         ours, expected = (m(input_ids=input_ids, pixel_values=pixel_values).logits for m in (adapted, merged))
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
         with adapted.disable_adapter():
-            assert not torch.allclose(adapted(input_ids=input_ids, pixel_values=pixel_values).logits, expected, atol=1e-4)
+            assert not torch.allclose(
+                adapted(input_ids=input_ids, pixel_values=pixel_values).logits, expected, atol=1e-4
+            )

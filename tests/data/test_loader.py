@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llava_train.data.chat import IGNORED, EncodedSample
+from llava_train.data.loader import pack_documents, read_steps
+from tests.tiny import dataset_of, tiny_llava, write_data
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return tiny_llava()
+
+
+def document(ids: list[int], supervised: list[int]) -> EncodedSample:
+    labels = [i if position in supervised else IGNORED for position, i in enumerate(ids)]
+    return EncodedSample(np.array(ids), np.array(labels), n_images=0)
+
+
+def documents_of(batch) -> list[tuple[int, ...]]:
+    return [tuple(document.tolist()) for document in batch.input_ids[0].split(batch.lengths)]
+
+
+def test_the_example_of_the_docstring() -> None:
+    filler = document([9, 9], [])
+    batch = pack_documents([document([5, 6, 7], [1, 2]), document([3, 4], [1])], [], torch.zeros(3, 2, 2), filler)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 5]
+    assert (batch.max_seqlen, batch.n_supervised) == (3, 3)
+    assert batch.predictors.tolist() == [0, 1, 3]
+    assert batch.targets.tolist() == [6, 7, 4]
+    assert (batch.n_images, batch.pixel_values.shape) == (0, (1, 3, 2, 2))
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_ranks_of_a_step_share_the_same_samples_whatever_their_number(
+    llava, tmp_path: Path, n_ranks: int, packing: bool
+) -> None:
+    data = write_data(tmp_path, 14)
+    alone = dataset_of(llava, data)
+    ranks = [dataset_of(llava, data, rank=rank, n_ranks=n_ranks, packing=packing) for rank in range(n_ranks)]
+    for step in range(4):
+        (expected,) = alone[step].micro_batches
+        batches = [rank[step] for rank in ranks]
+        assert len({len(batch.micro_batches) for batch in batches}) == 1
+        filler = tuple(ranks[0]._filler().input_ids.tolist())
+        found = [d for batch in batches for micro in batch.micro_batches for d in documents_of(micro) if d != filler]
+        assert sorted(found) == sorted(documents_of(expected))
+        assert sum(batch.n_supervised for batch in batches) == expected.n_supervised
+        assert sum(batch.n_images for batch in batches) == expected.n_images
+
+
+def test_a_rank_without_a_sample_gets_a_filler_that_teaches_nothing(llava, tmp_path: Path) -> None:
+    (batch,) = dataset_of(llava, write_data(tmp_path, 1), rank=1, n_ranks=2)[0].micro_batches
+    assert (batch.n_supervised, batch.n_images, batch.lengths) == (0, 0, (2,))
+
+
+def test_a_corrupt_image_keeps_its_place_with_zero_weight(llava, tmp_path: Path) -> None:
+    data = write_data(tmp_path, 6)
+    whole = dataset_of(llava, data, seed=None)[0]
+    (tmp_path / "images/0-1.png").write_bytes(b"broken")
+    ranks = [dataset_of(llava, data, seed=None, rank=rank, n_ranks=2)[0] for rank in (0, 1)]
+    bad = [bad for rank in ranks for bad in rank.bad_samples]
+    assert [(b.id, b.index, b.on_every_rank, b.over_long) for b in bad] == [("sample-1", 1, False, False)]
+    assert "not a readable image" in bad[0].reason
+    assert sum(rank.n_tokens for rank in ranks) == whole.n_tokens
+    own = dataset_of(llava, data, seed=None, batch_size=1)[1]
+    assert own.n_supervised == 0
+    without = sum(dataset_of(llava, data, seed=None, batch_size=1)[i].n_supervised for i in (0, 2, 3, 4, 5))
+    assert sum(rank.n_supervised for rank in ranks) == without
+
+
+def test_a_record_that_cannot_be_parsed_is_left_out_by_every_rank(llava, tmp_path: Path) -> None:
+    data = write_data(tmp_path, 6)
+    rows = json.loads(data.read_text())
+    rows[2]["conversations"] = []
+    data.write_text(json.dumps(rows))
+    ranks = [dataset_of(llava, data, seed=None, rank=rank, n_ranks=2)[0] for rank in (0, 1)]
+    for rank in ranks:
+        assert [(bad.id, bad.on_every_rank) for bad in rank.bad_samples] == [("sample-2", True)]
+        assert rank.n_samples == 5
+
+
+def test_a_step_of_bad_samples_alone_still_has_a_micro_step(llava, tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"id": "a"}, {"id": "b"}]))
+    batch = dataset_of(llava, data)[0]
+    assert (len(batch.micro_batches), batch.n_supervised, len(batch.bad_samples)) == (1, 0, 2)
+
+
+def test_workers_change_nothing(llava, tmp_path: Path) -> None:
+    dataset = dataset_of(llava, write_data(tmp_path, 20), max_tokens=1024)
+    here, there = (list(read_steps(dataset, range(1, 6), n_workers=n, pin_memory=False)) for n in (0, 2))
+    assert [batch.step for batch in here] == [batch.step for batch in there] == [1, 2, 3, 4, 5]
+    for a, b in zip(here, there, strict=True):
+        for one, other in zip(a.micro_batches, b.micro_batches, strict=True):
+            assert one.lengths == other.lengths
+            tensors = [name for name, value in vars(one).items() if isinstance(value, torch.Tensor)]
+            assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in tensors)
+
+
+def test_no_padding_is_computed(llava, tmp_path: Path) -> None:
+    dataset = dataset_of(llava, write_data(tmp_path, 12))
+    encoded = [dataset.encoder.encode(dataset.mixture[i]).n_tokens for i in dataset._indices(0)]
+    assert dataset[0].n_tokens == sum(encoded)

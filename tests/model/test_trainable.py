@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from llava_train.config import PARTS, TrainableSection
+from llava_train.model.trainable import parameter_groups, part_of, set_trainable, summarize
+from tests.tiny import model_section, tiny_llava
+
+LORA = {"lr": 1e-4, "lora": {"rank": 2, "alpha": 4}}
+COMBINATIONS = [set(parts) for n in (1, 2, 3) for parts in itertools.combinations(PARTS, n)]
+
+
+def section_of(parts: set[str]) -> TrainableSection:
+    rates = {"projector": 1e-3, "language_model": 1e-5, "vision_tower": 1e-6}
+    return TrainableSection(**{part: {"lr": rates[part]} for part in parts})
+
+
+def trainable_names(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("parts", COMBINATIONS, ids=lambda parts: "+".join(sorted(parts)))
+def test_exactly_the_listed_parts_train(parts: set[str]) -> None:
+    model = tiny_llava().model
+    set_trainable(model, section_of(parts))
+    assert {part_of(name) for name in trainable_names(model)} == parts
+    for part in parts - {"vision_tower"}:
+        assert all(p.requires_grad for n, p in model.named_parameters() if part_of(n) == part)
+
+
+def test_layers_above_the_feature_layer_do_not_train() -> None:
+    model = tiny_llava().model
+    set_trainable(model, section_of({"vision_tower", "projector"}))
+    names = {name for name in trainable_names(model) if part_of(name) == "vision_tower"}
+    assert any(".layers.1." in name for name in names)
+    assert not any(".layers.2." in name or "post_layernorm" in name for name in names)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_adapters_are_on_the_language_model_alone_and_in_its_dtype() -> None:
+    model = tiny_llava(dtype=torch.bfloat16).model
+    peft_model = set_trainable(model, TrainableSection(projector={"lr": 1e-3}, language_model=LORA))
+    names = trainable_names(model)
+    adapters = {name for name in names if ".lora_" in name}
+    assert peft_model is not None
+    assert {part_of(name) for name in adapters} == {"language_model"}
+    assert {part_of(name) for name in names - adapters} == {"projector"}
+    assert all(p.requires_grad for n, p in model.named_parameters() if part_of(n) == "projector")
+    n_linear = 2 * 7  # layers, and the attention's four and the MLP's three
+    assert len(adapters) == 2 * n_linear
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any("lora" in name for name, _ in model.model.vision_tower.named_modules())
+
+
+def test_adapters_start_as_nothing_and_from_the_seed() -> None:
+    def adapters(seed: int) -> dict[str, torch.Tensor]:
+        model = tiny_llava().model
+        torch.manual_seed(torch.seed() % 1000)
+        set_trainable(model, TrainableSection(language_model=LORA), seed)
+        return {name: p.detach() for name, p in model.named_parameters() if ".lora_" in name}
+
+    first, again, other = adapters(0), adapters(0), adapters(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    assert all(not first[name].any() for name in first if "lora_B" in name)
+
+
+def test_the_second_layer_of_a_linear_projector_stays_frozen() -> None:
+    model = tiny_llava(model_section(projector="linear")).model
+    set_trainable(model, section_of({"projector"}))
+    names = {name.rsplit("multi_modal_projector.", 1)[1] for name in trainable_names(model)}
+    assert names == {"linear_1.weight", "linear_1.bias"}
+
+
+@pytest.mark.parametrize("parts", COMBINATIONS, ids=lambda parts: "+".join(sorted(parts)))
+def test_each_trainable_parameter_is_in_one_group_with_its_parts_rate(parts: set[str]) -> None:
+    model = tiny_llava().model
+    section = section_of(parts)
+    set_trainable(model, section)
+    groups = parameter_groups(model, section, weight_decay=0.1)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}
+    part_by_id = {id(p): part_of(n) for n, p in model.named_parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            assert group["lr"] == group["peak_lr"] == section.learning_rates()[part_by_id[id(parameter)]]
+            assert group["weight_decay"] == (0.1 if parameter.ndim >= 2 else 0.0)
+
+
+def test_the_table_counts_every_parameter_once() -> None:
+    model = tiny_llava().model
+    section = section_of({"projector"})
+    set_trainable(model, section)
+    table = {summary.part: summary for summary in summarize(model, section)}
+    assert sum(summary.n_parameters for summary in table.values()) == sum(p.numel() for p in model.parameters())
+    assert table["projector"].n_trainable == table["projector"].n_parameters
+    assert table["language_model"].n_trainable == table["vision_tower"].n_trainable == 0
+    assert (table["projector"].lr, table["vision_tower"].lr) == (1e-3, None)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_train.model.weights import HandOffError, export_model, load_init, save_projector
+from tests.tiny import encoder_of, model_section, tiny_llava
+
+
+def randomize(model: torch.nn.Module) -> None:
+    for parameter in model.model.multi_modal_projector.parameters():
+        torch.nn.init.normal_(parameter)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A finished stage 1 with a projector of its own."""
+    llava = tiny_llava()
+    randomize(llava.model)
+    save_projector(llava.model, model_section(), tmp_path / "run" / "model")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("below", ["", "model"])
+def test_a_projector_is_handed_on_bit_for_bit_and_its_hash_is_told(run_folder: Path, below: str) -> None:
+    llava = tiny_llava()
+    told = load_init(str(run_folder / below), llava.model, model_section())
+    card = json.loads((run_folder / "model/projector.json").read_text())
+    assert card["sha256"][:16] in told
+    again = tiny_llava()
+    load_init(str(run_folder), again.model, model_section())
+    state, other = (m.model.model.multi_modal_projector.state_dict() for m in (llava, again))
+    assert all(torch.equal(state[name], other[name]) for name in state)
+    fresh = tiny_llava().model.model.multi_modal_projector.state_dict()
+    assert not torch.equal(state["linear_1.weight"], fresh["linear_1.weight"])
+
+
+def test_a_projector_that_changed_afterwards_is_refused(run_folder: Path) -> None:
+    file = run_folder / "model/projector.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(HandOffError, match=r"projector.safetensors has sha256 .* the file changed after the stage"):
+        load_init(str(run_folder), tiny_llava().model, model_section())
+
+
+def test_a_projector_of_other_parts_is_refused(run_folder: Path) -> None:
+    section = model_section(vision_feature_layer=-1)
+    with pytest.raises(HandOffError, match="trained with vision_feature_layer = -2, this stage has -1; use the same"):
+        load_init(str(run_folder), tiny_llava(section).model, section)
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HandOffError, match="holds no finished result .*; run that stage to its end first"):
+        load_init(str(tmp_path), tiny_llava().model, model_section())
+
+
+def test_a_folder_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(HandOffError, match="init_from: no/such/run is neither a run folder nor a LLaVA model"):
+        load_init("no/such/run", tiny_llava().model, model_section())
+
+
+def test_a_whole_model_can_be_continued(tmp_path: Path) -> None:
+    llava = tiny_llava()
+    randomize(llava.model)
+    with torch.no_grad():
+        llava.model.lm_head.weight.add_(1)
+    export_model(llava.model, llava.processor, encoder_of(llava).end_of_turn_id(), tmp_path / "run" / "model")
+    again = tiny_llava()
+    assert "whole model from" in load_init(str(tmp_path / "run"), again.model, model_section())
+    state, other = llava.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(state[name], other[name]) for name in state)
+
+
+def test_an_exported_model_says_where_answers_end_and_serves_older_readers(tmp_path: Path) -> None:
+    llava = tiny_llava(model_section(chat_template="chatml"))
+    end = encoder_of(llava).end_of_turn_id()
+    export_model(llava.model, llava.processor, end, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    generation = json.loads((tmp_path / "model/generation_config.json").read_text())
+    assert llava.tokenizer.convert_ids_to_tokens(end) == "<|im_end|>"
+    assert generation["eos_token_id"][0] == end
+    assert config["text_config"]["architectures"] == ["LlamaForCausalLM"]
+    assert config["text_config"]["rope_theta"] == config["text_config"]["rope_parameters"]["rope_theta"]
+    assert "packed" not in json.dumps(config)

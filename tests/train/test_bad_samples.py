@@ -1,0 +1,137 @@
+"""Samples that cannot be trained on: the run stops and says which and why, or goes on and keeps a list."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.helpers import TRAIN, Finished, Outcome, read_lines, run_many, run_ranks, write_samples, write_stage
+
+KINDS = "itxitrbtiltiti"
+"""Missing image 2, roles out of order 5, no picture 6, over-long 9."""
+BAD = {2: "the image file is missing", 5: "roles out of order", 6: "not a readable image"}
+BATCH = {"size": 4, "max_tokens": 400, "max_sample_tokens": 400}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    write_samples(folder / "data.json", KINDS)
+    for name, kinds in {"missing": "itx", "roles": "itr", "picture": "itb", "long": "itl", "all-bad": "xxrr"}.items():
+        write_samples(folder / f"{name}.json", kinds)
+    return folder
+
+
+def stage(folder: Path, name: str, **changes: Any) -> list[Any]:
+    settings = {"batch": {**BATCH, "over_long": "drop"}, "on_bad_sample": "skip", "schedule": {"warmup": 0.0}}
+    return ["--config", write_stage(folder / f"{name}.yaml", **{**settings, **changes})]
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(folder: Path) -> dict[str, Outcome]:
+    stops: dict[str, Any] = {"on_bad_sample": "error"}
+    error: dict[str, Any] = {"batch": {**BATCH, "over_long": "error"}}
+    commands = {
+        name: stage(folder, name, **stops, data=[{"path": f"{name}.json"}]) for name in ("missing", "roles", "picture")
+    }
+    commands |= {
+        "long": stage(folder, "long", **error, data=[{"path": "long.json"}]),
+        "alone": stage(folder, "alone"),
+        "truncate": stage(folder, "truncate", batch={**BATCH, "over_long": "truncate"}),
+        "all-bad": stage(folder, "all-bad", data=[{"path": "all-bad.json"}]),
+    }
+    return {name: outcomes[0] for name, outcomes in run_many(commands, folder).items()}
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(folder: Path) -> dict[str, list[Outcome]]:
+    commands = {
+        f"two-zero{zero}": stage(folder, f"two-zero{zero}", engine={"zero": zero, "precision": "fp32"})
+        for zero in (0, 2, 3)
+    }
+    return run_many(commands, folder, n_ranks=2)
+
+
+@pytest.fixture(scope="module")
+def stopped_on_two_ranks(folder: Path) -> Finished:
+    arguments = stage(folder, "stopped", on_bad_sample="error", data=[{"path": "picture.json"}])
+    return run_ranks([TRAIN, *arguments], folder, n_ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "remedy"),
+    [
+        ("missing", "the image file is missing", "on_bad_sample: skip"),
+        ("roles", "roles out of order: assistant, user", "on_bad_sample: skip"),
+        ("picture", "not a readable image", "on_bad_sample: skip"),
+        ("long", "more than batch.max_sample_tokens (400)", "batch.over_long: drop or truncate"),
+    ],
+)
+def test_error_stops_and_names_file_sample_reason_and_remedy(
+    name: str, reason: str, remedy: str, on_one_rank: dict[str, Outcome]
+) -> None:
+    outcome = on_one_rank[name]
+    assert outcome.code == 2
+    [line] = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{name}.json: sample '{name}-2-" in line
+    assert reason in line
+    assert f"Mend it, or set {remedy}" in line
+    assert "Traceback" not in outcome.stderr
+
+
+def test_error_on_a_rank_other_than_the_first_is_said_too(stopped_on_two_ranks: Finished) -> None:
+    assert all(code != 0 for code in stopped_on_two_ranks.codes)
+    said = [line for text in stopped_on_two_ranks.stderr for line in text.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert "picture.json: sample 'picture-2-b'" in said[0]
+
+
+@pytest.mark.parametrize("name", ["alone", "two-zero0", "two-zero2", "two-zero3"])
+def test_skip_trains_on_and_keeps_one_line_a_bad_sample(
+    name: str, folder: Path, on_one_rank: dict[str, Outcome], on_two_ranks: dict[str, list[Outcome]]
+) -> None:
+    outcomes = [on_one_rank[name]] if name == "alone" else on_two_ranks[name]
+    assert [outcome.code for outcome in outcomes] == [0] * len(outcomes), outcomes[0].stderr
+    lines = read_lines(folder / "runs" / name / "quarantine.jsonl")
+    assert {line["index"]: line["id"] for line in lines} == {i: f"data-{i}-{KINDS[i]}" for i in (2, 5, 6, 9)}
+    assert len(lines) == 4, "no sample twice"
+    for line in lines:
+        assert line["source"] == "data.json"
+        assert BAD.get(line["index"], "more than batch.max_sample_tokens (400)") in line["reason"]
+        assert 1 <= line["step"] <= math.ceil(len(KINDS) / 4)
+
+
+def test_skipped_samples_do_not_depend_on_the_number_of_ranks(
+    folder: Path, on_one_rank: dict[str, Outcome], on_two_ranks: dict[str, list[Outcome]]
+) -> None:
+    alone, *others = (
+        read_lines(folder / "runs" / name / "metrics.jsonl")
+        for name in ("alone", "two-zero0", "two-zero2", "two-zero3")
+    )
+    for lines in others:
+        assert [line["n_supervised"] for line in lines] == [line["n_supervised"] for line in alone]
+        assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in alone], rel=1e-5)
+
+
+def test_truncate_trains_on_the_beginning_of_an_over_long_sample(folder: Path, on_one_rank: dict[str, Outcome]) -> None:
+    assert on_one_rank["truncate"].code == 0, on_one_rank["truncate"].stderr
+    quarantined = Counter(line["index"] for line in read_lines(folder / "runs/truncate/quarantine.jsonl"))
+    assert quarantined == {2: 1, 5: 1, 6: 1}
+    counts = {
+        name: sum(line["n_supervised"] for line in read_lines(folder / "runs" / name / "metrics.jsonl"))
+        for name in ("alone", "truncate")
+    }
+    assert 200 < counts["truncate"] - counts["alone"] < 400
+
+
+def test_a_step_of_bad_samples_alone_changes_nothing_and_ends(folder: Path, on_one_rank: dict[str, Outcome]) -> None:
+    assert on_one_rank["all-bad"].code == 0, on_one_rank["all-bad"].stderr
+    [line] = read_lines(folder / "runs/all-bad/metrics.jsonl")
+    assert (line["loss"], line["n_supervised"], line["grad_norm"]) == (0.0, 0, 0.0)
+    changes = json.loads((folder / "runs/all-bad/changes.json").read_text())
+    assert not any(change["changed"] for change in changes.values())

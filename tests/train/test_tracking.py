@@ -1,0 +1,108 @@
+"""What a run keeps: metrics.jsonl, answers.jsonl, config.yaml, wandb."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llava_train.config import StageConfig
+from llava_train.files import sha256
+from llava_train.train.tracking import _drop_after
+from tests.train.helpers import Outcome, read_lines, run_many, write_samples, write_stage
+
+FIELDS = {
+    "step",
+    "loss",
+    "grad_norm",
+    "lr",
+    "n_supervised",
+    "step_s",
+    "data_wait_s",
+    "samples_per_s",
+    "tokens_per_s",
+    "images_per_s",
+    "time_left_s",
+    "skipped_steps",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tracking")
+
+
+@pytest.fixture(scope="module")
+def outcome(folder: Path) -> Outcome:
+    """A run of 7 steps that logs each third and evaluates each fourth."""
+    write_samples(folder / "data.json", "it" * 14)
+    write_samples(folder / "held-out.json", "xititi")
+    stage = write_stage(
+        folder / "run.yaml",
+        schedule={"warmup": 0.3},
+        logging={"every": 3, "wandb": {"project": "llava", "mode": "offline"}},
+        eval={"every": 4, "data": [{"path": "held-out.json"}], "generate": 2, "max_new_tokens": 3},
+    )
+    [outcome] = run_many({"run": ["--config", stage]}, folder)["run"]
+    assert outcome.code == 0, outcome.stderr
+    return outcome
+
+
+def test_metrics_hold_the_first_the_last_and_each_nth_step(folder: Path, outcome: Outcome) -> None:
+    lines = [line for line in read_lines(folder / "runs/run/metrics.jsonl") if "eval_loss" not in line]
+    assert [line["step"] for line in lines] == [1, 3, 6, 7]
+    for line in lines:
+        assert line.keys() == FIELDS
+        assert line["lr"].keys() == {"projector", "language_model"}
+        assert line["n_supervised"] > 0
+        assert 0 <= line["data_wait_s"] < line["step_s"]
+    assert lines[0]["lr"]["projector"] == 0.0
+    assert lines[1]["lr"]["projector"] == pytest.approx(2e-4 * 2 / 3)
+    assert lines[-1]["time_left_s"] == 0.0
+
+
+def test_held_out_loss_and_answers_are_kept(folder: Path, outcome: Outcome) -> None:
+    losses = [line for line in read_lines(folder / "runs/run/metrics.jsonl") if "eval_loss" in line]
+    assert [line["step"] for line in losses] == [4, 7]
+    assert all(0 < line["eval_loss"] < 10 for line in losses)
+    answers = read_lines(folder / "runs/run/answers.jsonl")
+    assert [(line["step"], line["id"]) for line in answers] == [
+        (step, sample) for step in (4, 7) for sample in ("held-out-1-i", "held-out-2-t")
+    ]
+    for line in answers:
+        assert line.keys() == {"step", "id", "prompt", "answer", "expected"}
+        assert "what" in line["prompt"]
+        assert line["expected"].endswith(".")
+    assert "step 4  held-out loss" in outcome.stdout
+
+
+def test_every_logged_step_is_printed(outcome: Outcome) -> None:
+    lines = [line for line in outcome.stdout.splitlines() if " tokens/s " in line]
+    assert [line.split()[1] for line in lines] == ["1/7", "3/7", "6/7", "7/7"]
+
+
+def test_the_card_says_what_ran(folder: Path, outcome: Outcome) -> None:
+    card = yaml.safe_load((folder / "runs/run/config.yaml").read_text())
+    about = card.pop("about")
+    assert StageConfig.model_validate(card).name == "run"
+    assert about["data"] == [{"path": "data.json", "n_samples": 28, "sha256": sha256(folder / "data.json")}]
+    assert about["n_ranks"] == 1
+    assert {"llava_train", "torch", "transformers", "deepspeed", "peft", "git_commit"} <= about.keys()
+
+
+def test_wandb_offline_writes_a_run(folder: Path, outcome: Outcome) -> None:
+    [run] = (folder / "runs/run/wandb").glob("offline-run-*")
+    assert any(path.stat().st_size > 1000 for path in run.glob("*.wandb"))
+
+
+def test_records_after_the_resumed_step_and_a_cut_line_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    kept = [{"step": 1, "loss": 2.0}, {"step": 4, "loss": 1.5}, {"step": 4, "eval_loss": 1.7}]
+    later = [{"step": 5, "loss": 1.4}, {"step": 6, "loss": 1.3}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in kept + later) + '{"step": 2, "lo')
+    _drop_after(path, 4)
+    assert read_lines(path) == kept
+    _drop_after(tmp_path / "never-written.jsonl", 4)
+    assert not (tmp_path / "never-written.jsonl").exists()
