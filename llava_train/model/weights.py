@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_train.config import ModelSection
 from llava_train.errors import UserError
-from llava_train.files import sha256
+from llava_train.files import damage, sha256
 from llava_train.model.trainable import part_module
 
 PROJECTOR_FILE = "projector.safetensors"
@@ -53,17 +53,36 @@ def load_init(init_from: str, model: LlavaForConditionalGeneration, section: Mod
     Raises:
         HandOffError: nothing there, a wrong hash, or parts that do not fit.
     """
+    check_init(init_from)
     folder = Path(init_from)
     if (folder / RESULT_FOLDER).is_dir():
         folder = folder / RESULT_FOLDER
     if (folder / PROJECTOR_CARD).is_file():
         return _load_projector(folder, model, section)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    return _load_whole_model(str(folder), model)
+
+
+def check_init(init_from: str, output: str | None = None) -> None:
+    """Refuses an `init_from` that cannot be continued, before any part is loaded.
+
+    Args:
+        output: the folder of runs; a name below it is never looked up on the hub.
+
+    Raises:
+        HandOffError: the run does not exist or is not finished.
+    """
+    folder, remedy = Path(init_from), "run that stage to its end first"
+    if output is not None and Path(output) in folder.parents and not folder.is_dir():
+        raise HandOffError(f"init_from: there is no run {init_from}; {remedy}")
+    if (folder / RESULT_FOLDER).is_dir():
+        reason = damage(folder / RESULT_FOLDER)
+        if reason is not None:
+            raise HandOffError(f"init_from: {folder / RESULT_FOLDER} is not a finished result ({reason}); {remedy}")
+    elif folder.is_dir() and not any((folder / name).is_file() for name in (PROJECTOR_CARD, "config.json")):
         raise HandOffError(
             f"init_from: {init_from} holds no finished result ({RESULT_FOLDER}/{PROJECTOR_CARD} or a model's "
-            "config.json); run that stage to its end first"
+            f"config.json); {remedy}"
         )
-    return _load_whole_model(str(folder), model)
 
 
 def export_model(

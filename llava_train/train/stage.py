@@ -25,7 +25,7 @@ from llava_train.files import damage, sha256, write_durably, write_manifest
 from llava_train.model.build import Llava, build_llava
 from llava_train.model.loss import PackedLoss
 from llava_train.model.trainable import parameter_groups, set_trainable, summarize
-from llava_train.model.weights import RESULT_FOLDER, State, export_model, load_init, save_projector
+from llava_train.model.weights import RESULT_FOLDER, State, check_init, export_model, load_init, save_projector
 from llava_train.train.checkpoint import load_newest, save_checkpoint
 from llava_train.train.engine import World, gathered, start_engine
 from llava_train.train.evaluate import evaluate
@@ -62,6 +62,8 @@ def _train(config: StageConfig, world: World) -> State:
     held_out = _mixture(config.eval.data) if config.eval else None
     n_steps = n_steps_of(len(mixture), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
 
+    if config.init_from not in (None, "random"):
+        check_init(str(config.init_from), config.output)
     llava, came_from = _starting_point(config)
     set_trainable(llava.model, config.trainable, config.seed)
     parts = list(summarize(llava.model, config.trainable))

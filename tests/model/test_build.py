@@ -135,7 +135,7 @@ def test_parts_load_from_folders_with_their_own_weights_and_colours(tower: str, 
     )
     llava = build(section)
     assert llava.n_image_tokens == 4
-    assert llava.processor.image_processor.image_mean == [0.1, 0.2, 0.3]
+    assert list(llava.processor.image_processor.image_mean) == [0.1, 0.2, 0.3]
     saved = {"clip": CLIPModel, "siglip": SiglipModel, "dinov2": Dinov2Model}[tower].from_pretrained(folders / tower)
     expected = dict(getattr(saved, "vision_model", saved).named_parameters())
     loaded = dict(llava.model.model.vision_tower.named_parameters())

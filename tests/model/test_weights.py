@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_train.model.weights import HandOffError, export_model, load_init, save_projector
+from llava_train.files import write_manifest
+from llava_train.model.weights import HandOffError, check_init, export_model, load_init, save_projector
 from tests.tiny import encoder_of, model_section, tiny_llava
 
 
@@ -21,6 +22,7 @@ def run_folder(tmp_path: Path) -> Path:
     llava = tiny_llava()
     randomize(llava.model)
     save_projector(llava.model, model_section(), tmp_path / "run" / "model")
+    write_manifest(tmp_path / "run" / "model")
     return tmp_path / "run"
 
 
@@ -43,6 +45,9 @@ def test_a_projector_that_changed_afterwards_is_refused(run_folder: Path) -> Non
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
+    with pytest.raises(HandOffError, match="is not a finished result .projector.safetensors has another checksum"):
+        load_init(str(run_folder), tiny_llava().model, model_section())
+    write_manifest(run_folder / "model")
     with pytest.raises(HandOffError, match=r"projector.safetensors has sha256 .* the file changed after the stage"):
         load_init(str(run_folder), tiny_llava().model, model_section())
 
@@ -58,6 +63,17 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
         load_init(str(tmp_path), tiny_llava().model, model_section())
 
 
+def test_a_result_that_was_not_finished_is_refused(run_folder: Path) -> None:
+    (run_folder / "model/COMPLETE").unlink()
+    with pytest.raises(HandOffError, match="is not a finished result .no readable COMPLETE manifest.; run that stage"):
+        load_init(str(run_folder), tiny_llava().model, model_section())
+
+
+def test_a_run_that_does_not_exist_is_not_looked_up_on_the_hub() -> None:
+    with pytest.raises(HandOffError, match="init_from: there is no run runs/nowhere; run that stage to its end first"):
+        check_init("runs/nowhere", "runs")
+
+
 def test_a_folder_that_does_not_exist_is_refused() -> None:
     with pytest.raises(HandOffError, match="init_from: no/such/run is neither a run folder nor a LLaVA model"):
         load_init("no/such/run", tiny_llava().model, model_section())
@@ -69,6 +85,7 @@ def test_a_whole_model_can_be_continued(tmp_path: Path) -> None:
     with torch.no_grad():
         llava.model.lm_head.weight.add_(1)
     export_model(llava.model, llava.processor, encoder_of(llava).end_of_turn_id(), tmp_path / "run" / "model")
+    write_manifest(tmp_path / "run" / "model")
     again = tiny_llava()
     assert "whole model from" in load_init(str(tmp_path / "run"), again.model, model_section())
     state, other = llava.model.state_dict(), again.model.state_dict()
