@@ -22,10 +22,10 @@ make_venv() {
             python=$(find_python) || exit 1
             "$python" -m venv .venv
         fi
-        .venv/bin/python -m pip install --quiet --upgrade pip setuptools wheel
+        .venv/bin/python -m pip install --quiet --quiet --upgrade pip setuptools wheel
         # torch first: DeepSpeed is built from source and looks at it.
-        .venv/bin/python -m pip install --quiet --constraint constraints.txt torch numpy
-        .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$extra]"
+        .venv/bin/python -m pip install --quiet --quiet --constraint constraints.txt torch numpy
+        .venv/bin/python -m pip install --quiet --quiet --constraint constraints.txt --editable ".[$extra]"
         echo "$state" > "$stamp"
     fi
     export PATH="$PWD/.venv/bin:$PATH"

@@ -38,13 +38,9 @@ from llava_train.errors import UserError
 from llava_train.model.attention import PACKED
 
 IMAGE_TOKEN = "<image>"
-VISION_TOWERS = (
-    "clip_vision_model",
-    "siglip_vision_model",
-    "siglip2_vision_model",
-    "dinov2",
-    "dinov2_with_registers",
-)
+VISION_TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers")
+"""SigLIP 2 of a fixed resolution is a `siglip_vision_model` too; NaFlex (`siglip2_vision_model`) takes patches, not
+pictures, which transformers' LLaVA cannot give it."""
 INTERPOLATING = ("dinov2", "dinov2_with_registers")
 """Vision towers that take pictures of another size than their own."""
 

@@ -166,6 +166,7 @@ def test_a_tall_picture_is_padded_cropped_or_squeezed(aspect: str, column: int, 
     ("changes", "image", "message"),
     [
         ({"vision_tower": RandomVisionTower(config={"model_type": "vit"})}, {}, "is a vit; supported: clip_vision_model"),
+        ({"vision_tower": RandomVisionTower(config={"model_type": "siglip2_vision_model"})}, {}, "is a siglip2_vision_model; supported: clip"),
         ({"vision_feature_layer": -9}, {}, "model.vision_feature_layer: -9 is out of range; the tower has hidden states -4 to 3"),
         ({}, {"size": 56}, "image.size: 56, but clip_vision_model takes 28 pixels only"),
         ({"vision_tower": RandomVisionTower(config={"hidden_size": 8})}, {}, "model.vision_tower.config: model_type is missing"),
