@@ -22,7 +22,7 @@ from llava_train.errors import UserError
 Part = Literal["projector", "language_model", "vision_tower"]
 PARTS: tuple[Part, ...] = typing.get_args(Part)
 
-LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False, description="peak learning rate of AdamW")]
+LearningRate = Annotated[float, Field(gt=0, description="peak learning rate of AdamW")]
 
 
 class ConfigError(UserError):
@@ -32,7 +32,7 @@ class ConfigError(UserError):
 class Section(BaseModel):
     """Base of all sections: keys that nobody reads are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class RandomLanguageModel(Section):
@@ -209,7 +209,7 @@ class StageConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")]
     """The run's folder below `output`."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     model: ModelSection
     init_from: str | None = None
     """Run folder (or LLaVA model) whose trained parts this stage starts from; `random` for a new projector."""
@@ -361,6 +361,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.YAMLError(f"a key is a name, not a list or mapping{key_node.start_mark}")
             if key_node.value in seen:
                 raise yaml.YAMLError(f"key {key_node.value!r} stands twice{key_node.start_mark}")
             seen.add(key_node.value)
@@ -381,10 +383,10 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     for name in parents:
         if isinstance(node, list):
             node = node[_list_index(node, name, override)]
-            continue
-        if node.get(name) is None:
-            node[name] = {}
-        node = node[name]
+        else:
+            if node.get(name) is None:
+                node[name] = {}
+            node = node[name]
         if not isinstance(node, dict | list):
             raise ConfigError(f"--set {override}: {name} holds {node!r}, which has no keys")
     if isinstance(node, list):
@@ -394,7 +396,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
 
 
 def _list_index(items: list[Any], name: str, override: str) -> int:
-    if not name.isdigit() or int(name) >= len(items):
+    if not name.isdecimal() or int(name) >= len(items):
         raise ConfigError(f"--set {override}: {name} is not an index of a list of {len(items)}")
     return int(name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llava_train.config import ConfigError, dump_stage, load_stage, parse_stage, stage_schema
+from llava_train import config
+from llava_train.config import ConfigError, Section, dump_stage, load_stage, parse_stage, stage_schema
 
 ROOT = Path(__file__).parents[1]
-STAGE_FILES = sorted(ROOT.glob("configs/*/*.yaml"))
+STAGE_FILES = sorted(ROOT.glob("configs/**/*.yaml"))
 GOOD = {
     "name": "good",
     "model": {"language_model": "a/b", "vision_tower": "c/d", "chat_template": "vicuna_v1"},
@@ -83,10 +85,36 @@ def test_the_published_recipe_of_llava_15() -> None:
         ("engine={zero: 0, offload_optimizer: true}", "engine.offload_optimizer: needs engine.zero: 1, 2 or 3, not 0"),
         ("eval={every: 5, data: []}", "eval.data: List should have at least 1 item"),
         ("schedule.warmup=1.5", "schedule.warmup: Input should be less than 1"),
+        ("schedule.epochs=.inf", "schedule.epochs: Input should be a finite number, not inf"),
+        ("seed=-1", "seed: Input should be greater than or equal to 0, not -1"),
+        ("logging.wandb={projet: x}", "logging.wandb.projet: unknown key; did you mean project? allowed here: entity, mode, pr"),
+        ("eval={every: 1, data: [{path: x, imags: y}]}", "eval.data.0.imags: unknown key; did you mean images? allowed"),
+        ("trainable.language_model.lora={rank: 4, alpha: 8, drop: 0.1}", "trainable.language_model.lora.drop: unknown key"),
+        ("trainable=projector", "trainable: Input should be a valid dictionary"),
+        ("data=a.json", "data: Input should be a valid list"),
+        ("data=[]", "data: List should have at least 1 item"),
+        ("batch=null", "batch: Input should be a valid dictionary"),
+        ("engine.deepspeed=3", "engine.deepspeed: Input should be a valid string, not 3"),
+        ("batch.over_long=skip", "batch.over_long: 'skip' is not allowed; allowed: 'error', 'drop' or 'truncate'"),
     ],
 )  # fmt: skip
 def test_a_wrong_key_or_value_is_refused_with_a_remedy(override: str, message: str, tmp_path: Path) -> None:
     assert message in refusal(tmp_path, GOOD, override)
+
+
+def test_answers_cannot_be_generated_without_a_prompt(tmp_path: Path) -> None:
+    overrides = ("eval={every: 5, data: [{path: x}]}", "model.chat_template=plain")
+    assert "model.chat_template: plain has no prompt to answer" in refusal(tmp_path, GOOD, *overrides)
+
+
+@pytest.mark.parametrize("key", ["name", "model", "trainable", "data", "batch"])
+def test_a_key_that_a_stage_needs_is_asked_for(key: str, tmp_path: Path) -> None:
+    assert refusal(tmp_path, {k: v for k, v in GOOD.items() if k != key}) == f"stage.yaml: {key}: required, but missing"
+
+
+def test_a_projector_alone_needs_no_earlier_stage() -> None:
+    content = {**GOOD, "trainable": {"projector": {"lr": 1e-3}}, "init_from": None}
+    assert parse_stage(content, "x").init_from is None
 
 
 def test_a_frozen_everything_file_is_refused_under_zero_3(tmp_path: Path) -> None:
@@ -108,6 +136,12 @@ def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
         ("{gradient_accumulation_steps: 4}", "its key gradient_accumulation_steps (4) conflicts with batch.max_tokens"),
         ("{bf16: {enabled: false}}", "its key bf16.enabled (false) conflicts with engine.precision of the stage file (true)"),
         ("{gradient_clipping: 0.5}", "its key gradient_clipping (0.5) conflicts with schedule.clip of the stage file (1.0)"),
+        ("{train_micro_batch_size_per_gpu: 2}", "its key train_micro_batch_size_per_gpu (2) conflicts with batch.max_tokens"),
+        ("{scheduler: {type: WarmupLR}}", 'its key scheduler ({"type": "WarmupLR"}) conflicts with schedule.lr'),
+        ("{fp16: {enabled: true}}", "its key fp16.enabled (true) conflicts with engine.precision"),
+        ("{zero_optimization: {offload_optimizer: {device: cpu}}}", 'device ("cpu") conflicts with engine.offload_optimizer of the stage file ("none")'),
+        ("{zero_optimization: {offload_param: {device: nvme}}}", 'device ("nvme") conflicts with engine.offload_parameters of the stage file ("none")'),
+        ("{activation_checkpointing: {cpu_checkpointing: true}}", "its key activation_checkpointing"),
         ("missing.json", "engine.deepspeed: cannot read missing.json: "),
     ],
 )  # fmt: skip
@@ -125,6 +159,10 @@ def test_deepspeed_keys_that_agree_or_are_free_are_taken() -> None:
     keys = {
         "zero_optimization": {"stage": 2, "overlap_comm": True},
         "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": False},
+        "train_batch_size": 8,
+        "gradient_clipping": 1.0,
+        "optimizer": "auto",
         "wall_clock_breakdown": True,
     }
     stage = parse_stage({**GOOD, "engine": {"zero": 2, "deepspeed": keys}}, "x")
@@ -135,6 +173,10 @@ def test_deepspeed_keys_that_agree_or_are_free_are_taken() -> None:
     ("text", "message"),
     [
         ("name: a\nname: b", "stage.yaml: not valid YAML: key 'name' stands twice"),
+        ("batch:\n  size: 1\n  size: 2", "stage.yaml: not valid YAML: key 'size' stands twice"),
+        ("data:\n- path: a\n  path: b", "stage.yaml: not valid YAML: key 'path' stands twice"),
+        ("[a, b]: 1", "stage.yaml: not valid YAML: a key is a name, not a list or mapping"),
+        ("1: a", "stage.yaml: 1: Keys should be strings"),
         ("name: [a", "stage.yaml: not valid YAML"),
         ("- a", "stage.yaml: a stage file is a mapping of keys"),
         ("", "stage.yaml: a stage file is a mapping of keys"),
@@ -164,18 +206,25 @@ def test_overrides_reach_nested_keys_lists_and_sections_that_the_file_leaves_out
     [
         ("batch.size", "--set batch.size: write it as key=value"),
         ("data.3.path=x", "--set data.3.path=x: 3 is not an index of a list of 1"),
+        ("=3", "--set =3: write it as key=value"),
+        ("data.first.path=x", "--set data.first.path=x: first is not an index of a list of 1"),
+        ("data.².path=x", "--set data.².path=x: ² is not an index of a list of 1"),
+        ("data.-1=x", "--set data.-1=x: -1 is not an index of a list of 1"),
         ("name.first=x", "--set name.first=x: name holds 'good', which has no keys"),
+        ("extra.0.path=x", "--set extra.0.path=x: 0 holds 7, which has no keys"),
         ("batch.size=[", "--set batch.size=[: the value is not valid YAML"),
     ],
 )
 def test_a_wrong_override_is_refused(override: str, message: str, tmp_path: Path) -> None:
-    assert message in refusal(tmp_path, GOOD, override)
+    assert message in refusal(tmp_path, {**GOOD, "extra": [7]}, override)
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
     path = tmp_path / "stage.yaml"
-    path.write_text(yaml.safe_dump(GOOD))
-    assert load_stage(path, ["trainable.projector.lr=1e-3"]).trainable.learning_rates()["projector"] == 0.001
+    path.write_text(yaml.safe_dump(GOOD).replace("lr: 1.0e-05", "lr: 1e-5"))
+    assert isinstance(yaml.safe_load(path.read_text())["trainable"]["language_model"]["lr"], str)
+    rates = load_stage(path, ["trainable.projector.lr=1e-3"]).trainable.learning_rates()
+    assert rates == {"projector": 0.001, "language_model": 0.00001}
 
 
 def test_the_resolved_config_loads_again() -> None:
@@ -189,6 +238,17 @@ def test_the_schema_describes_every_section() -> None:
     assert {"model", "trainable", "data", "batch", "engine", "eval"} <= schema["properties"].keys()
     assert "max_sample_tokens" in schema["$defs"]["BatchSection"]["properties"]
     assert "memory knob" in schema["$defs"]["BatchSection"]["properties"]["max_tokens"]["description"]
+
+
+def test_the_schema_names_every_key_of_every_section_and_refuses_others() -> None:
+    schema = stage_schema()
+    references = set(re.findall(r'"#/\$defs/(\w+)"', json.dumps(schema)))
+    assert references == schema["$defs"].keys()
+    assert all(section["additionalProperties"] is False for section in schema["$defs"].values())
+    sections = [value for value in vars(config).values() if isinstance(value, type) and issubclass(value, Section)]
+    for section in set(sections) - {Section}:
+        described = schema if section is config.StageConfig else schema["$defs"][section.__name__]
+        assert described["properties"].keys() == section.model_fields.keys()
 
 
 def test_the_command_prints_the_schema() -> None:

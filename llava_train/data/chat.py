@@ -99,7 +99,7 @@ class ChatEncoder:
         self.max_tokens = max_tokens
         self.over_long = over_long
         control = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
-        self._control_tokens = re.compile("|".join(map(re.escape, sorted(control - {IMAGE_PLACEHOLDER}))) or "$^")
+        self._control_tokens = re.compile("|".join(map(re.escape, sorted(control - {IMAGE_PLACEHOLDER}))) or "(?!)")
 
     def encode(self, sample: Sample) -> EncodedSample:
         """Token ids and labels of a sample.

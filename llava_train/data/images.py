@@ -26,7 +26,7 @@ def decode_image(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return _as_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise SampleError(f"{path}: the image file is missing") from error
     except (
@@ -37,6 +37,12 @@ def decode_image(path: Path) -> Image.Image:
         Image.DecompressionBombWarning,
     ) as error:
         raise SampleError(f"{path}: not a readable image: {error}") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255, not scale them
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 class ImagePreprocessor:

@@ -9,6 +9,7 @@ and worker processes share the array's memory.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class SampleError(UserError):
@@ -123,7 +125,7 @@ def parse_record(record: Any, images_root: Path, default_id: str) -> Sample:
     turns = tuple(_parse_turn(message, number) for number, message in enumerate(conversations, start=1))
     _check_order(turns)
     names = record.get("image") or []
-    names = [names] if isinstance(names, str) else names
+    names = names if isinstance(names, list) else [names]
     images = tuple(_inside(images_root, name) for name in names)
     _check_placeholders(turns, len(images))
     return Sample(id=str(record.get("id", default_id)), images=images, turns=turns)
@@ -132,9 +134,11 @@ def parse_record(record: Any, images_root: Path, default_id: str) -> Sample:
 def _parse_turn(message: Any, number: int) -> Turn:
     if not isinstance(message, dict) or not isinstance(message.get("value"), str):
         raise SampleError(f'turn {number}: a turn is {{"from": ..., "value": text}}')
-    role = _ROLES.get(message.get("from", ""))
+    role = _ROLES.get(str(message.get("from")))
     if role is None:
         raise SampleError(f"turn {number}: unknown role {message.get('from')!r}; known: {', '.join(_ROLES)}")
+    if _SURROGATE.search(message["value"]):
+        raise SampleError(f"turn {number}: the text holds half of a character (a lone UTF-16 surrogate)")
     return Turn(role, message["value"].strip())
 
 
@@ -167,16 +171,16 @@ def _inside(root: Path, name: Any) -> Path:
 def _read_records(path: Path) -> list[str]:
     """The records of a file, each as JSON text."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: cannot read the data file: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text: {error}") from error
     try:
         if text.lstrip()[:1] == "[":
-            records = [json.dumps(record, ensure_ascii=False) for record in json.loads(text)]
+            records = [json.dumps(record) for record in json.loads(text)]
         else:
-            records = [line for line in text.splitlines() if line.strip()]
+            records = [line for line in text.split("\n") if line.strip()]
             for number, line in enumerate(records, start=1):
                 if not line.lstrip().startswith("{"):
                     raise DataError(f"{path}: record {number} is not a JSON object; wanted a JSON list or JSONL")

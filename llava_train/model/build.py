@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -84,6 +85,7 @@ def build_llava(section: ModelSection, image: ImageSection, dtype: torch.dtype, 
     size = _image_size(vision_tower.config, image.size)
     model = _join(section, language_model, vision_tower, image_token_id, seed)
     n_encoder_tokens = _count_encoder_tokens(model, size)
+    _check_class_token(section, vision_tower.config, size, n_encoder_tokens)
     n_image_tokens = n_encoder_tokens - (section.vision_feature_select == "patch")
     model.config.image_seq_length = n_image_tokens
     processor = _processor(section, image, image_settings, tokenizer, vision_tower.config, size, n_encoder_tokens)
@@ -95,19 +97,22 @@ def load_language_model(
     part: str | RandomLanguageModel, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its fast tokenizer. Raises BuildError."""
-    if isinstance(part, RandomLanguageModel):
-        tokenizer = byte_tokenizer() if part.tokenizer == "bytes" else AutoTokenizer.from_pretrained(part.tokenizer)
-        config = _config_from(part.config, "language_model")
-        config.vocab_size = max(len(tokenizer), part.config.get("vocab_size", 0))
-        model = _seeded(part.seed, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
-    else:
-        try:
+    origin = part if isinstance(part, str) else f"a {part.config.get('model_type')} with tokenizer {part.tokenizer}"
+    try:
+        if isinstance(part, RandomLanguageModel):
+            tokenizer = byte_tokenizer() if part.tokenizer == "bytes" else AutoTokenizer.from_pretrained(part.tokenizer)
+            config = _config_from(part.config, "language_model")
+            config.vocab_size = max(len(tokenizer), part.config.get("vocab_size", 0))
+            model = _seeded(part.seed, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
+        else:
             tokenizer = AutoTokenizer.from_pretrained(part)
             model = AutoModelForCausalLM.from_pretrained(part, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise BuildError(f"model.language_model: cannot load {part}: {error}") from error
+    except BuildError:
+        raise
+    except (OSError, ValueError) as error:
+        raise BuildError(f"model.language_model: cannot load {origin}: {error}") from error
     if not tokenizer.is_fast:
-        raise BuildError(f"model.language_model: {part} has no fast tokenizer, which label spans need")
+        raise BuildError(f"model.language_model: {origin} has no fast tokenizer, which label spans need")
     _refuse_unlike_llava(model)
     return model, tokenizer
 
@@ -127,9 +132,9 @@ def load_vision_tower(part: str | RandomVisionTower, dtype: torch.dtype) -> tupl
         tower_class = _tower_class(config, part)
         settings, _ = ImageProcessingMixin.get_image_processor_dict(part)
         tower = tower_class.from_pretrained(part, config=config, dtype=dtype)
+    except BuildError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, BuildError):
-            raise
         raise BuildError(f"model.vision_tower: cannot load {part}: {error}") from error
     return tower, settings
 
@@ -258,6 +263,15 @@ def _count_encoder_tokens(model: LlavaForConditionalGeneration, size: int) -> in
     return hidden_states[0].shape[1]
 
 
+def _check_class_token(section: ModelSection, config: PreTrainedConfig, size: int, n_encoder_tokens: int) -> None:
+    """`patch` would drop a patch of the picture where the encoder (SigLIP) has no class token."""
+    if section.vision_feature_select == "patch" and n_encoder_tokens == (size // config.patch_size) ** 2:
+        raise BuildError(
+            f"model.vision_feature_select: patch drops the class token, which a {config.model_type} does not have; "
+            "use full"
+        )
+
+
 def _image_size(vision_config: PreTrainedConfig, wanted: int | None) -> int:
     """Side of the square that the encoder sees, in pixels. Raises BuildError."""
     own, patch = vision_config.image_size, vision_config.patch_size
@@ -299,7 +313,7 @@ def _config_from(settings: dict[str, Any], part: str) -> PreTrainedConfig:
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
     except KeyError as error:
         raise BuildError(f"model.{part}.config: model_type is missing") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise BuildError(f"model.{part}.config: {error}") from error
 
 

@@ -148,7 +148,7 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):  # a text may hold other line ends
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import contextlib
+import random
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from llava_train.data.images import decode_image
+from llava_train.config import ImageSection
+from llava_train.data.images import ImagePreprocessor, decode_image
 from llava_train.data.samples import SampleError
+from llava_train.model.build import build_llava
+from tests.tiny import model_section
 
 
 def saved(image: Image.Image, path: Path, **options) -> Path:
@@ -20,10 +26,48 @@ def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
     assert (decode_image(path).mode, decode_image(path).size) == ("RGB", (5, 4))
 
 
+@pytest.mark.parametrize(
+    ("mode", "colour", "rgb"),
+    [
+        ("L", 128, (128, 128, 128)),
+        ("LA", (128, 7), (128, 128, 128)),
+        ("RGBA", (1, 2, 3, 0), (1, 2, 3)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("1", 1, (255, 255, 255)),
+        ("I;16", 32768, (128, 128, 128)),
+        ("I;16", 65535, (255, 255, 255)),
+        ("I;16B", 256, (1, 1, 1)),
+    ],
+)
+def test_colours_survive_the_way_to_rgb(mode: str, colour: object, rgb: tuple[int, int, int], tmp_path: Path) -> None:
+    path = saved(Image.new(mode, (5, 4), colour), tmp_path / "x.tiff")
+    assert Image.open(path).mode == mode
+    assert decode_image(path).getpixel((2, 2)) == rgb
+
+
+@pytest.mark.parametrize("transparency", [0, b"\0\xff"])
+def test_a_palette_becomes_its_colours(transparency: int | bytes, tmp_path: Path) -> None:
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([10, 20, 30, 40, 50, 60])
+    picture.putpixel((1, 0), 1)
+    image = decode_image(saved(picture, tmp_path / "x.png", transparency=transparency))
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(10, 20, 30), (40, 50, 60)]
+
+
+def test_of_an_animation_the_first_frame_is_read(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    path = saved(frames[0], tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert decode_image(path).getpixel((0, 0)) == (255, 0, 0)
+
+
 def test_a_picture_is_turned_as_its_exif_tag_says(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert decode_image(saved(Image.new("RGB", (8, 4)), tmp_path / "x.jpg", exif=exif)).size == (4, 8)
+    picture = Image.new("RGB", (8, 4))
+    picture.paste("white", (0, 0, 4, 4))  # the left half, which a quarter turn clockwise brings to the top
+    turned = decode_image(saved(picture, tmp_path / "x.png", exif=exif))
+    assert turned.size == (4, 8)
+    assert [turned.getpixel((2, y))[0] for y in (0, 7)] == [255, 0]
 
 
 def test_a_gif_that_is_called_jpg_is_read(tmp_path: Path) -> None:
@@ -45,6 +89,29 @@ def test_what_is_no_picture_is_refused(content: bytes, message: str, tmp_path: P
         decode_image(tmp_path / "x.jpg")
 
 
+def test_a_folder_is_no_picture(tmp_path: Path) -> None:
+    with pytest.raises(SampleError, match="not a readable image"):
+        decode_image(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "gif", "bmp", "tiff"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_damaged_picture_is_read_or_refused_and_nothing_else(kind: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"exif": exif} if kind in ("jpeg", "png", "webp") else {}
+    whole = saved(Image.effect_noise((40, 30), 60).convert("RGB"), tmp_path / f"x.{kind}", **options).read_bytes()
+    rng = random.Random(kind)
+    for _ in range(150):
+        content = bytearray(whole)
+        for _ in range(rng.choice([1, 4])):
+            content[rng.randrange(min(len(content), rng.choice([60, 300, 10000])))] = rng.randrange(256)
+        damaged = tmp_path / "damaged"
+        damaged.write_bytes(content[: rng.choice([len(content), rng.randrange(len(content))])])
+        with contextlib.suppress(SampleError):
+            assert decode_image(damaged).mode == "RGB"
+
+
 def test_a_missing_picture_is_refused() -> None:
     with pytest.raises(SampleError, match="nowhere.png: the image file is missing"):
         decode_image(Path("nowhere.png"))
@@ -56,7 +123,51 @@ def test_postscript_is_not_started(tmp_path: Path) -> None:
         decode_image(path)
 
 
-def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [(11, 10), (100, 100)], ids=["suspected", "certain"])
+def test_a_decompression_bomb_is_refused(
+    size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(SampleError, match="decompression bomb"):
-        decode_image(saved(Image.new("RGB", (11, 10)), tmp_path / "x.png"))
+        decode_image(saved(Image.new("RGB", size), tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop", "resize"])
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (28, 28), (1, 1), (3, 50)])
+def test_every_shape_becomes_the_encoders_square(aspect: str, size: tuple[int, int]) -> None:
+    llava = build_llava(model_section(), ImageSection(aspect=aspect), torch.float32)
+    preprocessor = ImagePreprocessor(llava.processor.image_processor)
+    pixels = preprocessor(Image.new("RGB", size, (10, 200, 90)))
+    assert (pixels.shape, pixels.dtype) == ((3, 28, 28), torch.float32)
+    assert pixels.shape == preprocessor.blank().shape
+    processor = llava.processor.image_processor
+    for channel, value in enumerate((10, 200, 90)):  # the middle pixel is the picture's under every aspect
+        expected = (value / 255 - processor.image_mean[channel]) / processor.image_std[channel]
+        if aspect != "pad" or min(size) > 3:
+            assert pixels[channel, 14, 14].item() == pytest.approx(expected, abs=0.02)
+
+
+def test_the_picture_lies_in_the_middle_of_its_padding() -> None:
+    llava = build_llava(model_section(), ImageSection(aspect="pad"), torch.float32)
+    pixels = ImagePreprocessor(llava.processor.image_processor)(Image.new("RGB", (56, 28), "white"))
+    is_padding = pixels.abs().amax(dim=(0, 2)) < 0.05  # rows of the encoder's mean colour
+    assert is_padding.tolist() == [True] * 6 + is_padding[6:22].tolist() + [True] * 6
+    assert not is_padding[8:20].any()
+
+
+def test_crop_drops_the_ends_and_resize_keeps_them() -> None:
+    picture = Image.new("RGB", (84, 28), "black")
+    picture.paste("white", (0, 0, 28, 28))
+    left = {}
+    for aspect in ("crop", "resize"):
+        processor = build_llava(model_section(), ImageSection(aspect=aspect), torch.float32).processor.image_processor
+        left[aspect] = ImagePreprocessor(processor)(picture)[0, 14, 2].item()
+    assert left["crop"] < 0 < left["resize"]
+
+
+def test_blank_pixels_are_the_encoders_mean_colour() -> None:
+    llava = build_llava(model_section(), ImageSection(), torch.float32)
+    processor = llava.processor.image_processor
+    mean = tuple(round(255 * value) for value in processor.image_mean)
+    preprocessor = ImagePreprocessor(processor)
+    assert (preprocessor(Image.new("RGB", (28, 28), mean)) - preprocessor.blank()).abs().max() < 0.01

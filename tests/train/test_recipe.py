@@ -22,7 +22,7 @@ from transformers import LlavaForConditionalGeneration
 from llava_train.config import load_stage
 from llava_train.data.chat import ChatEncoder
 from llava_train.data.samples import LlavaJson
-from llava_train.files import damage, sha256
+from llava_train.files import damage, sha256, write_manifest
 from llava_train.model.build import build_llava
 from llava_train.model.weights import HandOffError, load_init
 from llava_train.train.stage import _starting_point
@@ -179,6 +179,7 @@ def test_a_projector_with_a_flipped_byte_is_refused(recipe: Recipe, tmp_path: Pa
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
+    write_manifest(tmp_path / "stage1/model")  # else the manifest would notice first
     config = load_stage(SMOKE[1])
     llava = build_llava(config.model, config.image, torch.float32)
     with pytest.raises(HandOffError, match=r"projector\.safetensors has .* the file changed .* run that stage again"):

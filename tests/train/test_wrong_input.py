@@ -26,7 +26,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["no/such.json: cannot read the data file"],
     ),
     "missing-held-out": ({"eval": {"every": 1, **MISSING_DATA}}, ["no/such.json: cannot read the data file"]),
-    "missing-init": ({"init_from": "runs/never-trained"}, ["init_from: runs/never-trained"]),
+    "missing-init": (
+        {"init_from": "runs/never-trained"},
+        ["init_from: there is no run runs/never-trained", "run that stage to its end first"],
+    ),
     "unfinished-init": (
         {"init_from": "unfinished"},
         ["init_from: unfinished holds no finished result", "run that stage"],
