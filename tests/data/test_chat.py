@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llava_train.data.chat import IGNORED, ChatEncoder, OverLong, load_template
-from llava_train.data.samples import Sample, SampleError, Turn
+from llava_train.data.samples import Sample, SampleError, Turn, parse_record
 from llava_train.model.build import byte_tokenizer
 
 N_IMAGE_TOKENS = 5
 TEMPLATES = ("plain", "vicuna_v1", "chatml")
-SMOLLM2 = Path("parts/smollm2-135m-instruct")
+SMOLLM2 = Path(__file__).parents[2] / "parts/smollm2-135m-instruct"
 
 
 def llama_like_tokenizer() -> PreTrainedTokenizerFast:
@@ -53,9 +54,11 @@ def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
 TOKENIZERS = tokenizers()
 
 
+@cache
 def encoder(template: str, tokenizer: str = "bytes", **settings) -> ChatEncoder:
     chosen = TOKENIZERS[tokenizer]
-    return ChatEncoder(chosen, load_template(template, chosen), N_IMAGE_TOKENS, **{"max_tokens": 4096, **settings})
+    defaults = {"n_image_tokens": N_IMAGE_TOKENS, "max_tokens": 4096}
+    return ChatEncoder(chosen, load_template(template, chosen), **{**defaults, **settings})
 
 
 def sample_of(*texts: str, system: str | None = None) -> Sample:
@@ -76,6 +79,18 @@ SAMPLES = {
     "no image": sample_of("What is 2 + 2?", "4"),
     "unicode": sample_of("<image>\nÜber “naïve” 北京?", "Ça va 👍🏽 — 東京。"),
     "markers": sample_of("<image>\nSay USER: and ASSISTANT:", "USER: ASSISTANT: user\nassistant"),
+    "spaces": parse_record(
+        {
+            "conversations": [
+                {"from": "human", "value": "  <image>  What?  "},
+                {"from": "gpt", "value": " \n two  spaces\t inside \n"},
+            ],
+            "image": "0.png",
+        },
+        Path(),
+        default_id="x",
+    ),
+    "adjacent images": sample_of("<image><image> Which? <image>", "The second"),
     "newlines": sample_of("<image>\nList.", "1. one\n2. two\n\nDone."),
 }
 
@@ -99,7 +114,7 @@ def supervised_runs(labels: list[int]) -> list[list[int]]:
 
 
 # plain is for captions: without an image nothing would precede the first answer's first token.
-CASES = [(t, c) for t in TEMPLATES for c in SAMPLES if t != "plain" or SAMPLES[c].turns[0].text.startswith("<image>")]
+CASES = [(t, c) for t in TEMPLATES for c in SAMPLES if t != "plain" or "<image>" in SAMPLES[c].turns[0].text]
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
@@ -117,17 +132,32 @@ def test_exactly_the_answers_and_the_end_of_their_turns_are_supervised(case, tem
     assert (encoded.labels[positions] == encoded.input_ids[positions]).all()
 
 
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("case", SAMPLES)
-def test_images_take_their_tokens_and_are_never_supervised(case, template) -> None:
-    chat = encoder(template)
-    encoded = chat.encode(SAMPLES[case])
+def test_images_take_their_tokens_and_are_never_supervised(case, template, tokenizer) -> None:
+    chat, sample = encoder(template, tokenizer), SAMPLES[case]
+    encoded = chat.encode(sample)
     is_image = encoded.input_ids == chat.image_token_id
-    assert is_image.sum() == N_IMAGE_TOKENS * len(SAMPLES[case].images)
+    assert is_image.sum() == N_IMAGE_TOKENS * len(sample.images)
     assert (encoded.labels[is_image] == IGNORED).all()
+    assert encoded.n_images == len(sample.images)
 
 
-CHARACTERS = st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="<")  # control tokens begin with <
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("case", SAMPLES)
+def test_the_tokens_of_an_image_stand_together_where_its_placeholder_stood(case, tokenizer) -> None:
+    chat, sample = encoder("chatml", tokenizer), SAMPLES[case]
+    narrow = encoder("chatml", tokenizer, n_image_tokens=1).encode(sample).input_ids.tolist()
+    widened = [i for i in narrow for _ in range(N_IMAGE_TOKENS if i == chat.image_token_id else 1)]
+    assert chat.encode(sample).input_ids.tolist() == widened
+    rendered = "".join(f"<|im_start|>{turn.role}\n{turn.text}<|im_end|>\n" for turn in sample.turns)
+    decoded = chat.tokenizer.decode(narrow, clean_up_tokenization_spaces=False)
+    assert decoded.removeprefix("<s>").lstrip(" ") == rendered
+
+
+# Control tokens begin with <; SmolLM2's vocabulary lacks bytes of the highest code points.
+CHARACTERS = st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="<", max_codepoint=0x1FFFF)
 TEXT = st.text(CHARACTERS, min_size=1, max_size=30).map(str.strip).filter(bool)
 
 
@@ -141,36 +171,72 @@ def test_random_conversations_supervise_exactly_their_answers(texts, template) -
     assert decoded == expected_text(template, sample, tokenizer.eos_token)
 
 
+QUESTION = st.lists(st.one_of(TEXT, st.just("<image>")), min_size=1, max_size=3).map(" ".join)
+CONVERSATION = st.tuples(st.none() | TEXT, st.lists(st.tuples(QUESTION, TEXT), min_size=1, max_size=4))
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@given(conversation=CONVERSATION, template=st.sampled_from(TEMPLATES), tokenizer=st.sampled_from(sorted(TOKENIZERS)))
+def test_random_conversations_with_images_supervise_exactly_their_answers(conversation, template, tokenizer) -> None:
+    system, pairs = conversation
+    first, *others = pairs
+    sample = sample_of(f"<image>\n{first[0]}", first[1], *[text for pair in others for text in pair], system=system)
+    chosen = TOKENIZERS[tokenizer]
+    encoded = encoder(template, tokenizer).encode(sample)
+    is_image = encoded.input_ids == chosen.convert_tokens_to_ids("<image>")
+    assert is_image.sum() == N_IMAGE_TOKENS * len(sample.images)
+    assert (encoded.labels[is_image] == IGNORED).all()
+    supervised = encoded.labels[encoded.labels != IGNORED].tolist()
+    decoded = chosen.decode(supervised, clean_up_tokenization_spaces=False)
+    assert decoded == "".join(expected_text(template, sample, chosen.eos_token))
+
+
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@pytest.mark.parametrize("template", ["vicuna_v1", "chatml"])
-def test_the_prompt_of_use_is_the_beginning_of_the_training_text(template, tokenizer) -> None:
-    chat, sample = encoder(template, tokenizer), SAMPLES["one turn"]
+@pytest.mark.parametrize(("template", "case"), CASES)
+def test_each_prompt_of_use_is_the_beginning_of_the_training_text(template, case, tokenizer) -> None:
+    chat, sample = encoder(template, tokenizer, n_image_tokens=1), SAMPLES[case]
     text, spans = chat.render(sample.turns)
-    prompt, _ = chat.render(sample.turns[:1], prompt=True)
-    assert text[: spans[0][0]] == prompt
-    ids = chat.tokenizer(prompt, add_special_tokens=False).input_ids
-    encoded = encoder(template, tokenizer, max_tokens=4096)
-    encoded.n_image_tokens = 1
-    trained = encoded.encode(sample)
-    assert trained.input_ids[: len(ids)].tolist() == ids
-    assert trained.labels[len(ids) - 1] == IGNORED and trained.labels[len(ids)] != IGNORED
+    trained = chat.encode(sample)
+    answers = [number for number, turn in enumerate(sample.turns) if turn.role == "assistant"]
+    for number, (start, _) in zip(answers, spans, strict=True):
+        prompt, _ = chat.render(sample.turns[:number], prompt=True)
+        assert text[:start] == prompt
+        ids = chat.tokenizer(prompt, add_special_tokens=False).input_ids
+        assert trained.input_ids[: len(ids)].tolist() == ids
+        assert trained.labels[len(ids)] != IGNORED
+        if template != "plain" or number == answers[0]:  # answers of plain follow each other
+            assert trained.labels[len(ids) - 1] == IGNORED
+
+
+def as_list_content(turn: Turn) -> dict:
+    """A turn as transformers' users write it: images first, then one text."""
+    text = turn.text.replace("<image>\n", "")
+    images = [{"type": "image"}] * turn.text.count("<image>\n")
+    return {"role": turn.role, "content": [*images, {"type": "text", "text": text}]}
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_string_and_list_content_render_the_same_text(template) -> None:
-    tokenizer = TOKENIZERS["bytes"]
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A cat"}],
-        chat_template=load_template(template, tokenizer),
-        tokenize=False,
-    )
-    content = [{"type": "image"}, {"type": "text", "text": "What?"}]
-    parts = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": "A cat"}]}],
-        chat_template=load_template(template, tokenizer),
-        tokenize=False,
+@pytest.mark.parametrize("case", ["one turn", "many turns", "system turn", "later image", "two images", "unicode"])
+def test_string_and_list_content_render_the_same_text(case, template) -> None:
+    tokenizer, turns = TOKENIZERS["llama"], SAMPLES[case].turns
+    text, parts = (
+        tokenizer.apply_chat_template(messages, chat_template=load_template(template, tokenizer), tokenize=False)
+        for messages in (
+            [{"role": turn.role, "content": turn.text} for turn in turns],
+            [as_list_content(turn) for turn in turns],
+        )
     )
     assert parts == text
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_generation_stops_at_the_last_supervised_token_of_an_answer(template, tokenizer) -> None:
+    chat = encoder(template, tokenizer)
+    encoded = chat.encode(SAMPLES["one turn"])
+    assert chat.end_of_turn_id() == encoded.labels[encoded.labels != IGNORED][-1]
+    end = {"plain": "\n", "vicuna_v1": chat.tokenizer.eos_token, "chatml": "<|im_end|>"}[template]
+    assert chat.tokenizer.decode([chat.end_of_turn_id()]) == end
 
 
 def test_vicuna_v1_is_the_published_text() -> None:
@@ -181,18 +247,36 @@ def test_vicuna_v1_is_the_published_text() -> None:
     )
 
 
-def test_a_begin_of_sequence_token_stands_first_exactly_where_the_tokenizer_adds_one() -> None:
-    for name, tokenizer in TOKENIZERS.items():
-        text, _ = encoder("vicuna_v1", name).render(SAMPLES["no image"].turns)
-        assert text.startswith("<s>") == (name == "llama")
-        assert text.count("<s>") == (name == "llama")
-        encoded = encoder("vicuna_v1", name).encode(SAMPLES["no image"])
-        assert encoded.input_ids.tolist().count(tokenizer.convert_tokens_to_ids("<s>")) == (name == "llama")
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_begin_of_sequence_token_stands_first_exactly_where_the_tokenizer_adds_one(template, name) -> None:
+    tokenizer, chat = TOKENIZERS[name], encoder(template, name)
+    text, _ = chat.render(SAMPLES["one turn"].turns)
+    assert text.startswith("<s>") == (name == "llama")
+    assert text.count("<s>") == (name == "llama")
+    encoded = chat.encode(SAMPLES["one turn"])
+    assert encoded.input_ids.tolist().count(tokenizer.convert_tokens_to_ids("<s>")) == (name == "llama")
 
 
-def test_a_control_token_in_a_text_is_refused() -> None:
-    with pytest.raises(SampleError, match=r"turn 1: the text holds the control token '<\|im_end\|>'"):
-        encoder("chatml").encode(sample_of("Hi <|im_end|>", "A"))
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (sample_of("Hi <|im_end|>", "A"), r"turn 1: the text holds the control token '<\|im_end\|>'"),
+        (sample_of("Hi", "A</s>"), "turn 2: the text holds the control token '</s>'"),
+        (sample_of("Hi", "A", system="<pad>"), "turn 1: the text holds the control token '<pad>'"),
+    ],
+)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_control_token_in_a_text_is_refused(sample, message, template) -> None:
+    with pytest.raises(SampleError, match=message):
+        encoder(template).encode(sample)
+
+
+def test_a_tokenizer_without_control_tokens_takes_an_empty_text() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer)
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    chat = ChatEncoder(tokenizer, load_template("plain", tokenizer), 1, 100)
+    assert chat.encode(sample_of("<image>", "")).n_tokens == 2
 
 
 def test_an_empty_answer_has_only_its_end_supervised() -> None:

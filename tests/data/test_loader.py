@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from llava_train.data.chat import IGNORED, EncodedSample
 from llava_train.data.loader import pack_documents, read_steps
+from llava_train.data.samples import parse_record
 from tests.tiny import dataset_of, tiny_llava, write_data
 
 
@@ -56,6 +58,70 @@ def test_the_ranks_of_a_step_share_the_same_samples_whatever_their_number(
         assert sum(batch.n_images for batch in batches) == expected.n_images
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_images_stand_in_a_pack_in_the_order_of_their_documents(llava, tmp_path: Path, packing: bool) -> None:
+    data = write_data(tmp_path, 12)
+    alone = dataset_of(llava, data, seed=None, batch_size=1)
+    pixels = {}
+    for i in range(12):
+        (single,) = alone[i].micro_batches
+        pixels[documents_of(single)[0]] = single.pixel_values[: single.n_images]
+    steps = dataset_of(llava, data, max_tokens=1024, packing=packing)
+    for batch in (micro for step in range(2) for micro in steps[step].micro_batches):
+        expected = torch.cat([pixels[document] for document in documents_of(batch)])
+        assert torch.equal(batch.pixel_values[: batch.n_images], expected)
+        n_image_tokens = int((batch.input_ids == llava.model.config.image_token_id).sum())
+        assert n_image_tokens == batch.n_images * llava.n_image_tokens
+
+
+def test_an_epoch_trains_on_every_sample_once(llava, tmp_path: Path) -> None:
+    data = write_data(tmp_path, 14)
+    dataset = dataset_of(llava, data)
+    found = [d for step in range(3) for micro in dataset[step].micro_batches for d in documents_of(micro)]
+    whole = dataset_of(llava, data, seed=None, batch_size=14)[0]
+    assert sorted(found) == sorted(d for micro in whole.micro_batches for d in documents_of(micro))
+    assert [dataset[step].n_samples for step in range(3)] == [6, 6, 2]
+
+
+def test_borders_positions_and_targets_agree(llava, tmp_path: Path) -> None:
+    for batch in dataset_of(llava, write_data(tmp_path, 12), max_tokens=1024)[0].micro_batches:
+        ids, labels, positions = batch.input_ids[0].tolist(), batch.labels[0].tolist(), batch.position_ids[0].tolist()
+        borders = batch.cu_seqlens.tolist()
+        assert borders == [0, *np.cumsum(batch.lengths)]
+        assert borders[-1] == len(ids) == len(labels) <= 1024
+        expected = []
+        for start, end in zip(borders, borders[1:], strict=False):
+            assert positions[start:end] == list(range(end - start))
+            expected += [(i - 1, ids[i]) for i in range(start + 1, end) if labels[i] != IGNORED]
+        assert list(zip(batch.predictors.tolist(), batch.targets.tolist(), strict=True)) == expected
+        assert batch.n_supervised == len(expected) > 0
+
+
+def test_images_that_truncation_leaves_out_are_not_decoded(llava, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]
+    turns += [{"from": "human", "value": "<image> c"}, {"from": "gpt", "value": "d"}]
+    Image.new("RGB", (30, 30)).save(tmp_path / "first.png")
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"image": ["first.png", "missing.png"], "conversations": turns}]))
+    dataset = dataset_of(llava, data, batch_size=1)
+    first_turn = dataset.encoder.encode(parse_record({"image": "x", "conversations": turns[:2]}, tmp_path, "")).n_tokens
+    dataset.encoder.max_tokens, dataset.encoder.over_long = first_turn + 4, "truncate"
+    batch = dataset[0]
+    assert (batch.n_images, batch.bad_samples, batch.n_tokens <= first_turn + 4) == (1, (), True)
+    assert batch.n_supervised == len("b") + 2  # the space before it and </s>
+
+
+def test_an_over_long_sample_is_reported_by_every_rank_as_over_long(llava, tmp_path: Path) -> None:
+    data = write_data(tmp_path, 6)
+    lengths = [dataset_of(llava, data, seed=None, batch_size=1)[i].n_tokens for i in range(6)]
+    for rank in (0, 1):
+        dataset = dataset_of(llava, data, seed=None, rank=rank, n_ranks=2)
+        dataset.encoder.max_tokens = max(lengths) - 1
+        (bad,) = dataset[0].bad_samples
+        assert (bad.index, bad.over_long, bad.on_every_rank) == (lengths.index(max(lengths)), True, True)
+        assert f"{max(lengths)} tokens, more than batch.max_sample_tokens ({max(lengths) - 1})" in bad.reason
+
+
 def test_a_rank_without_a_sample_gets_a_filler_that_teaches_nothing(llava, tmp_path: Path) -> None:
     (batch,) = dataset_of(llava, write_data(tmp_path, 1), rank=1, n_ranks=2)[0].micro_batches
     assert (batch.n_supervised, batch.n_images, batch.lengths) == (0, 0, (2,))
@@ -70,6 +136,8 @@ def test_a_corrupt_image_keeps_its_place_with_zero_weight(llava, tmp_path: Path)
     assert [(b.id, b.index, b.on_every_rank, b.over_long) for b in bad] == [("sample-1", 1, False, False)]
     assert "not a readable image" in bad[0].reason
     assert sum(rank.n_tokens for rank in ranks) == whole.n_tokens
+    assert sum(rank.n_images for rank in ranks) == whole.n_images
+    assert all(micro.pixel_values.isfinite().all() for rank in ranks for micro in rank.micro_batches)
     own = dataset_of(llava, data, seed=None, batch_size=1)[1]
     assert own.n_supervised == 0
     without = sum(dataset_of(llava, data, seed=None, batch_size=1)[i].n_supervised for i in (0, 2, 3, 4, 5))
@@ -85,6 +153,9 @@ def test_a_record_that_cannot_be_parsed_is_left_out_by_every_rank(llava, tmp_pat
     for rank in ranks:
         assert [(bad.id, bad.on_every_rank) for bad in rank.bad_samples] == [("sample-2", True)]
         assert rank.n_samples == 5
+    assert sum(len(d) for rank in ranks for micro in rank.micro_batches for d in documents_of(micro)) == sum(
+        dataset_of(llava, data, seed=None, batch_size=1)[i].n_tokens for i in (0, 1, 3, 4, 5)
+    )
 
 
 def test_a_step_of_bad_samples_alone_still_has_a_micro_step(llava, tmp_path: Path) -> None:
@@ -92,6 +163,8 @@ def test_a_step_of_bad_samples_alone_still_has_a_micro_step(llava, tmp_path: Pat
     data.write_text(json.dumps([{"id": "a"}, {"id": "b"}]))
     batch = dataset_of(llava, data)[0]
     assert (len(batch.micro_batches), batch.n_supervised, len(batch.bad_samples)) == (1, 0, 2)
+    other = dataset_of(llava, data, rank=1, n_ranks=2)[0]
+    assert (len(other.micro_batches), other.n_samples) == (1, 0)
 
 
 def test_workers_change_nothing(llava, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ LENGTHS = st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=60)
 CASE = {"lengths": LENGTHS, "n_ranks": st.integers(1, 9), "attention_cost": st.sampled_from([0.0, 1e-4, 1e-2])}
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(**CASE)
 def test_every_sample_once_within_the_limit_and_ranks_in_step(lengths, n_ranks, attention_cost) -> None:
     plan = plan_packs(lengths, n_ranks, MAX_TOKENS, attention_cost)
@@ -23,7 +23,7 @@ def test_every_sample_once_within_the_limit_and_ranks_in_step(lengths, n_ranks, 
     assert len(plan) == n_ranks and len({len(rank) for rank in plan}) == 1
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(**CASE)
 def test_no_pack_costs_more_than_the_mean_pack_plus_the_costliest_sample(lengths, n_ranks, attention_cost) -> None:
     plan = plan_packs(lengths, n_ranks, MAX_TOKENS, attention_cost)
@@ -33,14 +33,15 @@ def test_no_pack_costs_more_than_the_mean_pack_plus_the_costliest_sample(lengths
     assert max(pack_costs) <= mean + max(costs) * (1 + 1e-9)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(**CASE)
 def test_the_plan_is_a_function_of_its_arguments(lengths, n_ranks, attention_cost) -> None:
     arguments = (lengths, n_ranks, MAX_TOKENS, attention_cost)
     assert plan_packs(*arguments) == plan_packs(*arguments)
+    assert all(pack == sorted(pack) for rank in plan_packs(*arguments) for pack in rank)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(**CASE)
 def test_without_packing_each_sample_has_a_pack_of_its_own(lengths, n_ranks, attention_cost) -> None:
     plan = plan_packs(lengths, n_ranks, MAX_TOKENS, attention_cost, packing=False)
@@ -48,7 +49,27 @@ def test_without_packing_each_sample_has_a_pack_of_its_own(lengths, n_ranks, att
     assert {len(rank) for rank in plan} == {math.ceil(len(lengths) / n_ranks)}
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
+@given(**CASE)
+def test_packing_takes_as_few_micro_steps_as_fit_and_never_more_than_one_a_sample(
+    lengths, n_ranks, attention_cost
+) -> None:
+    plan = plan_packs(lengths, n_ranks, MAX_TOKENS, attention_cost)
+    assert math.ceil(sum(lengths) / (n_ranks * MAX_TOKENS)) <= len(plan[0]) <= math.ceil(len(lengths) / n_ranks)
+    if sum(lengths) <= MAX_TOKENS:
+        assert len(plan[0]) == 1
+
+
+@settings(max_examples=500)
+@given(**CASE)
+def test_every_rank_has_work_in_every_micro_step_when_samples_suffice(lengths, n_ranks, attention_cost) -> None:
+    plan = plan_packs(lengths, n_ranks, MAX_TOKENS, attention_cost)
+    n_packs = n_ranks * len(plan[0])
+    n_empty = sum(not pack for rank in plan for pack in rank)
+    assert n_empty == max(0, n_packs - len(lengths))
+
+
+@settings(max_examples=500)
 @given(lengths=st.lists(st.integers(1, 40), min_size=32, max_size=128), n_ranks=st.integers(1, 4))
 def test_short_samples_need_at_most_one_micro_step_more_than_their_tokens(lengths, n_ranks) -> None:
     plan = plan_packs(lengths, n_ranks, MAX_TOKENS)

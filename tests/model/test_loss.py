@@ -34,6 +34,28 @@ def test_the_loss_of_a_pack_is_the_sum_over_its_documents_of_transformers_own(tm
     assert packed.item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("text_only", [False, True])
+def test_the_gradient_of_a_pack_is_that_of_its_documents_in_plain_transformers(text_only: bool, tmp_path: Path) -> None:
+    llava = tiny_llava()
+    data = write_data(tmp_path, 4, text_only=text_only)
+    (pack,) = dataset_of(llava, data, seed=None, batch_size=4)[0].micro_batches
+    loss_of(llava, pack).backward()
+    packed = {name: parameter.grad for name, parameter in llava.model.named_parameters()}
+    plain = tiny_llava()
+    plain.model.model.language_model.set_attn_implementation("sdpa")
+    singles = dataset_of(plain, data, seed=None, batch_size=1)
+    for i in range(4):
+        (single,) = singles[i].micro_batches
+        pixels = single.pixel_values if single.n_images else None
+        loss = plain.model(input_ids=single.input_ids, pixel_values=pixels, labels=single.labels).loss
+        (loss * single.n_supervised).backward()
+    for name, parameter in plain.model.named_parameters():
+        if parameter.grad is None:  # without an image the plain model leaves the projector out
+            assert packed[name] is None or not packed[name].any(), name
+        else:
+            torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_a_pack_without_images_gives_the_projector_a_gradient_of_zero(tmp_path: Path) -> None:
     llava = tiny_llava()
     (pack,) = dataset_of(llava, write_data(tmp_path, 3, text_only=True), batch_size=3)[0].micro_batches

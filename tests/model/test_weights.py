@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
+from llava_train.config import RandomLanguageModel, RandomVisionTower, TrainableSection
 from llava_train.files import write_manifest
+from llava_train.model.trainable import set_trainable
 from llava_train.model.weights import HandOffError, check_init, export_model, load_init, save_projector
-from tests.tiny import encoder_of, model_section, tiny_llava
+from tests.tiny import LANGUAGE_MODEL, VISION_TOWER, encoder_of, model_section, tiny_llava
 
 
 def randomize(model: torch.nn.Module) -> None:
@@ -90,6 +93,64 @@ def test_a_whole_model_can_be_continued(tmp_path: Path) -> None:
     assert "whole model from" in load_init(str(tmp_path / "run"), again.model, model_section())
     state, other = llava.model.state_dict(), again.model.state_dict()
     assert all(torch.equal(state[name], other[name]) for name in state)
+
+
+def test_a_whole_model_of_another_shape_is_refused(tmp_path: Path) -> None:
+    llava = tiny_llava()
+    export_model(llava.model, llava.processor, encoder_of(llava).end_of_turn_id(), tmp_path / "model")
+    wider = RandomLanguageModel(config={**LANGUAGE_MODEL, "hidden_size": 64})
+    section = model_section(language_model=wider)
+    with pytest.raises(HandOffError, match=r"the model in .* does not fit the parts of the model section"):
+        load_init(str(tmp_path / "model"), tiny_llava(section).model, section)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"projector": "linear"},
+        {"vision_feature_select": "full"},
+        {"language_model": RandomLanguageModel(config=LANGUAGE_MODEL, seed=5)},
+        {"vision_tower": RandomVisionTower(config=VISION_TOWER, seed=5)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_each_part_that_a_projector_joins_must_be_the_same(run_folder: Path, changes: dict) -> None:
+    section = model_section(**changes)
+    with pytest.raises(HandOffError, match=f"trained with {next(iter(changes))} = .* use the same parts in both"):
+        load_init(str(run_folder), tiny_llava(section).model, section)
+
+
+def test_a_part_is_the_same_under_its_hub_id_and_in_a_folder(tmp_path: Path) -> None:
+    llava = tiny_llava()
+    save_projector(llava.model, model_section(language_model="lmsys/vicuna-7b-v1.5"), tmp_path)
+    told = load_init(str(tmp_path), llava.model, model_section(language_model="/models/vicuna-7b-v1.5"))
+    assert told.startswith("projector from")
+
+
+def test_adapters_are_merged_into_the_export_and_kept_beside_it(tmp_path: Path) -> None:
+    llava = tiny_llava()
+    lora = {"lr": 1e-4, "lora": {"rank": 2, "alpha": 4}}
+    peft_model = set_trainable(llava.model, TrainableSection(projector={"lr": 1e-3}, language_model=lora))
+    for name, parameter in llava.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    input_ids = torch.arange(20)[None]
+    llava.model.model.language_model.set_attn_implementation("sdpa")
+    expected = llava.model(input_ids=input_ids).logits
+    export_model(llava.model, llava.processor, encoder_of(llava).end_of_turn_id(), tmp_path / "model", peft_model)
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(loaded(input_ids=input_ids).logits, expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(loaded(input_ids=input_ids).logits, tiny_logits(input_ids), atol=1e-2)
+    assert {"adapter_config.json", "adapter_model.safetensors", "projector.safetensors"} <= {
+        path.name for path in (tmp_path / "adapter").iterdir()
+    }
+
+
+def tiny_logits(input_ids: torch.Tensor) -> torch.Tensor:
+    """What the model says before any training."""
+    model = tiny_llava().model
+    model.model.language_model.set_attn_implementation("sdpa")
+    return model(input_ids=input_ids).logits
 
 
 def test_an_exported_model_says_where_answers_end_and_serves_older_readers(tmp_path: Path) -> None:
