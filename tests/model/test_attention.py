@@ -15,7 +15,7 @@ from tests.tiny import LANGUAGE_MODEL, dataset_of, model_section, tiny_llava, wr
 
 FAMILIES = {
     "llama": {},
-    "mistral": {"sliding_window": None},
+    "mistral": {"sliding_window": 4096},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
 }

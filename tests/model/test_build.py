@@ -8,13 +8,20 @@ from PIL import Image
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    ByT5Tokenizer,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     SiglipConfig,
     SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, RandomVisionTower
@@ -78,6 +85,22 @@ def test_text_gets_the_logits_that_the_language_model_gives_alone(family: str) -
     assert tied == (family == "tied")
 
 
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+@pytest.mark.parametrize("tower", TOWERS)
+def test_every_tower_joins_every_language_model(tower: str, family: str) -> None:
+    config = {**LANGUAGE_MODEL, "model_type": family, **LANGUAGE_MODELS[family]}
+    llava = build(section_of(tower, language_model=RandomLanguageModel(config=config)))
+    llava.model.model.language_model.set_attn_implementation("sdpa")
+    pictures = [Image.new("RGB", (30, 30), colour) for colour in ("red", "blue")]
+    blank, red, blue = (
+        llava.model(**llava.processor(images=picture, text="<image>What?", return_tensors="pt")).logits[0]
+        for picture in (Image.new("RGB", (30, 30)), *pictures)
+    )
+    assert red.shape == (llava.n_image_tokens + len("What?"), llava.model.lm_head.out_features)
+    assert red.isfinite().all()
+    assert not torch.equal(red[-1], blue[-1]) and not torch.equal(red[-1], blank[-1])  # the picture is seen
+
+
 def test_new_rows_of_the_embeddings_are_the_mean_of_the_old_ones() -> None:
     llava = build(model_section())
     weight, n_old = llava.model.get_input_embeddings().weight, len(byte_tokenizer())
@@ -96,8 +119,12 @@ def test_the_same_section_builds_the_same_model_whatever_the_global_random_state
 def test_a_linear_projector_is_one_layer_and_an_exact_identity() -> None:
     llava = build(model_section(projector="linear"))
     projector = llava.model.model.multi_modal_projector
-    features = torch.randn(7, 32)
-    assert torch.equal(projector(features), projector.linear_1(features))
+    assert torch.equal(projector.linear_2.weight, torch.eye(32))
+    assert not projector.linear_2.bias.any()
+    for dtype in (torch.float32, torch.bfloat16):
+        features = torch.randn(7, 32, dtype=dtype)
+        projector = projector.to(dtype)
+        assert torch.equal(projector(features), projector.linear_1(features))
 
 
 def test_the_features_of_several_layers_are_joined() -> None:
@@ -106,42 +133,84 @@ def test_the_features_of_several_layers_are_joined() -> None:
     assert llava.n_image_tokens == 4
 
 
+SAVED_TOWERS = {
+    "clip": CLIPModel,
+    "clip-vision": CLIPVisionModel,
+    "siglip": SiglipModel,
+    "siglip-vision": SiglipVisionModel,
+    "dinov2": Dinov2Model,
+    "dinov2-registers": Dinov2WithRegistersModel,
+}
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Saved parts: a language model with its tokenizer, and two-tower models of which LLaVA wants one half."""
+    """Saved parts: language models with their tokenizer, and encoders, some of them half of a two-tower model."""
     root = tmp_path_factory.mktemp("parts")
-    byte_tokenizer().save_pretrained(root / "lm")
     settings = {k: v for k, v in LANGUAGE_MODEL.items() if k != "model_type"}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **settings, vocab_size=264)).save_pretrained(
-        root / "lm"
-    )
+    for family, changes in LANGUAGE_MODELS.items():
+        config = {"model_type": family, **settings, **changes}
+        config = AutoConfig.for_model(config.pop("model_type"), **config, vocab_size=264)
+        AutoModelForCausalLM.from_config(config).save_pretrained(root / family)
+        byte_tokenizer().save_pretrained(root / family)
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     CLIPModel(CLIPConfig(text_config=text, vision_config=SHAPE)).save_pretrained(root / "clip")
     SiglipModel(SiglipConfig(text_config=text, vision_config=SHAPE)).save_pretrained(root / "siglip")
+    CLIPVisionModel(CLIPVisionConfig(**SHAPE)).save_pretrained(root / "clip-vision")
+    SiglipVisionModel(SiglipVisionConfig(**SHAPE)).save_pretrained(root / "siglip-vision")
     Dinov2Model(Dinov2Config(**SHAPE)).save_pretrained(root / "dinov2")
-    for name in ("clip", "siglip", "dinov2"):
+    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SHAPE, num_register_tokens=3)).save_pretrained(
+        root / "dinov2-registers"
+    )
+    for name in SAVED_TOWERS:
         CLIPImageProcessorPil(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.5, 0.5]).save_pretrained(root / name)
     return root
 
 
-@pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
-def test_parts_load_from_folders_with_their_own_weights_and_colours(tower: str, folders: Path) -> None:
-    select = "full" if tower == "siglip" else "patch"
-    section = ModelSection(
-        language_model=str(folders / "lm"),
+def saved_section(folders: Path, language_model: str = "llama", tower: str = "clip") -> ModelSection:
+    return ModelSection(
+        language_model=str(folders / language_model),
         vision_tower=str(folders / tower),
-        vision_feature_select=select,
+        vision_feature_select="full" if tower.startswith("siglip") else "patch",
         chat_template="chatml",
     )
-    llava = build(section)
-    assert llava.n_image_tokens == 4
+
+
+@pytest.mark.parametrize("tower", SAVED_TOWERS)
+def test_towers_load_from_folders_with_their_own_weights_and_colours(tower: str, folders: Path) -> None:
+    llava = build(saved_section(folders, tower=tower))
+    assert llava.n_image_tokens == (7 if tower == "dinov2-registers" else 4)
     assert list(llava.processor.image_processor.image_mean) == [0.1, 0.2, 0.3]
-    saved = {"clip": CLIPModel, "siglip": SiglipModel, "dinov2": Dinov2Model}[tower].from_pretrained(folders / tower)
-    expected = dict(getattr(saved, "vision_model", saved).named_parameters())
-    loaded = dict(llava.model.model.vision_tower.named_parameters())
-    shared = [name for name in loaded if name in expected]
-    assert len(shared) == len(loaded)
-    assert all(torch.equal(loaded[name], expected[name]) for name in shared)
+    saved = SAVED_TOWERS[tower].from_pretrained(folders / tower)
+    picture = torch.randn(1, 3, 28, 28)
+    expected = getattr(saved, "vision_model", saved)(picture, output_hidden_states=True).hidden_states
+    ours = llava.model.model.vision_tower(picture, output_hidden_states=True).hidden_states
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_language_models_load_from_folders_with_their_own_weights(family: str, folders: Path) -> None:
+    llava = build(saved_section(folders, language_model=family))
+    alone = AutoModelForCausalLM.from_pretrained(folders / family)
+    llava.model.model.language_model.set_attn_implementation("sdpa")
+    input_ids = llava.tokenizer("What is it?", return_tensors="pt").input_ids
+    logits = llava.model(input_ids=input_ids).logits[..., :264]
+    torch.testing.assert_close(logits, alone(input_ids=input_ids).logits[..., :264])
+    assert (llava.model.lm_head.weight is llava.model.get_input_embeddings().weight) == (family == "tied")
+
+
+def test_a_folder_without_an_image_processor_is_refused(folders: Path, tmp_path: Path) -> None:
+    Dinov2Model(Dinov2Config(**SHAPE)).save_pretrained(tmp_path / "bare")
+    section = model_section(vision_tower=str(tmp_path / "bare"))
+    with pytest.raises(BuildError, match="model.vision_tower: cannot load .*bare: .*preprocessor_config.json"):
+        build(section)
+
+
+def test_a_slow_tokenizer_is_refused(tmp_path: Path) -> None:
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    part = RandomLanguageModel(config=LANGUAGE_MODEL, tokenizer=str(tmp_path))
+    with pytest.raises(BuildError, match="model.language_model: a llama with tokenizer .* has no fast tokenizer"):
+        build(model_section(language_model=part))
 
 
 def test_dinov2_takes_pictures_of_another_size() -> None:
@@ -167,6 +236,14 @@ def test_a_tall_picture_is_padded_cropped_or_squeezed(aspect: str, column: int, 
     [
         ({"vision_tower": RandomVisionTower(config={"model_type": "vit"})}, {}, "is a vit; supported: clip_vision_model"),
         ({"vision_tower": RandomVisionTower(config={"model_type": "siglip2_vision_model"})}, {}, "is a siglip2_vision_model; supported: clip"),
+        ({"vision_tower": RandomVisionTower(config={**VISION_TOWER, "model_type": "siglip_vision_model"})}, {}, "model.vision_feature_select: patch drops the class token, which a siglip_vision_model does not have; use full"),
+        ({"vision_feature_layer": 4}, {}, "model.vision_feature_layer: 4 is out of range"),
+        ({"vision_feature_layer": [-2, 9]}, {}, "model.vision_feature_layer: 9 is out of range"),
+        ({"vision_tower": RandomVisionTower(config={**VISION_TOWER, "hidden_size": 33})}, {}, "model.vision_tower.config: "),
+        ({"language_model": RandomLanguageModel(config={**LANGUAGE_MODEL, "hidden_size": 33})}, {}, "model.language_model.config: "),
+        ({"language_model": RandomLanguageModel(config={"hidden_size": 8})}, {}, "model.language_model.config: model_type is missing"),
+        ({"language_model": RandomLanguageModel(config=VISION_TOWER)}, {}, "model.language_model: cannot load a clip_vision_model with tokenizer bytes: "),
+        ({"language_model": RandomLanguageModel(config=LANGUAGE_MODEL, tokenizer="no/such/folder")}, {}, "model.language_model: cannot load a llama with tokenizer no/such/folder"),
         ({"vision_feature_layer": -9}, {}, "model.vision_feature_layer: -9 is out of range; the tower has hidden states -4 to 3"),
         ({}, {"size": 56}, "image.size: 56, but clip_vision_model takes 28 pixels only"),
         ({"vision_tower": RandomVisionTower(config={"hidden_size": 8})}, {}, "model.vision_tower.config: model_type is missing"),

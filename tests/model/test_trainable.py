@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from llava_train.config import PARTS, TrainableSection
+from llava_train.config import PARTS, RandomLanguageModel, TrainableSection
 from llava_train.model.trainable import parameter_groups, part_of, set_trainable, summarize
-from tests.tiny import model_section, tiny_llava
+from tests.tiny import LANGUAGE_MODEL, model_section, tiny_llava
 
 LORA = {"lr": 1e-4, "lora": {"rank": 2, "alpha": 4}}
 COMBINATIONS = [set(parts) for n in (1, 2, 3) for parts in itertools.combinations(PARTS, n)]
@@ -53,6 +53,49 @@ def test_adapters_are_on_the_language_model_alone_and_in_its_dtype() -> None:
     assert len(adapters) == 2 * n_linear
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert not any("lora" in name for name, _ in model.model.vision_tower.named_modules())
+
+
+@pytest.mark.parametrize("others", [set(), {"projector"}, {"vision_tower"}, {"projector", "vision_tower"}], ids=str)
+@pytest.mark.parametrize("projector", ["mlp2x_gelu", "linear"])
+def test_adapters_change_nothing_about_what_else_trains(others: set[str], projector: str) -> None:
+    plain, adapted = (tiny_llava(model_section(projector=projector)).model for _ in range(2))
+    if others:
+        set_trainable(plain, section_of(others))
+    else:
+        plain.requires_grad_(False)
+    section = TrainableSection(language_model=LORA, **{part: {"lr": 1e-3} for part in others})
+    set_trainable(adapted, section)
+    names = trainable_names(adapted)
+    assert {name for name in names if ".lora_" not in name} == trainable_names(plain)
+    groups = parameter_groups(adapted, section, weight_decay=0.1)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(names)
+    rates = {group["name"].removesuffix(" (no decay)"): group["lr"] for group in groups}
+    assert rates == {"language_model": 1e-4, **dict.fromkeys(others, 1e-3)}
+    table = {summary.part: summary for summary in summarize(adapted, section)}
+    assert table["language_model"].lora and not table["projector"].lora
+    n_adapters = 2 * 2 * (4 * (32 + 32) - 2 * 16 + 3 * (32 + 64))  # layers, rank; q k v o with 16 of k and v; MLP
+    assert table["language_model"].n_trainable == n_adapters
+
+
+def test_tied_embeddings_train_once() -> None:
+    tied = RandomLanguageModel(config={**LANGUAGE_MODEL, "tie_word_embeddings": True})
+    model = tiny_llava(model_section(language_model=tied)).model
+    section = section_of({"language_model"})
+    set_trainable(model, section)
+    grouped = [id(p) for group in parameter_groups(model, section, 0.0) for p in group["params"]]
+    assert grouped.count(id(model.lm_head.weight)) == 1
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    section = section_of({"projector"})
+    set_trainable(model, section)
+    assert not model.lm_head.weight.requires_grad
+
+
+def test_a_second_call_decides_anew() -> None:
+    model = tiny_llava().model
+    set_trainable(model, section_of(set(PARTS)))
+    set_trainable(model, section_of({"projector"}))
+    assert {part_of(name) for name in trainable_names(model)} == {"projector"}
 
 
 def test_adapters_start_as_nothing_and_from_the_seed() -> None:
