@@ -2,7 +2,7 @@
 
     python data/draw_scenes.py --out data/scenes
 
-A scene has one to three objects, each in a quadrant of its own. Twelve of the 48 combinations of colour and shape
+A scene has one to three objects, each in a quadrant of its own. Eight of the 48 combinations of colour and shape
 are held out: training never draws or names one, the held-out scenes show nothing else, so a right answer there
 was not learnt by heart. Answers are balanced, so that guessing without the picture is poor, and no turn of a
 training conversation gives away what a later turn asks for.
@@ -36,11 +36,9 @@ COLOURS = {
     "blue": (35, 65, 215),
     "yellow": (245, 210, 35),
     "purple": (135, 45, 170),
-    "orange": (245, 130, 25),
     "black": (25, 25, 25),
-    "brown": (120, 75, 35),
 }
-SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
+SHAPES = ("circle", "square", "triangle", "cross", "star", "ring", "arrow", "heart")
 PLURALS = {"cross": "crosses"}
 QUADRANTS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
 NUMBERS = ("zero", "one", "two", "three")
@@ -48,12 +46,8 @@ NUMBERS = ("zero", "one", "two", "three")
 Kind = tuple[str, str]
 """Colour and shape."""
 COMBINATIONS: tuple[Kind, ...] = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
-HELD_OUT: tuple[Kind, ...] = tuple(
-    kind
-    for i, colour in enumerate(COLOURS)
-    for kind in [(colour, SHAPES[i % 6]), *([(colour, SHAPES[i + 2])] if i < 4 else [])]
-)
-"""Twelve combinations: each shape twice, each colour once or twice, so that a colour does not tell the shape."""
+HELD_OUT: tuple[Kind, ...] = tuple((list(COLOURS)[i % len(COLOURS)], shape) for i, shape in enumerate(SHAPES))
+"""Eight combinations: each shape once, each colour once or twice."""
 TRAINING: tuple[Kind, ...] = tuple(kind for kind in COMBINATIONS if kind not in HELD_OUT)
 
 DESCRIBE = ("Describe the picture.", "What is in the picture?", "What do you see?")
@@ -98,7 +92,7 @@ def plan_scene(rng: random.Random, n_things: int, kinds: Sequence[Kind]) -> Scen
     things = []
     for quadrant in quadrants:
         colour, shape = rng.choice(kinds)
-        radius = rng.uniform(0.29, 0.43)
+        radius = rng.uniform(0.34, 0.46)
         room = 0.48 - radius
         things.append(
             Thing(
@@ -109,7 +103,7 @@ def plan_scene(rng: random.Random, n_things: int, kinds: Sequence[Kind]) -> Scen
                 rng.uniform(-room, room),
                 rng.uniform(-room, room),
                 rng.uniform(-12, 12),
-                (rng.randint(-10, 10), rng.randint(-10, 10), rng.randint(-10, 10)),
+                (rng.randint(-20, 20), rng.randint(-20, 20), rng.randint(-20, 20)),
             )
         )
     light = rng.randint(205, 250)
@@ -131,7 +125,7 @@ def plan_conversation(rng: random.Random, scene: Scene, kinds: Sequence[Kind]) -
     asked = all_questions(rng, scene, kinds)
     turns = [turn for turn in asked if turn.kind not in ("position", "relation") or rng.random() < 0.6]
     rng.shuffle(turns)
-    first = rng.choices([("colour", "shape"), ("existence", "count"), ()], weights=[5, 3, 2])[0]
+    first = rng.choices([("colour", "shape"), ("existence", "count"), ()], weights=[3, 5, 2])[0]
     turns.sort(key=lambda turn: turn.kind not in first)
     kept: list[Turn] = []
     for turn in turns:
@@ -283,24 +277,39 @@ def _draw_shape(
     elif shape == "ring":
         canvas.ellipse(box, outline=colour, width=round(radius * 0.4))
     else:
-        corners = [
-            (x + r * radius * math.sin(a + angle), y - r * radius * math.cos(a + angle)) for r, a in _polar(shape)
-        ]
+        sin, cos = math.sin(angle), math.cos(angle)
+        corners = [(x + radius * (u * cos - v * sin), y + radius * (u * sin + v * cos)) for u, v in _corners(shape)]
         canvas.polygon(corners, fill=colour)
 
 
-def _polar(shape: str) -> list[tuple[float, float]]:
-    """Corners of a unit shape as (radius, angle from the top in radians, clockwise)."""
+def _corners(shape: str) -> list[tuple[float, float]]:
+    """Corners of a shape in the unit circle, upright: x to the right, y down."""
     if shape == "square":
-        return [(1.0, math.pi / 4 + k * math.pi / 2) for k in range(4)]
+        return _around([1.0] * 4, start=math.pi / 4)
     if shape == "triangle":
-        return [(1.0, k * 2 * math.pi / 3) for k in range(3)]
+        return _around([1.0] * 3)
     if shape == "star":
-        return [(1.0 if k % 2 == 0 else 0.42, k * math.pi / 5) for k in range(10)]
-    arm = 0.3  # half the width of a cross's arm
-    corners = [(-arm, -1.0), (arm, -1.0), (arm, -arm), (1.0, -arm), (1.0, arm), (arm, arm)]
-    corners += [(-x, -y) for x, y in corners]
-    return [(math.hypot(x, y), math.atan2(x, -y)) for x, y in corners]
+        return _around([1.0, 0.42] * 5)
+    if shape == "cross":
+        right = [(0.3, -0.95), (0.3, -0.3), (0.95, -0.3), (0.95, 0.3), (0.3, 0.3), (0.3, 0.95)]
+    elif shape == "arrow":
+        right = [(0.0, -1.0), (0.8, -0.1), (0.3, -0.1), (0.3, 0.95)]
+    else:  # a heart: https://mathworld.wolfram.com/HeartCurve.html
+        turns = [k * math.pi / 20 for k in range(21)]
+        right = [
+            (
+                16 / 17 * math.sin(t) ** 3,
+                -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17,
+            )
+            for t in turns
+        ]
+    return right + [(-u, v) for u, v in reversed(right)]
+
+
+def _around(radii: Sequence[float], start: float = 0.0) -> list[tuple[float, float]]:
+    """Points at equal angles, clockwise; the first is `start` radians from the top."""
+    angles = [start + k * 2 * math.pi / len(radii) for k in range(len(radii))]
+    return [(r * math.sin(a), -r * math.cos(a)) for r, a in zip(radii, angles, strict=True)]
 
 
 def caption_row(seed: str, n_most: int, kinds: Sequence[Kind], name: str) -> tuple[dict[str, Any], Scene]:
@@ -398,7 +407,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--conversations", type=int, default=6000, help="training pictures with conversations")
     parser.add_argument("--held-out", type=int, default=300, help="held-out pictures with questions")
     parser.add_argument("--caption-objects", type=int, default=1, choices=(1, 2, 3), help="most objects to caption")
-    parser.add_argument("--single", type=float, default=0.6, help="share of conversations about one object")
+    parser.add_argument("--single", type=float, default=0.8, help="share of conversations about one object")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     if min(arguments.captions, arguments.conversations, arguments.held_out) < 1:

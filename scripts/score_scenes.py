@@ -27,6 +27,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from llava_train.files import sha256
 
 BLANK = Image.new("RGB", (168, 168), (128, 128, 128))
+WAYS = ("picture", "blank", "most frequent")
 
 
 @dataclass(frozen=True)
@@ -83,16 +84,16 @@ class Asker:
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
-def score(asker: Asker, questions: list[Question]) -> dict[str, list[bool]]:
-    """For each way to answer (`image`, `blank`, `frequent`), whether each question was answered right."""
+def ask_all(asker: Asker, questions: list[Question]) -> dict[str, list[str]]:
+    """The answers to all questions: with the `picture`, with a `blank` one, and the `most frequent` answer."""
     seen = asker.answers([(question.image, question.text) for question in questions], "with the picture")
     texts = sorted({question.text for question in questions})
     unseen = dict(zip(texts, asker.answers([(BLANK, text) for text in texts], "with a blank one"), strict=True))
     frequent = most_frequent(questions)
     return {
-        "image": [a == q.expected for a, q in zip(seen, questions, strict=True)],
-        "blank": [unseen[q.text] == q.expected for q in questions],
-        "frequent": [frequent[q.kind, q.n_objects] == q.expected for q in questions],
+        "picture": seen,
+        "blank": [unseen[question.text] for question in questions],
+        "most frequent": [frequent[question.kind, question.n_objects] for question in questions],
     }
 
 
@@ -104,38 +105,55 @@ def most_frequent(questions: Iterable[Question]) -> dict[tuple[str, int], str]:
     return {cell: counter.most_common(1)[0][0] for cell, counter in counts.items()}
 
 
-def scored_before(scores: Path, model: Path, data: Path) -> dict[str, list[bool]] | None:
-    """What an earlier run found, when it was of this model and these questions."""
-    if not scores.is_file():
+def asked_before(path: Path, fingerprint: str) -> dict[str, list[str]] | None:
+    """The answers in the file, when they are of this model and these questions."""
+    if not path.is_file():
         return None
-    record = json.loads(scores.read_text(encoding="utf-8"))
-    return record["right"] if record["of"] == fingerprint(model, data) else None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["fingerprint"] != fingerprint:
+        return None
+    return {way: [question["answers"][way] for question in record["questions"]] for way in WAYS}
 
 
-def fingerprint(model: Path, data: Path) -> str:
+def write_answers(path: Path, fingerprint: str, questions: list[Question], answers: dict[str, list[str]]) -> None:
+    """Keeps every question with its answers, to be read."""
+    rows = [
+        {
+            "image": str(question.image),
+            "question": question.text,
+            "expected": question.expected,
+            "answers": {way: given[i] for way, given in answers.items()},
+        }
+        for i, question in enumerate(questions)
+    ]
+    path.write_text(json.dumps({"fingerprint": fingerprint, "questions": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def fingerprint_of(model: Path, data: Path) -> str:
     """Changes with the questions and with any file of the model."""
     files = [data, *sorted(path for path in model.iterdir() if path.is_file())]
     return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest()
 
 
-def table_of(questions: list[Question], right: dict[str, list[bool]]) -> Table:
+def table_of(questions: list[Question], answers: dict[str, list[str]]) -> Table:
     """Accuracy in percent by kind of question and number of objects."""
     sizes = sorted({question.n_objects for question in questions})
-    table = Table("question", title="Held-out exact match, %: picture / blank / most frequent answer")
+    table = Table("question", title=f"Held-out exact match, %: {' / '.join(answers)} answer")
     for size in sizes:
         table.add_column(f"{size} object{'s' if size > 1 else ''}", justify="right")
     kinds = sorted({question.kind for question in questions})
     for kind in [*kinds, None]:
-        cells = [cell_of(questions, right, kind, size) for size in sizes]
+        cells = [cell_of(questions, answers, kind, size) for size in sizes]
         table.add_row(kind or "all", *cells, end_section=kind == kinds[-1])
     return table
 
 
-def cell_of(questions: list[Question], right: dict[str, list[bool]], kind: str | None, size: int) -> str:
+def cell_of(questions: list[Question], answers: dict[str, list[str]], kind: str | None, size: int) -> str:
     chosen = [i for i, q in enumerate(questions) if q.n_objects == size and kind in (None, q.kind)]
     if not chosen:
         return "-"
-    return " / ".join(f"{100 * sum(marks[i] for i in chosen) / len(chosen):.0f}" for marks in right.values())
+    n_right = [sum(given[i] == questions[i].expected for i in chosen) for given in answers.values()]
+    return " / ".join(f"{100 * n / len(chosen):.0f}" for n in n_right)
 
 
 def main() -> None:
@@ -148,14 +166,14 @@ def main() -> None:
         if not path.is_file():
             raise SystemExit(f"error: {path} is missing; run scripts/quickstart.sh")
     questions = read_questions(arguments.data)
-    scores = arguments.model.parent / "held_out_scores.json"
-    right = scored_before(scores, arguments.model, arguments.data)
-    if right is None:
-        right = score(Asker(arguments.model, arguments.batch_size), questions)
-        record = {"of": fingerprint(arguments.model, arguments.data), "right": right}
-        scores.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    Console().print(table_of(questions, right))
-    print(f"{len(questions)} questions; each one's score is in {scores}")
+    path = arguments.model.parent / "held_out_answers.json"
+    fingerprint = fingerprint_of(arguments.model, arguments.data)
+    answers = asked_before(path, fingerprint)
+    if answers is None:
+        answers = ask_all(Asker(arguments.model, arguments.batch_size), questions)
+        write_answers(path, fingerprint, questions, answers)
+    Console().print(table_of(questions, answers))
+    print(f"{len(questions)} questions; they and their answers are in {path}")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,20 +12,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Dinov2Config, Dinov2Model
 
-SCRIPT = Path(__file__).parents[2] / "data" / "build_small_parts.py"
+from tests.scripts import load_script
 
-
-def load(path: Path) -> ModuleType:
-    """Imports a script by path."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-parts = load(SCRIPT)
+parts = load_script("data/build_small_parts.py")
 
 
 def make_wheel(folder: Path, version: str = "1.0") -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import itertools
 import json
 import random
 import re
@@ -10,27 +10,16 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import ImageChops
 
-SCRIPT = Path(__file__).parents[2] / "data" / "draw_scenes.py"
+from tests.scripts import load_script
 
-
-def load(path: Path) -> ModuleType:
-    """Imports a script by path, under its own name: dataclasses look their module up."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-scenes = load(SCRIPT)
+scenes = load_script("data/draw_scenes.py")
 Rows = list[tuple[dict[str, Any], Any]]
 
 CELLS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
@@ -143,7 +132,7 @@ def test_the_oracle_itself_knows_a_scene() -> None:
         "How many circles are there?": "two",
         "How many crosses are there?": "zero",
         "Is there a red circle?": "yes",
-        "Is there an orange circle?": "no",
+        "Is there a green circle?": "no",
         "Is the red circle left of the blue circle?": "yes",
         "Is the red circle above the blue circle?": None,
     }
@@ -259,8 +248,27 @@ def test_backgrounds_are_light_and_far_from_every_colour() -> None:
         assert min(distances) > 100**2
 
 
+def test_colours_keep_their_name_whatever_their_tint() -> None:
+    scene_tints = [
+        thing.tint for seed in range(300) for thing in scenes.plan_scene(random.Random(seed), 3, scenes.TRAINING).things
+    ]
+    farthest = max(sum(c * c for c in tint) for tint in scene_tints)
+    for a, b in itertools.combinations(scenes.COLOURS.values(), 2):
+        assert sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) > 4 * farthest
+
+
+def test_every_shape_looks_different() -> None:
+    outlines = [
+        scenes.draw_scene(scenes.Scene((255, 255, 255), (scenes.Thing("black", shape, "top left"),))).convert("L")
+        for shape in scenes.SHAPES
+    ]
+    for a, b in itertools.combinations(outlines, 2):
+        n_different = sum(value > 128 for value in ImageChops.difference(a, b).getdata())
+        assert n_different > 84 * 84 * 0.03
+
+
 def run(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "--out", str(out), "--captions", "3", "--conversations", "3"]
+    command = [sys.executable, scenes.__file__, "--out", str(out), "--captions", "3", "--conversations", "3"]
     return subprocess.run([*command, "--held-out", "3", *more], capture_output=True, text=True, check=False)
 
 

@@ -53,7 +53,7 @@ def launch(command: list[Any], cwd: Path) -> str:
     done = subprocess.run(
         list(map(str, command)),
         cwd=cwd,
-        env=environment(),
+        env=environment(TORCH_EXTENSIONS_DIR=str(cwd / "compiled")),
         capture_output=True,
         text=True,
         check=False,
@@ -126,6 +126,11 @@ def in_plain_transformers(recipe: Recipe) -> dict[str, dict[str, Any]]:
     script = Path(__file__).with_name("plain_transformers.py")
     run_ranks([script, recipe.folder / "spec.json", recipe.folder / "plain.json"], recipe.folder).check()
     return json.loads((recipe.folder / "plain.json").read_text())
+
+
+def test_nothing_is_compiled(recipe: Recipe) -> None:
+    """No compiler is needed, and a build that was killed cannot leave a lock that later runs wait for."""
+    assert not (recipe.folder / "compiled").exists()
 
 
 @pytest.mark.parametrize("name", RUNS)
