@@ -47,8 +47,8 @@ def start_distributed() -> World:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # On CPUs DeepSpeed would compile a collective of its own, once a machine: that takes a compiler, and a build that was
-    # killed leaves a lock on which every later run waits for ever. Gloo does the work.
+    # On CPUs DeepSpeed would compile a collective of its own. That takes a compiler, and a build that was killed
+    # leaves a lock on which every later run waits for ever. Gloo does the work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
