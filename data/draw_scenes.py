@@ -275,7 +275,7 @@ def _draw_shape(
     if shape == "circle":
         canvas.ellipse(box, fill=colour)
     elif shape == "ring":
-        canvas.ellipse(box, outline=colour, width=round(radius * 0.4))
+        canvas.ellipse(box, outline=colour, width=round(radius * 0.5))
     else:
         sin, cos = math.sin(angle), math.cos(angle)
         corners = [(x + radius * (u * cos - v * sin), y + radius * (u * sin + v * cos)) for u, v in _corners(shape)]
@@ -289,11 +289,11 @@ def _corners(shape: str) -> list[tuple[float, float]]:
     if shape == "triangle":
         return _around([1.0] * 3)
     if shape == "star":
-        return _around([1.0, 0.42] * 5)
+        return _around([1.0, 0.48] * 5)
     if shape == "cross":
-        right = [(0.3, -0.95), (0.3, -0.3), (0.95, -0.3), (0.95, 0.3), (0.3, 0.3), (0.3, 0.95)]
+        right = [(0.36, -0.93), (0.36, -0.36), (0.93, -0.36), (0.93, 0.36), (0.36, 0.36), (0.36, 0.93)]
     elif shape == "arrow":
-        right = [(0.0, -1.0), (0.8, -0.1), (0.3, -0.1), (0.3, 0.95)]
+        right = [(0.0, -1.0), (0.9, 0.0), (0.36, 0.0), (0.36, 0.93)]
     else:  # a heart: https://mathworld.wolfram.com/HeartCurve.html
         turns = [k * math.pi / 20 for k in range(21)]
         right = [
