@@ -275,7 +275,7 @@ def _draw_shape(
     if shape == "circle":
         canvas.ellipse(box, fill=colour)
     elif shape == "ring":
-        canvas.ellipse(box, outline=colour, width=round(radius * 0.5))
+        canvas.ellipse(box, outline=colour, width=round(radius * 0.4))
     else:
         sin, cos = math.sin(angle), math.cos(angle)
         corners = [(x + radius * (u * cos - v * sin), y + radius * (u * sin + v * cos)) for u, v in _corners(shape)]
@@ -289,11 +289,11 @@ def _corners(shape: str) -> list[tuple[float, float]]:
     if shape == "triangle":
         return _around([1.0] * 3)
     if shape == "star":
-        return _around([1.0, 0.48] * 5)
+        return _around([1.0, 0.42] * 5)
     if shape == "cross":
-        right = [(0.36, -0.93), (0.36, -0.36), (0.93, -0.36), (0.93, 0.36), (0.36, 0.36), (0.36, 0.93)]
+        right = [(0.3, -0.95), (0.3, -0.3), (0.95, -0.3), (0.95, 0.3), (0.3, 0.3), (0.3, 0.95)]
     elif shape == "arrow":
-        right = [(0.0, -1.0), (0.9, 0.0), (0.36, 0.0), (0.36, 0.93)]
+        right = [(0.0, -1.0), (0.8, -0.1), (0.3, -0.1), (0.3, 0.95)]
     else:  # a heart: https://mathworld.wolfram.com/HeartCurve.html
         turns = [k * math.pi / 20 for k in range(21)]
         right = [
@@ -407,7 +407,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--conversations", type=int, default=6000, help="training pictures with conversations")
     parser.add_argument("--held-out", type=int, default=300, help="held-out pictures with questions")
     parser.add_argument("--caption-objects", type=int, default=1, choices=(1, 2, 3), help="most objects to caption")
-    parser.add_argument("--single", type=float, default=0.8, help="share of conversations about one object")
+    parser.add_argument("--single", type=float, default=0.7, help="share of conversations about one object")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     if min(arguments.captions, arguments.conversations, arguments.held_out) < 1:
