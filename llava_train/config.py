@@ -86,6 +86,13 @@ class PartTraining(Section):
     lr: LearningRate
 
 
+class ProjectorTraining(PartTraining):
+    """How the projector trains."""
+
+    standardize: bool = False
+    """Train on features shifted to mean 0 and scaled to deviation 1; the result is a plain projector all the same."""
+
+
 class LanguageModelTraining(PartTraining):
     """How the language model trains: in full, or through LoRA adapters."""
 
@@ -95,7 +102,7 @@ class LanguageModelTraining(PartTraining):
 class TrainableSection(Section):
     """The parts that train. A part that is not listed is frozen."""
 
-    projector: PartTraining | None = None
+    projector: ProjectorTraining | None = None
     language_model: LanguageModelTraining | None = None
     vision_tower: PartTraining | None = None
 

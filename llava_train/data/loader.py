@@ -221,6 +221,18 @@ def pack_documents(
     )
 
 
+def first_pictures(dataset: StepDataset, n_pictures: int, n_steps: int) -> list[torch.Tensor]:
+    """Pixels [N, 3, H, W] of the first packs with pictures: `n_pictures` or a few more, if `n_steps` have them."""
+    found: list[torch.Tensor] = []
+    for step in range(n_steps):
+        for pack in dataset[step].micro_batches:
+            if sum(map(len, found)) >= n_pictures:
+                return found
+            if pack.n_images:
+                found.append(pack.pixel_values)
+    return found
+
+
 def read_steps(dataset: StepDataset, steps: range, n_workers: int, pin_memory: bool) -> Iterator[StepBatch]:
     """Yields `dataset[step]` in order, read ahead by worker processes (`n_workers` 0: in this process)."""
     loader = DataLoader(

@@ -18,12 +18,14 @@ from llava_train import __version__
 from llava_train.config import SourceSection, StageConfig
 from llava_train.data.chat import ChatEncoder, load_template
 from llava_train.data.images import ImagePreprocessor
-from llava_train.data.loader import StepDataset, read_steps
+from llava_train.data.loader import StepDataset, first_pictures, read_steps
 from llava_train.data.order import n_steps_of
 from llava_train.data.samples import LlavaJson, Mixture
+from llava_train.errors import UserError
 from llava_train.files import damage, sha256, write_durably, write_manifest
 from llava_train.model.build import Llava, build_llava
 from llava_train.model.loss import PackedLoss
+from llava_train.model.standardize import feature_statistics, fold, standardize
 from llava_train.model.trainable import parameter_groups, set_trainable, summarize
 from llava_train.model.weights import RESULT_FOLDER, State, check_init, export_model, load_init, save_projector
 from llava_train.train.checkpoint import load_newest, save_checkpoint
@@ -33,6 +35,8 @@ from llava_train.train.loop import train
 from llava_train.train.tracking import Tracker
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_STATISTICS_PICTURES, _STATISTICS_STEPS = 64, 16
+"""How many pictures decide the mean and deviation of the features, and in how many steps they are looked for."""
 
 
 def run_stage(config: StageConfig, world: World) -> Path:
@@ -68,6 +72,8 @@ def _train(config: StageConfig, world: World) -> State:
     set_trainable(llava.model, config.trainable, config.seed)
     parts = list(summarize(llava.model, config.trainable))
     new_dataset = _dataset_maker(config, world, llava)
+    if config.trainable.projector and config.trainable.projector.standardize:
+        _standardize_features(config, world, llava, new_dataset(mixture, seed=config.seed, rank=0, n_ranks=1))
     _prepare_modes(llava, config)
 
     _write_card(config, world, mixture)
@@ -94,6 +100,7 @@ def _train(config: StageConfig, world: World) -> State:
         batches = read_steps(new_dataset(mixture, seed=config.seed), steps, config.loader.workers, on_cuda)
         train(engine, world, config, batches, n_steps, tracker, after_step)
         trained = gathered(engine, world, llava.model)
+        trained = fold(llava.model, trained) if world.is_main else trained
     engine.destroy()
     return trained
 
@@ -134,6 +141,19 @@ def _dataset_maker(config: StageConfig, world: World, llava: Llava) -> Callable[
         packing=config.batch.packing,
         attention_cost=1 / (6 * llava.model.config.text_config.hidden_size),
     )
+
+
+def _standardize_features(config: StageConfig, world: World, llava: Llava, dataset: StepDataset) -> None:
+    """Standardizes what enters the projector, by the first pictures that the run trains on. Raises UserError."""
+    pictures = first_pictures(dataset, _STATISTICS_PICTURES, _STATISTICS_STEPS)
+    if not pictures:
+        raise UserError(
+            f"trainable.projector.standardize: the samples of the first {_STATISTICS_STEPS} steps hold no readable "
+            "picture to find the features' mean by; set it to false or mend the data"
+        )
+    statistics = torch.stack(feature_statistics(llava.model, pictures, world.device))
+    torch.distributed.broadcast(statistics, src=0)
+    standardize(llava.model, *statistics, is_new=config.init_from in (None, "random"))
 
 
 def _prepare_modes(llava: Llava, config: StageConfig) -> None:

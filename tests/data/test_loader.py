@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from llava_train.data.chat import IGNORED, EncodedSample
-from llava_train.data.loader import pack_documents, read_steps
+from llava_train.data.loader import first_pictures, pack_documents, read_steps
 from llava_train.data.samples import parse_record
 from tests.tiny import dataset_of, tiny_llava, write_data
 
@@ -182,3 +182,18 @@ def test_no_padding_is_computed(llava, tmp_path: Path) -> None:
     dataset = dataset_of(llava, write_data(tmp_path, 12))
     encoded = [dataset.encoder.encode(dataset.mixture[i]).n_tokens for i in dataset._indices(0)]
     assert dataset[0].n_tokens == sum(encoded)
+
+
+@pytest.mark.parametrize(("wanted", "n_steps", "least", "most"), [(3, 9, 3, 8), (1000, 2, 8, 8), (5, 0, 0, 0)])
+def test_first_pictures_are_as_many_as_wanted_or_those_of_the_first_steps(
+    llava, tmp_path: Path, wanted: int, n_steps: int, least: int, most: int
+) -> None:
+    """12 samples in 2 steps an epoch, 8 of them with a picture."""
+    dataset = dataset_of(llava, write_data(tmp_path))
+    pictures = first_pictures(dataset, wanted, n_steps)
+    assert least <= sum(map(len, pictures)) <= most
+    assert all(pixels.shape[1:] == (3, 28, 28) for pixels in pictures)
+
+
+def test_first_pictures_of_texts_are_none(llava, tmp_path: Path) -> None:
+    assert first_pictures(dataset_of(llava, write_data(tmp_path, text_only=True)), 3, 4) == []

@@ -31,7 +31,7 @@ from tests.train.helpers import (
 
 N_STEPS, EVERY, KEEP = 10, 2, 4
 LORA = {
-    "projector": {"lr": 1e-3},
+    "projector": {"lr": 1e-3, "standardize": True},
     "language_model": {"lr": 1e-3, "lora": {"rank": 4, "alpha": 8, "dropout": 0.2}},
 }
 FULL = {"projector": {"lr": 1e-3}, "language_model": {"lr": 1e-3}}

@@ -34,6 +34,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"init_from": "unfinished"},
         ["init_from: unfinished holds no finished result", "run that stage"],
     ),
+    "no-picture": (
+        {"trainable": {"projector": {"lr": 1e-3, "standardize": True}}, "data": [{"path": "texts.json"}]},
+        ["trainable.projector.standardize: the samples of the first 16 steps hold no readable", "set it to false"],
+    ),
     "missing-part": (
         {"model": {"language_model": "no/lm", "vision_tower": "no/vt", "chat_template": "vicuna_v1"}},
         ["model.language_model: cannot load no/lm"],
@@ -46,6 +50,7 @@ NOT_JUST_RUN = ("wrong-key", "near-key", "deepspeed-conflict")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wrong")
     write_samples(folder / "data.json", "itit")
+    write_samples(folder / "texts.json", "ttt")
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     (folder / "unfinished/checkpoints").mkdir(parents=True)
     (folder / "unfinished/config.yaml").write_text("name: unfinished\n")
