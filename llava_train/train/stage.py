@@ -29,7 +29,7 @@ from llava_train.model.standardize import feature_statistics, fold, standardize
 from llava_train.model.trainable import parameter_groups, set_trainable, summarize
 from llava_train.model.weights import RESULT_FOLDER, State, check_init, export_model, load_init, save_projector
 from llava_train.train.checkpoint import load_newest, save_checkpoint
-from llava_train.train.engine import World, gathered, start_engine
+from llava_train.train.engine import World, gathered, imitates_bf16, start_engine
 from llava_train.train.evaluate import evaluate
 from llava_train.train.loop import train
 from llava_train.train.tracking import Tracker
@@ -78,6 +78,8 @@ def _train(config: StageConfig, world: World) -> State:
 
     _write_card(config, world, mixture)
     _say(world, f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}")
+    if config.engine.precision == "bf16" and imitates_bf16(world.device):
+        _say(world, "engine.precision: this CPU imitates bf16, tens of times slower than fp32; better set it to fp32")
 
     groups = parameter_groups(llava.model, config.trainable, config.schedule.weight_decay)
     engine = start_engine(PackedLoss(llava.model), groups, config)
