@@ -57,8 +57,12 @@ class EncodedSample:
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The jinja text of a chat template, fitted to a tokenizer.
 
-    Where the tokenizer puts a begin-of-sequence token before a text, so does the template: chat front ends
-    switch the tokenizer's own off. Raises TemplateError when the tokenizer lacks a token that the template writes.
+    Where the tokenizer puts a begin-of-sequence token before a text, so does the template: chat front ends switch
+    the tokenizer's own off. `plain` would begin with the image, which the language model would then take for its
+    attention sink (Xiao et al., 2309.17453): it begins with that token wherever there is one.
+
+    Raises:
+        TemplateError: the tokenizer lacks a token that the template writes.
     """
     missing = [token for token in _CONTROL_TOKENS.get(name, ()) if token not in tokenizer.get_vocab()]
     if name == "vicuna_v1" and tokenizer.eos_token is None:
@@ -69,8 +73,10 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
             "lacks; choose the template that the language model was trained with"
         )
     text = resources.files("llava_train.data").joinpath(f"templates/{name}.jinja").read_text(encoding="utf-8")
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-    return ("{{- bos_token -}}" if adds_bos else "") + text.rstrip("\n")
+    has_bos = tokenizer.bos_token_id is not None
+    adds_bos = has_bos and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    starts_with_image = name == "plain"
+    return ("{{- bos_token -}}" if adds_bos or (has_bos and starts_with_image) else "") + text.rstrip("\n")
 
 
 class ChatEncoder:
