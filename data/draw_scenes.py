@@ -41,7 +41,11 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring", "arrow", "heart")
 PLURALS = {"cross": "crosses"}
 QUADRANTS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
+YES = {True: "yes", False: "no"}
 NUMBERS = ("zero", "one", "two", "three")
+
+MOST_TURNS = 4
+"""Of a training conversation."""
 
 Kind = tuple[str, str]
 """Colour and shape."""
@@ -117,19 +121,22 @@ def plan_caption(scene: Scene) -> str:
 
 
 def plan_conversation(rng: random.Random, scene: Scene, kinds: Sequence[Kind]) -> list[Turn]:
-    """Turns of a training conversation: the kinds of question that apply, less what an earlier turn gives away.
+    """Turns of a training conversation: up to MOST_TURNS, less what an earlier turn gives away.
 
-    Colour and shape often come first, for they are the hardest to see, and existence and count often do, for
-    every other turn would give them away. Where an object stands is easy: it is asked less often.
+    Existence and count are asked more than once and mostly first: each tells the model one bit, and every other
+    turn would give them away. Where an object stands is easy to see: it is asked less often.
     """
     asked = all_questions(rng, scene, kinds)
-    turns = [turn for turn in asked if turn.kind not in ("position", "relation") or rng.random() < 0.6]
+    for _ in range(2):
+        asked += [_existence(rng, scene, kinds), _count(rng, scene)]
+    turns = [turn for turn in asked if turn.kind not in ("position", "relation") or rng.random() < 0.4]
     rng.shuffle(turns)
-    first = rng.choices([("colour", "shape"), ("existence", "count"), ()], weights=[3, 5, 2])[0]
+    first = rng.choices([("colour", "shape"), ("existence", "count"), ()], weights=[2, 6, 2])[0]
     turns.sort(key=lambda turn: turn.kind not in first)
     kept: list[Turn] = []
     for turn in turns:
-        if not gives_away(scene, kept, turn):
+        repeated = any(turn.question == earlier.question for earlier in kept)
+        if len(kept) < MOST_TURNS and not repeated and not gives_away(scene, kept, turn):
             kept.append(turn)
     return kept
 
@@ -169,7 +176,7 @@ def _colour(rng: random.Random, scene: Scene) -> Turn | None:
     if not unique:
         return None
     thing = rng.choice(unique)
-    named = "object" if len(shapes) == 1 and rng.random() < 0.6 else thing.shape
+    named = "object" if len(shapes) == 1 else thing.shape
     return Turn("colour", f"What colour is the {named}?", thing.colour)
 
 
@@ -179,7 +186,7 @@ def _shape(rng: random.Random, scene: Scene) -> Turn | None:
     if not unique:
         return None
     thing = rng.choice(unique)
-    named = "object" if len(colours) == 1 and rng.random() < 0.6 else f"{thing.colour} object"
+    named = "object" if len(colours) == 1 else f"{thing.colour} object"
     return Turn("shape", f"What shape is the {named}?", thing.shape)
 
 
@@ -192,7 +199,19 @@ def _position(rng: random.Random, scene: Scene) -> Turn | None:
 
 
 def _existence(rng: random.Random, scene: Scene, kinds: Sequence[Kind]) -> Turn:
-    """Yes half of the time; at least half of the absent ones share a colour or shape with a present one."""
+    """Of a colour, a shape or both; yes half of the time.
+
+    At least half of the absent combinations share a colour or shape with a present one.
+    """
+    named = rng.choice(("colour", "shape", "both"))
+    if named == "colour":
+        colours = [thing.colour for thing in scene.things]
+        colour = _present_or_absent(rng, colours, tuple(COLOURS))
+        return Turn("existence", f"Is there {_article(colour)} {colour} object?", YES[colour in colours])
+    if named == "shape":
+        shapes = [thing.shape for thing in scene.things]
+        shape = _present_or_absent(rng, shapes, SHAPES)
+        return Turn("existence", f"Is there {_article(shape)} {shape}?", YES[shape in shapes])
     present = [thing.kind for thing in scene.things]
     if rng.random() < 0.5:
         (colour, shape), answer = rng.choice(present), "yes"
@@ -407,7 +426,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--conversations", type=int, default=6000, help="training pictures with conversations")
     parser.add_argument("--held-out", type=int, default=300, help="held-out pictures with questions")
     parser.add_argument("--caption-objects", type=int, default=1, choices=(1, 2, 3), help="most objects to caption")
-    parser.add_argument("--single", type=float, default=0.7, help="share of conversations about one object")
+    parser.add_argument("--single", type=float, default=0.8, help="share of conversations about one object")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     if min(arguments.captions, arguments.conversations, arguments.held_out) < 1:

@@ -38,6 +38,10 @@ def oracle(question: str, scene: Any) -> str | None:
     if match := re.fullmatch(r"How many (\w+) are there\?", question):
         name = "cross" if match[1] == "crosses" else match[1].removesuffix("s")
         return ("zero", "one", "two", "three")[sum(s == name for _, s, _ in things)]
+    if match := re.fullmatch(r"Is there an? (\w+) object\?", question):
+        return "yes" if any(c == match[1] for c, _, _ in things) else "no"
+    if match := re.fullmatch(r"Is there an? (\w+)\?", question):
+        return "yes" if any(s == match[1] for _, s, _ in things) else "no"
     if match := re.fullmatch(r"Is there an? (\w+) (\w+)\?", question):
         return "yes" if (match[1], match[2]) in [t[:2] for t in things] else "no"
     if match := re.fullmatch(r"Is the (\w+ \w+) (left of|right of|above|below) the (\w+ \w+)\?", question):
@@ -133,6 +137,8 @@ def test_the_oracle_itself_knows_a_scene() -> None:
         "How many crosses are there?": "zero",
         "Is there a red circle?": "yes",
         "Is there a green circle?": "no",
+        "Is there a blue object?": "yes",
+        "Is there a square?": "no",
         "Is the red circle left of the blue circle?": "yes",
         "Is the red circle above the blue circle?": None,
     }
@@ -169,7 +175,7 @@ def test_half_of_the_absent_combinations_look_like_a_present_one(planned: dict[s
     for row, scene in planned["conversations.json"]:
         for question, answer in turns_of(row):
             match = re.fullmatch(r"Is there an? (\w+) (\w+)\?", question)
-            if match and answer == "no":
+            if match and match[2] != "object" and answer == "no":
                 alike.append(any(match[1] == t.colour or match[2] == t.shape for t in scene.things))
     assert 0.5 < sum(alike) / len(alike) < 0.8
 
@@ -181,6 +187,34 @@ def test_no_turn_gives_away_a_later_colour_shape_or_place(planned: dict[str, Row
             if question.startswith(("What", "Where")):
                 assert not re.search(rf"\b{answer}(e?s)?\b", said), (row["id"], question, answer)
             said += f" {question} {answer}"
+
+
+def test_conversations_are_short_and_repeat_no_question(planned: dict[str, Rows]) -> None:
+    lengths = Counter(len(turns_of(row)) for row, _ in planned["conversations.json"])
+    assert set(lengths) == {1, 2, 3, 4}
+    for row, _ in planned["conversations.json"]:
+        questions = [question for question, _ in turns_of(row)]
+        assert len(set(questions)) == len(questions), row["id"]
+
+
+@pytest.mark.parametrize("name", ["conversations.json", "held_out.json"])
+def test_no_question_names_a_part_of_the_only_object_for_the_other(planned: dict[str, Rows], name: str) -> None:
+    """Training would teach from text alone that what it never shows together does not go together."""
+    for row, scene in planned[name]:
+        if len(scene.things) == 1:
+            what = {question for question, _ in turns_of(row) if question.startswith("What")}
+            assert what <= {"What colour is the object?", "What shape is the object?"}
+
+
+@pytest.mark.parametrize("name", ["conversations.json", "held_out.json"])
+def test_existence_is_asked_of_a_colour_of_a_shape_and_of_both(planned: dict[str, Rows], name: str) -> None:
+    forms: Counter[str] = Counter()
+    for row, _ in planned[name]:
+        for question, _ in turns_of(row):
+            if match := re.fullmatch(r"Is there an? (.+)\?", question):
+                words = match[1].split()
+                forms["shape" if len(words) == 1 else "colour" if words[1] == "object" else "both"] += 1
+    assert min(forms[form] for form in ("colour", "shape", "both")) > 0.25 * forms.total(), forms
 
 
 def test_rows_are_in_the_format_of_llava(planned: dict[str, Rows]) -> None:
