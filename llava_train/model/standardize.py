@@ -32,15 +32,20 @@ class StandardizedLinear(nn.Linear):
     mean: torch.Tensor  # [in]
     deviation: torch.Tensor  # [in]
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter, mean: torch.Tensor, deviation: torch.Tensor) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], device="meta")
-        self.weight, self.bias = weight, bias
+    def __init__(self, layer: nn.Linear, mean: torch.Tensor, deviation: torch.Tensor) -> None:
+        super().__init__(layer.in_features, layer.out_features, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
         self.register_buffer("mean", mean)
         self.register_buffer("deviation", deviation)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         standardized = (x.float() - self.mean.float()) / self.deviation.float()
         return linear(standardized.to(self.weight.dtype), self.weight, self.bias)
+
+
+def first_layer(model: LlavaForConditionalGeneration) -> nn.Linear:
+    """The projector's layer that the features enter."""
+    return model.get_submodule(FIRST_LAYER)
 
 
 @torch.no_grad()
@@ -57,12 +62,11 @@ def feature_statistics(
         Two float32 tensors [features], over all patches of all pictures.
     """
     inputs: list[torch.Tensor] = []
-    projector, tower = part_module(model, "projector"), part_module(model, "vision_tower")
-    for part in (projector, tower):
+    for part in (part_module(model, "projector"), part_module(model, "vision_tower")):
         part.to(device)
-    watched = projector.linear_1.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].float()))
+    watched = first_layer(model).register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].float()))
     for pixel_values in pictures:
-        model.get_image_features(pixel_values.to(device, tower.dtype))
+        model.get_image_features(pixel_values.to(device, model.dtype))
     watched.remove()
     features = torch.cat([part.flatten(0, -2) for part in inputs])
     return features.mean(dim=0), features.std(dim=0).clamp(min=_SMALLEST_DEVIATION)
@@ -78,13 +82,13 @@ def standardize(
         mean, deviation: [features], from `feature_statistics`.
         is_new: a new projector keeps its weights, for they suit inputs of deviation 1; a trained one its function.
     """
-    projector = part_module(model, "projector")
-    weight, bias = projector.linear_1.weight, projector.linear_1.bias
+    layer = first_layer(model)
+    weight, bias = layer.weight, layer.bias
     mean, deviation = mean.to(weight.device), deviation.to(weight.device)
     if not is_new:
         bias.copy_(bias.double() + weight.double() @ mean.double())
         weight.copy_(weight.double() * deviation.double())
-    projector.linear_1 = StandardizedLinear(weight, bias, mean, deviation)
+    model.model.multi_modal_projector.linear_1 = StandardizedLinear(layer, mean, deviation)
 
 
 def fold(model: LlavaForConditionalGeneration, trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -92,7 +96,7 @@ def fold(model: LlavaForConditionalGeneration, trained: dict[str, torch.Tensor])
 
     The bias makes up for the weight as it is rounded to its type: the mean's image would drown in the error else.
     """
-    layer = part_module(model, "projector").linear_1
+    layer = first_layer(model)
     if not isinstance(layer, StandardizedLinear):
         return trained
     weight, bias = trained[f"{FIRST_LAYER}.weight"], trained[f"{FIRST_LAYER}.bias"]

@@ -153,9 +153,10 @@ def _standardize_features(config: StageConfig, world: World, llava: Llava, datas
             f"trainable.projector.standardize: the samples of the first {_STATISTICS_STEPS} steps hold no readable "
             "picture to find the features' mean by; set it to false or mend the data"
         )
-    statistics = torch.stack(feature_statistics(llava.model, pictures, world.device))
-    torch.distributed.broadcast(statistics, src=0)
-    standardize(llava.model, *statistics, is_new=config.init_from in (None, "random"))
+    mean, deviation = feature_statistics(llava.model, pictures, world.device)
+    for tensor in (mean, deviation):
+        torch.distributed.broadcast(tensor, src=0)
+    standardize(llava.model, mean, deviation, is_new=config.init_from in (None, "random"))
 
 
 def _prepare_modes(llava: Llava, config: StageConfig) -> None:
