@@ -44,9 +44,6 @@ QUADRANTS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bo
 YES = {True: "yes", False: "no"}
 NUMBERS = ("zero", "one", "two", "three")
 
-MOST_TURNS = 4
-"""Of a training conversation."""
-
 Kind = tuple[str, str]
 """Colour and shape."""
 COMBINATIONS: tuple[Kind, ...] = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
@@ -121,7 +118,7 @@ def plan_caption(scene: Scene) -> str:
 
 
 def plan_conversation(rng: random.Random, scene: Scene, kinds: Sequence[Kind]) -> list[Turn]:
-    """Turns of a training conversation: up to MOST_TURNS, less what an earlier turn gives away.
+    """Turns of a training conversation, less what an earlier turn gives away.
 
     Existence and count are asked more than once and mostly first: each tells the model one bit, and every other
     turn would give them away. Where an object stands is easy to see: it is asked less often.
@@ -136,7 +133,7 @@ def plan_conversation(rng: random.Random, scene: Scene, kinds: Sequence[Kind]) -
     kept: list[Turn] = []
     for turn in turns:
         repeated = any(turn.question == earlier.question for earlier in kept)
-        if len(kept) < MOST_TURNS and not repeated and not gives_away(scene, kept, turn):
+        if not repeated and not gives_away(scene, kept, turn):
             kept.append(turn)
     return kept
 
@@ -426,7 +423,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--conversations", type=int, default=6000, help="training pictures with conversations")
     parser.add_argument("--held-out", type=int, default=300, help="held-out pictures with questions")
     parser.add_argument("--caption-objects", type=int, default=1, choices=(1, 2, 3), help="most objects to caption")
-    parser.add_argument("--single", type=float, default=0.8, help="share of conversations about one object")
+    parser.add_argument("--single", type=float, default=0.7, help="share of conversations about one object")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     if min(arguments.captions, arguments.conversations, arguments.held_out) < 1:

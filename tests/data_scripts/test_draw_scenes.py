@@ -189,9 +189,9 @@ def test_no_turn_gives_away_a_later_colour_shape_or_place(planned: dict[str, Row
             said += f" {question} {answer}"
 
 
-def test_conversations_are_short_and_repeat_no_question(planned: dict[str, Rows]) -> None:
+def test_conversations_have_several_turns_and_repeat_no_question(planned: dict[str, Rows]) -> None:
     lengths = Counter(len(turns_of(row)) for row, _ in planned["conversations.json"])
-    assert set(lengths) == {1, 2, 3, 4}
+    assert {1, 2, 3, 4, 5} <= set(lengths) and max(lengths) <= 12
     for row, _ in planned["conversations.json"]:
         questions = [question for question, _ in turns_of(row)]
         assert len(set(questions)) == len(questions), row["id"]
