@@ -4,8 +4,10 @@
 
 A scene has one to three objects, each in a quadrant of its own. Eight of the 48 combinations of colour and shape
 are held out: training never draws or names one, the held-out scenes show nothing else, so a right answer there
-was not learnt by heart. Answers are balanced, so that guessing without the picture is poor, and no turn of a
-training conversation gives away what a later turn asks for.
+was not learnt by heart. Existence and count are answered with what is seen first, then with the verdict
+(`blue square: no`): a small model learns to read a picture much sooner than to compare it with a question.
+Verdicts are balanced, so that guessing without the picture is poor, and no turn of a training conversation gives
+away all that a later turn asks for.
 
 `plan_*` and the functions below them decide, from a seed alone; `draw_scene` draws; `main` writes LLaVA's JSON.
 """
@@ -41,7 +43,6 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring", "arrow", "heart")
 PLURALS = {"cross": "crosses"}
 QUADRANTS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
-YES = {True: "yes", False: "no"}
 NUMBERS = ("zero", "one", "two", "three")
 
 Kind = tuple[str, str]
@@ -118,40 +119,25 @@ def plan_caption(scene: Scene) -> str:
 
 
 def plan_conversation(rng: random.Random, scene: Scene, kinds: Sequence[Kind]) -> list[Turn]:
-    """Turns of a training conversation, less what an earlier turn gives away.
+    """Turns of a training conversation: the kinds of question that apply, less what an earlier turn gives away.
 
-    Existence and count are asked more than once and mostly first: each tells the model one bit, and every other
-    turn would give them away. Where an object stands is easy to see: it is asked less often.
+    Where an object stands and how two stand to each other is easy to see: it is asked less often.
     """
-    asked = all_questions(rng, scene, kinds)
-    for _ in range(2):
-        asked += [_existence(rng, scene, kinds), _count(rng, scene)]
-    turns = [turn for turn in asked if turn.kind not in ("position", "relation") or rng.random() < 0.4]
+    asked = [*all_questions(rng, scene, kinds), _existence(rng, scene, kinds), _count(rng, scene)]
+    turns = [turn for turn in asked if turn.kind not in ("position", "relation") or rng.random() < 0.5]
     rng.shuffle(turns)
-    first = rng.choices([("colour", "shape"), ("existence", "count"), ()], weights=[2, 6, 2])[0]
-    turns.sort(key=lambda turn: turn.kind not in first)
     kept: list[Turn] = []
     for turn in turns:
-        repeated = any(turn.question == earlier.question for earlier in kept)
-        if not repeated and not gives_away(scene, kept, turn):
+        if not gives_away(kept, turn):
             kept.append(turn)
     return kept
 
 
-def gives_away(scene: Scene, earlier: Sequence[Turn], turn: Turn) -> bool:
-    """Whether earlier turns tell the answer of `turn`.
-
-    Existence and count are judged by what is known of the objects, whatever the answer: judged by the answer,
-    the questions that remain would mostly be answered `no`.
-    """
-    said = [word for t in earlier for word in (t.question, t.answer)]
-    if turn.kind in ("colour", "shape", "position"):
-        return any(turn.answer in text for text in said)
-    text = " ".join(said)
-    known = [(thing.colour in text) + (thing.shape in text) for thing in scene.things]
-    if turn.kind == "existence":
-        return max(known) == 2 or (len(known) == 1 and max(known) > 0)
-    return turn.kind == "count" and len(known) == 1 and known[0] > 0
+def gives_away(earlier: Sequence[Turn], turn: Turn) -> bool:
+    """Whether earlier turns name all that must be seen for the answer of `turn`; for a relation they never do."""
+    said = " ".join(word for t in earlier for word in (t.question, t.answer))
+    seen = turn.answer.partition(":")[0]
+    return turn.kind != "relation" and all(word in said for word in seen.replace(",", "").split())
 
 
 def all_questions(rng: random.Random, scene: Scene, kinds: Sequence[Kind]) -> list[Turn]:
@@ -201,35 +187,36 @@ def _existence(rng: random.Random, scene: Scene, kinds: Sequence[Kind]) -> Turn:
     At least half of the absent combinations share a colour or shape with a present one.
     """
     named = rng.choice(("colour", "shape", "both"))
+    present = _seen(scene, named)
     if named == "colour":
-        colours = [thing.colour for thing in scene.things]
-        colour = _present_or_absent(rng, colours, tuple(COLOURS))
-        return Turn("existence", f"Is there {_article(colour)} {colour} object?", YES[colour in colours])
-    if named == "shape":
-        shapes = [thing.shape for thing in scene.things]
-        shape = _present_or_absent(rng, shapes, SHAPES)
-        return Turn("existence", f"Is there {_article(shape)} {shape}?", YES[shape in shapes])
-    present = [thing.kind for thing in scene.things]
-    if rng.random() < 0.5:
-        (colour, shape), answer = rng.choice(present), "yes"
+        name = _present_or_absent(rng, present, tuple(COLOURS))
+        asked = f"{name} object"
+    elif named == "shape":
+        name = asked = _present_or_absent(rng, present, SHAPES)
     else:
-        absent = [kind for kind in kinds if kind not in present]
-        like = [kind for kind in absent if any(kind[0] == p[0] or kind[1] == p[1] for p in present)]
-        (colour, shape), answer = rng.choice(like if like and rng.random() < 0.5 else absent), "no"
-    return Turn("existence", f"Is there {_article(colour)} {colour} {shape}?", answer)
+        absent = [kind for kind in kinds if " ".join(kind) not in present]
+        like = [kind for kind in absent if any(kind[0] == t.colour or kind[1] == t.shape for t in scene.things)]
+        other = rng.choice(like if like and rng.random() < 0.5 else absent)
+        name = asked = rng.choice(present) if rng.random() < 0.5 else " ".join(other)
+    answer = "yes" if name in present else "no"
+    return Turn("existence", f"Is there {_article(asked)} {asked}?", f"{', '.join(present)}: {answer}")
 
 
 def _count(rng: random.Random, scene: Scene) -> Turn:
     """Of a colour or a shape, absent ones as often as present ones; of all objects when there are several."""
     if len(scene.things) > 1 and rng.random() < 0.2:
-        return Turn("count", "How many objects are there?", NUMBERS[len(scene.things)])
-    if rng.random() < 0.5:
-        shapes = [thing.shape for thing in scene.things]
-        shape = _present_or_absent(rng, shapes, SHAPES)
-        return Turn("count", f"How many {PLURALS.get(shape, shape + 's')} are there?", NUMBERS[shapes.count(shape)])
-    colours = [thing.colour for thing in scene.things]
-    colour = _present_or_absent(rng, colours, tuple(COLOURS))
-    return Turn("count", f"How many {colour} objects are there?", NUMBERS[colours.count(colour)])
+        present = _seen(scene, "both")
+        return Turn("count", "How many objects are there?", f"{', '.join(present)}: {NUMBERS[len(present)]}")
+    named, possible = rng.choice((("colour", tuple(COLOURS)), ("shape", SHAPES)))
+    present = _seen(scene, named)
+    name = _present_or_absent(rng, present, possible)
+    asked = f"{name} objects" if named == "colour" else PLURALS.get(name, f"{name}s")
+    return Turn("count", f"How many {asked} are there?", f"{', '.join(present)}: {NUMBERS[present.count(name)]}")
+
+
+def _seen(scene: Scene, named: str) -> list[str]:
+    """What must be seen of each object for a question that names a `colour`, a `shape` or `both`, in reading order."""
+    return [" ".join(t.kind) if named == "both" else t.colour if named == "colour" else t.shape for t in scene.things]
 
 
 def _relation(rng: random.Random, scene: Scene) -> Turn | None:

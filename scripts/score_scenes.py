@@ -4,7 +4,8 @@
 
 Every question is asked on its own, and an answer counts when it is the expected one to the letter. Beside the
 right picture the model gets a blank one, and the table shows what always giving the most frequent answer
-would reach: only what lies above both was seen in the picture.
+would reach: only what lies above both was seen in the picture. Existence and count are answered with what is seen
+and then with a verdict (`blue square: no`); a second table judges the verdicts alone, which are easier to guess.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -75,7 +76,7 @@ class Asker:
         inputs = self.processor(
             text=prompts, images=pictures, padding=True, add_special_tokens=False, return_tensors="pt"
         ).to(self.device, self.model.dtype)
-        output = self.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        output = self.model.generate(**inputs, max_new_tokens=24, do_sample=False)
         for tokens in output[:, inputs.input_ids.shape[1] :]:
             yield self.processor.decode(tokens, skip_special_tokens=True).strip()
 
@@ -89,20 +90,27 @@ def ask_all(asker: Asker, questions: list[Question]) -> dict[str, list[str]]:
     seen = asker.answers([(question.image, question.text) for question in questions], "with the picture")
     texts = sorted({question.text for question in questions})
     unseen = dict(zip(texts, asker.answers([(BLANK, text) for text in texts], "with a blank one"), strict=True))
-    frequent = most_frequent(questions)
-    return {
-        "picture": seen,
-        "blank": [unseen[question.text] for question in questions],
-        "most frequent": [frequent[question.kind, question.n_objects] for question in questions],
-    }
+    blank = [unseen[question.text] for question in questions]
+    return {"picture": seen, "blank": blank, "most frequent": most_frequent(questions)}
 
 
-def most_frequent(questions: Iterable[Question]) -> dict[tuple[str, int], str]:
-    """The most frequent answer of each kind and number of objects: the best guess without a picture."""
+def most_frequent(questions: Iterable[Question]) -> list[str]:
+    """For each question the most frequent answer of its kind and number of objects: the best guess without one."""
     counts: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
     for question in questions:
         counts[question.kind, question.n_objects][question.expected] += 1
-    return {cell: counter.most_common(1)[0][0] for cell, counter in counts.items()}
+    return [counts[question.kind, question.n_objects].most_common(1)[0][0] for question in questions]
+
+
+def verdicts(questions: list[Question], answers: dict[str, list[str]]) -> tuple[list[Question], dict[str, list[str]]]:
+    """The same with `no` in place of `blue square: no`."""
+    short = [replace(question, expected=_verdict(question.expected)) for question in questions]
+    given = {way: [_verdict(answer) for answer in answers[way]] for way in WAYS}
+    return short, {**given, "most frequent": most_frequent(short)}
+
+
+def _verdict(answer: str) -> str:
+    return answer.rpartition(": ")[2]
 
 
 def asked_before(path: Path, fingerprint: str) -> dict[str, list[str]] | None:
@@ -135,10 +143,10 @@ def fingerprint_of(model: Path, data: Path) -> str:
     return hashlib.sha256("".join(sha256(path) for path in files).encode()).hexdigest()
 
 
-def table_of(questions: list[Question], answers: dict[str, list[str]]) -> Table:
+def table_of(questions: list[Question], answers: dict[str, list[str]], what: str = "exact match") -> Table:
     """Accuracy in percent by kind of question and number of objects."""
     sizes = sorted({question.n_objects for question in questions})
-    table = Table("question", title=f"Held-out exact match, %: {' / '.join(answers)} answer")
+    table = Table("question", title=f"Held-out {what}, %: {' / '.join(answers)} answer")
     for size in sizes:
         table.add_column(f"{size} object{'s' if size > 1 else ''}", justify="right")
     kinds = sorted({question.kind for question in questions})
@@ -173,6 +181,7 @@ def main() -> None:
         answers = ask_all(Asker(arguments.model, arguments.batch_size), questions)
         write_answers(path, fingerprint, questions, answers)
     Console().print(table_of(questions, answers))
+    Console().print(table_of(*verdicts(questions, answers), what="verdict"))
     print(f"{len(questions)} questions; they and their answers are in {path}")
 
 

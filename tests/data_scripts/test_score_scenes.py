@@ -48,11 +48,22 @@ def test_what_lies_above_guessing_was_seen(held_out: Path) -> None:
     questions = scoring.read_questions(held_out)
     answers = scoring.ask_all(Knowing(questions), questions)
     assert scoring.cell_of(questions, answers, None, 1).startswith("100 / ")
-    for kind, worst in {"colour": 60, "position": 60, "existence": 85}.items():
+    for kind in ("colour", "position", "existence", "count"):
         picture, blank, frequent = map(int, scoring.cell_of(questions, answers, kind, 1).split(" / "))
-        assert picture == 100 and frequent < worst
-        assert (blank == 0) == (kind != "existence")
+        assert picture == 100 and blank == 0 and frequent < 60
     assert scoring.cell_of(questions, answers, "relation", 1) == "-"
+
+
+def test_a_verdict_is_right_whatever_was_seen(held_out: Path) -> None:
+    questions = scoring.read_questions(held_out)
+    answers = scoring.ask_all(Knowing(questions), questions)
+    mistaken = [answer.replace("red", "blue").replace("circle", "star") for answer in answers["picture"]]
+    short, given = scoring.verdicts(questions, {**answers, "picture": mistaken})
+    assert {q.expected for q in short if q.kind == "existence"} == {"yes", "no"}
+    picture, blank, frequent = map(int, scoring.cell_of(short, given, "existence", 1).split(" / "))
+    assert picture == 100 and 0 < blank < 100
+    assert frequent == max(blank, 100 - blank)
+    assert given["picture"] != answers["picture"]
 
 
 def test_the_table_shows_every_kind_and_size(held_out: Path) -> None:
