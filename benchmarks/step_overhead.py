@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from llava_train.config import StageConfig, load_stage
+from llava_train.config import StageConfig
 from llava_train.data.loader import read_steps
 from llava_train.model.loss import PackedLoss
 from llava_train.model.trainable import parameter_groups, set_trainable
+from llava_train.stage_file import load_stage
 from llava_train.train.engine import start_distributed, start_engine
 from llava_train.train.loop import train
 from llava_train.train.stage import _dataset_maker, _mixture, _prepare_modes, _starting_point

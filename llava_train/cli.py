@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from llava_train.config import ConfigError, StageConfig, load_stage, stage_schema
+from llava_train.config import StageConfig
 from llava_train.errors import UserError
+from llava_train.stage_file import ConfigError, load_stage, stage_schema
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 

@@ -16,13 +16,13 @@ from llava_train.config import (
     RandomLanguageModel,
     RandomVisionTower,
     StageConfig,
-    parse_stage,
 )
 from llava_train.data.chat import ChatEncoder, load_template
 from llava_train.data.images import ImagePreprocessor
 from llava_train.data.loader import StepDataset
 from llava_train.data.samples import LlavaJson, Mixture
 from llava_train.model.build import Llava, build_llava
+from llava_train.stage_file import parse_stage
 
 LANGUAGE_MODEL = {
     "model_type": "llama",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llava_train.config import StageConfig, parse_stage
+from llava_train.config import StageConfig
 from llava_train.data.chat import ChatEncoder, load_template
 from llava_train.data.images import ImagePreprocessor
 from llava_train.data.loader import StepDataset
@@ -20,6 +20,7 @@ from llava_train.data.samples import LlavaJson, Mixture
 from llava_train.model.build import Llava, build_llava
 from llava_train.model.loss import PackedLoss
 from llava_train.model.trainable import parameter_groups, set_trainable
+from llava_train.stage_file import parse_stage
 from llava_train.train.engine import World, gathered, start_distributed, start_engine
 from llava_train.train.loop import set_learning_rate, train_step
 from llava_train.train.stage import _prepare_modes

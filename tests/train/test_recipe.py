@@ -19,12 +19,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from llava_train.config import load_stage
 from llava_train.data.chat import ChatEncoder
 from llava_train.data.samples import LlavaJson
 from llava_train.files import damage, sha256, write_manifest
 from llava_train.model.build import build_llava
 from llava_train.model.weights import HandOffError, load_init
+from llava_train.stage_file import load_stage
 from llava_train.train.stage import _starting_point
 from tests.train.helpers import ROOT, TIMEOUT_S, TRAIN, environment, free_port, read_lines, run_ranks, write_stage
 
