@@ -104,7 +104,9 @@ class ChatEncoder:
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
         self.max_tokens = max_tokens
         self.over_long = over_long
-        control = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
+        control = set(tokenizer.all_special_tokens)
+        control |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        control |= {token for tokens in _CONTROL_TOKENS.values() for token in tokens if token in template}
         self._control_tokens = re.compile("|".join(map(re.escape, sorted(control - {IMAGE_PLACEHOLDER}))) or "(?!)")
 
     def encode(self, sample: Sample) -> EncodedSample:

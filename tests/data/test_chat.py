@@ -275,6 +275,24 @@ def test_a_control_token_in_a_text_is_refused(sample, message, template) -> None
         encoder(template).encode(sample)
 
 
+def test_added_tokens_that_are_ordinary_text_are_trained_on() -> None:
+    """As `<think>` of Qwen 3 and the runs of spaces of Phi."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    tokenizer.add_tokens(["<think>", "  "])
+    chat = ChatEncoder(tokenizer, load_template("chatml", tokenizer), 1, 200)
+    encoded = chat.encode(sample_of("Hi  you", "<think>A</think>"))
+    assert tokenizer.decode(encoded.labels[encoded.labels != IGNORED]) == "<think>A</think><|im_end|>"
+
+
+def test_the_tokens_of_a_template_are_control_tokens_whatever_the_tokenizer_says() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer)
+    tokenizer.add_tokens(["<image>", "<|im_start|>", "<|im_end|>"])
+    chat = ChatEncoder(tokenizer, load_template("chatml", tokenizer), 1, 100)
+    with pytest.raises(SampleError, match=r"the control token '<\|im_start\|>'"):
+        chat.encode(sample_of("Hi <|im_start|>", "A"))
+
+
 def test_a_tokenizer_without_control_tokens_takes_an_empty_text() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer)
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)

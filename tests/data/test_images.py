@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import contextlib
 import random
+import struct
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from llava_train.config import ImageSection
 from llava_train.data.images import ImagePreprocessor, decode_image
@@ -68,6 +69,26 @@ def test_a_picture_is_turned_as_its_exif_tag_says(tmp_path: Path) -> None:
     turned = decode_image(saved(picture, tmp_path / "x.png", exif=exif))
     assert turned.size == (4, 8)
     assert [turned.getpixel((2, y))[0] for y in (0, 7)] == [255, 0]
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
+def test_every_orientation_is_undone_as_pillow_does(kind: str, orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(Image.effect_noise((6, 4), 50).convert("RGB"), tmp_path / f"x.{kind}", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    assert decode_image(path).size == expected.size
+    assert decode_image(path).tobytes() == expected.tobytes()
+
+
+def test_a_picture_with_another_tag_written_wrong_is_turned_all_the_same(tmp_path: Path) -> None:
+    entries = [struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0), struct.pack("<HHI4s", 0x0128, 2, 3, b"in\0")]
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + b"".join(entries) + bytes(4)
+    path = saved(Image.new("RGB", (8, 4)), tmp_path / "x.jpg", exif=exif)
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(path))
+    assert decode_image(path).size == (4, 8)
 
 
 def test_a_gif_that_is_called_jpg_is_read(tmp_path: Path) -> None:
