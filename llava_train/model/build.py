@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -205,11 +206,19 @@ def _join(
     model.model.language_model = language_model.base_model
     model.lm_head = language_model.get_output_embeddings()
     model.tie_weights()
-    model.generation_config = copy.deepcopy(language_model.generation_config)
+    model.generation_config = _generation_config(language_model)
     model.config.dtype = dtype
     model.model.language_model.set_attn_implementation(PACKED)
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     return model.eval()
+
+
+def _generation_config(language_model: PreTrainedModel) -> GenerationConfig:
+    """The language model's, less sampling settings that it does not use: Vicuna has some, and cannot be saved with."""
+    config = copy.deepcopy(language_model.generation_config)
+    if not config.do_sample:
+        config.temperature = config.top_p = config.top_k = None
+    return config
 
 
 def _processor(

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from PIL import Image
 from transformers import (
@@ -26,6 +29,7 @@ from transformers import (
 
 from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, RandomVisionTower
 from llava_train.model.build import BuildError, build_llava, byte_tokenizer
+from llava_train.model.weights import export_model
 from tests.tiny import LANGUAGE_MODEL, VISION_TOWER, model_section
 
 SHAPE = {key: VISION_TOWER[key] for key in VISION_TOWER if key != "model_type"}
@@ -197,6 +201,43 @@ def test_language_models_load_from_folders_with_their_own_weights(family: str, f
     logits = llava.model(input_ids=input_ids).logits[..., :264]
     torch.testing.assert_close(logits, alone(input_ids=input_ids).logits[..., :264])
     assert (llava.model.lm_head.weight is llava.model.get_input_embeddings().weight) == (family == "tied")
+
+
+def test_sampling_settings_that_a_language_model_does_not_use_are_left_out(folders: Path, tmp_path: Path) -> None:
+    """Vicuna's generation_config.json holds such ones, and transformers refuses to save them."""
+    shutil.copytree(folders / "llama", tmp_path / "llama")
+    file = tmp_path / "llama/generation_config.json"
+    vicuna = {"_from_model_config": True, "eos_token_id": 2, "max_length": 4096, "temperature": 0.9, "top_p": 0.6}
+    file.write_text(json.dumps(vicuna))
+    section = model_section(language_model=str(tmp_path / "llama"))
+    llava = build(section)
+    export_model(llava.model, llava.processor, 2, tmp_path / "model")
+    saved = json.loads((tmp_path / "model/generation_config.json").read_text())
+    assert saved["max_length"] == 4096 and not {"temperature", "top_p"} & saved.keys()
+    file.write_text(json.dumps({**vicuna, "do_sample": True}))
+    assert build(section).model.generation_config.temperature == 0.9
+
+
+def test_a_language_model_that_has_a_sentencepiece_tokenizer_alone_is_taken(folders: Path, tmp_path: Path) -> None:
+    """As Vicuna: tokenizer.model, and no tokenizer.json."""
+    shutil.copytree(folders / "llama", tmp_path / "llama", ignore=shutil.ignore_patterns("tokenizer*"))
+    (tmp_path / "corpus.txt").write_text("what is this\nthis is it\n" * 100)
+    ids = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"),
+        model_prefix=str(tmp_path / "llama/tokenizer"),
+        vocab_size=280,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **ids,
+    )
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "llama/tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = build(model_section(language_model=str(tmp_path / "llama"))).tokenizer
+    assert tokenizer.is_fast
+    assert tokenizer.decode(tokenizer("what is it").input_ids) == "<s> what is it"
 
 
 def test_a_folder_without_an_image_processor_is_refused(folders: Path, tmp_path: Path) -> None:
