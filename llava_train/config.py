@@ -285,8 +285,16 @@ def deepspeed_conflicts(config: StageConfig) -> typing.Iterator[str]:
             "engine.offload_parameters",
             offload[config.engine.offload_parameters],
         ),
+        "zero_optimization.cpu_offload": ("engine.offload_optimizer", config.engine.offload_optimizer),
+        "zero_optimization.cpu_offload_params": ("engine.offload_parameters", config.engine.offload_parameters),
+        "zero_force_ds_cpu_optimizer": ("engine.offload_optimizer", False),
         "activation_checkpointing": ("engine.activation_checkpointing", None),
+        "data_types.grad_accum_dtype": ("engine.precision", "fp32"),
+        "steps_per_print": ("logging.every", None),
     }
+    for name in sorted({key.split(".")[0] for key in owned if "." in key} & user.keys()):
+        if not isinstance(user[name], dict):
+            yield f"engine.deepspeed: its key {name} must hold keys of its own, not {json.dumps(user[name])}"
     for key, (ours, value) in owned.items():
         theirs: Any = user
         for name in key.split("."):

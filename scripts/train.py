@@ -1,4 +1,4 @@
-"""Trains stages. Started by `deepspeed`, `torchrun`, `srun` or plain `python`:
+"""Trains stages. Started by `deepspeed`, `torchrun` or plain `python`:
 
 deepspeed scripts/train.py --config stage1.yaml stage2.yaml --set batch.max_tokens=8192
 """

@@ -143,6 +143,11 @@ def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
         ("{zero_optimization: {offload_optimizer: {device: cpu}}}", 'device ("cpu") conflicts with engine.offload_optimizer of the stage file ("none")'),
         ("{zero_optimization: {offload_param: {device: nvme}}}", 'device ("nvme") conflicts with engine.offload_parameters of the stage file ("none")'),
         ("{activation_checkpointing: {cpu_checkpointing: true}}", "its key activation_checkpointing"),
+        ("{zero_optimization: {cpu_offload: true}}", "its key zero_optimization.cpu_offload (true) conflicts with engine.offload_optimizer"),
+        ("{zero_force_ds_cpu_optimizer: true}", "its key zero_force_ds_cpu_optimizer (true) conflicts with engine.offload_optimizer"),
+        ("{data_types: {grad_accum_dtype: bf16}}", 'its key data_types.grad_accum_dtype ("bf16") conflicts with engine.precision'),
+        ("{steps_per_print: 10}", "its key steps_per_print (10) conflicts with logging.every"),
+        ("{bf16: true}", "its key bf16 must hold keys of its own, not true"),
         ("missing.json", "engine.deepspeed: cannot read missing.json: "),
     ],
 )  # fmt: skip

@@ -15,8 +15,13 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
 from llava_train.config import StageConfig, user_deepspeed
+from llava_train.errors import UserError
 
 _BUCKET_ELEMENTS = 200_000_000
+
+
+class LaunchError(UserError):
+    """The processes of the run were started in a way that cannot work."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,18 @@ class World:
 
 
 def start_distributed() -> World:
-    """Joins the processes that `deepspeed`, `torchrun` or `srun` started; alone under plain `python`."""
+    """Joins the processes that `deepspeed` or `torchrun` started; alone under plain `python`.
+
+    Raises:
+        LaunchError: one of several tasks of `srun`, each of which would take itself for the whole run.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    n_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if n_tasks > 1 and "RANK" not in os.environ:
+        raise LaunchError(
+            f"srun started {n_tasks} tasks without telling them their RANK, so each would train alone; start one task "
+            "a node, and torchrun in it"
+        )
     for name, value in {
         "RANK": "0",
         "LOCAL_RANK": "0",

@@ -51,7 +51,9 @@ def train(
             window = Window()
         else:
             tracker.step(step)
+        asked = time.perf_counter()
         after_step(step)
+        window.started += time.perf_counter() - asked  # evaluation and checkpoints are not training time
         asked = time.perf_counter()
 
 
@@ -62,9 +64,9 @@ def train_step(
 
     Returns:
         float64 [2] on the device: this rank's summed cross entropy and number of supervised tokens; and the
-        norm of the whole gradient before clipping. Nothing here waits for the device.
+        norm of the whole gradient before clipping. Nothing of ours waits for the device here.
     """
-    own_count = torch.tensor(batch.n_supervised, dtype=torch.float64, device=world.device)
+    own_count = torch.full((), batch.n_supervised, dtype=torch.float64, device=world.device)  # a copy would wait
     count = own_count.clone()
     torch.distributed.all_reduce(count)
     scale = (world.n_ranks / count.clamp(min=1)).float()
