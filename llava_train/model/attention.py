@@ -24,6 +24,9 @@ PACKED = "packed"
 
 Lengths = tuple[int, ...]
 
+_NOT_COMPUTED = ("s_aux", "softcap", "position_bias")
+"""Arguments by which models of transformers ask for sinks, capped scores and biases."""
+
 
 def packed_attention(
     module: nn.Module,
@@ -37,9 +40,11 @@ def packed_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor,
     document_lengths: Lengths,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document of a pack.
+
+    A token sees those before it, with `sliding_window` w the last w alone, itself included.
 
     Args:
         query: [1, heads, T, head size]; key and value: [1, key-value heads, T, head size].
@@ -49,19 +54,29 @@ def packed_attention(
 
     Returns:
         [1, T, heads, head size], and None for the weights.
+
+    Raises:
+        NotImplementedError: a kind of attention that is not computed here.
     """
     assert attention_mask is None, "packs need no mask"
-    assert dropout == 0.0, "packed attention has no dropout"
-    assert sliding_window is None or max(document_lengths) <= sliding_window, "a document exceeds the window"
+    asked = [name for name in _NOT_COMPUTED if others.get(name) is not None]
+    if asked or dropout:
+        raise NotImplementedError(f"packed attention computes no {', '.join(asked) or 'dropout'}")
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        output = varlen_kernel()(query, key, value, cu_seq_lens_q, max(document_lengths), scaling)
+        longest = max(document_lengths)
+        output = varlen_kernel()(query, key, value, cu_seq_lens_q, longest, scaling, sliding_window)
     else:
-        output = attend_by_document(query, key, value, document_lengths, scaling)
+        output = attend_by_document(query, key, value, document_lengths, scaling, sliding_window)
     return output, None
 
 
 def attend_by_document(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths, scaling: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: Lengths,
+    scaling: float | None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """SDPA on each document. Shapes as `packed_attention`.
 
@@ -69,16 +84,23 @@ def attend_by_document(
     """
     dtype = query.dtype
     query, key, value = query.float(), key.float(), value.float()
-    outputs = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-        for q, k, v in zip(
-            query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True
+    outputs = []
+    for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
+        length, mask = q.shape[2], None
+        if window is not None and window < length:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        grouped = q.shape[1] != k.shape[1]
+        outputs.append(
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            )
         )
-    ]
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
 
 
-VarlenKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float | None], torch.Tensor]
+VarlenKernel = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float | None, int | None], torch.Tensor
+]
 
 
 @lru_cache(maxsize=1)
@@ -89,11 +111,10 @@ def varlen_kernel() -> VarlenKernel:
     except ImportError:
         return _torch_varlen()
 
-    def attend(query, key, value, borders, longest, scaling):  # type: ignore[no-untyped-def]
+    def attend(query, key, value, borders, longest, scaling, window):  # type: ignore[no-untyped-def]
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        return flash_attn_varlen_func(q, k, v, borders, borders, longest, longest, softmax_scale=scaling, causal=True)[
-            None
-        ]
+        options = {"softmax_scale": scaling, "causal": True, "window_size": _left_of(window, longest)}
+        return flash_attn_varlen_func(q, k, v, borders, borders, longest, longest, **options)[None]
 
     return attend
 
@@ -103,8 +124,8 @@ def _torch_varlen() -> VarlenKernel:
 
     grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
-    def attend(query, key, value, borders, longest, scaling):  # type: ignore[no-untyped-def]
-        options: dict[str, Any] = {}
+    def attend(query, key, value, borders, longest, scaling, window):  # type: ignore[no-untyped-def]
+        options: dict[str, Any] = {"scale": scaling, "window_size": _left_of(window, longest)}
         if query.shape[1] != key.shape[1]:
             if grouped:
                 options["enable_gqa"] = True
@@ -112,11 +133,16 @@ def _torch_varlen() -> VarlenKernel:
                 repeats = query.shape[1] // key.shape[1]
                 key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        output = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scaling, window_size=(-1, 0), **options)
+        output = varlen_attn(q, k, v, borders, borders, longest, longest, **options)
         assert isinstance(output, torch.Tensor)
         return output[None]
 
     return attend
+
+
+def _left_of(window: int | None, longest: int) -> tuple[int, int]:
+    """A window as the kernels want it: tokens to the left and to the right, -1 for all."""
+    return (window - 1 if window is not None and window < longest else -1, 0)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

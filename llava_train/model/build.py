@@ -36,8 +36,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, RandomVisionTower
-from llava_train.errors import UserError
 from llava_train.model.attention import PACKED
+from llava_train.model.fit import BuildError, check_class_token, check_packing, check_processor, refuse_unlike_llava
 
 IMAGE_TOKEN = "<image>"
 VISION_TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers")
@@ -48,10 +48,6 @@ INTERPOLATING = ("dinov2", "dinov2_with_registers")
 
 _VOCABULARY_MULTIPLE = 64
 _CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
-
-
-class BuildError(UserError):
-    """Parts that cannot be joined. The message names the key of the stage file and the mend."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +81,13 @@ def build_llava(section: ModelSection, image: ImageSection, dtype: torch.dtype, 
     image_token_id = add_image_token(tokenizer, language_model)
     size = _image_size(vision_tower.config, image.size)
     model = _join(section, language_model, vision_tower, image_token_id, seed)
+    check_packing(model)
     n_encoder_tokens = _count_encoder_tokens(model, size)
-    _check_class_token(section, vision_tower.config, size, n_encoder_tokens)
+    check_class_token(section, vision_tower.config, size, n_encoder_tokens)
     n_image_tokens = n_encoder_tokens - (section.vision_feature_select == "patch")
     model.config.image_seq_length = n_image_tokens
     processor = _processor(section, image, image_settings, tokenizer, vision_tower.config, size, n_encoder_tokens)
-    _check_processor(processor, size, n_image_tokens)
+    check_processor(processor, size, n_image_tokens)
     return Llava(model, processor, n_image_tokens)
 
 
@@ -114,7 +111,7 @@ def load_language_model(
         raise BuildError(f"model.language_model: cannot load {origin}: {error}") from error
     if not tokenizer.is_fast:
         raise BuildError(f"model.language_model: {origin} has no fast tokenizer, which label spans need")
-    _refuse_unlike_llava(model)
+    refuse_unlike_llava(model)
     return model, tokenizer
 
 
@@ -248,14 +245,6 @@ def _processor(
     )
 
 
-def _check_processor(processor: LlavaProcessor, size: int, n_image_tokens: int) -> None:
-    """The processor must widen `<image>` to as many tokens as the model makes of a picture."""
-    picture = torch.zeros(3, size, size, dtype=torch.uint8)
-    input_ids = processor(images=picture, text=IMAGE_TOKEN, return_tensors="pt").input_ids
-    made = int((input_ids == processor.image_token_id).sum())
-    assert made == n_image_tokens, f"the processor makes {made} image tokens, the model {n_image_tokens}"
-
-
 @torch.no_grad()
 def _count_encoder_tokens(model: LlavaForConditionalGeneration, size: int) -> int:
     """Tokens the vision tower gives for a picture, class token included, found by a forward pass."""
@@ -272,15 +261,6 @@ def _count_encoder_tokens(model: LlavaForConditionalGeneration, size: int) -> in
     return hidden_states[0].shape[1]
 
 
-def _check_class_token(section: ModelSection, config: PreTrainedConfig, size: int, n_encoder_tokens: int) -> None:
-    """`patch` would drop a patch of the picture where the encoder (SigLIP) has no class token."""
-    if section.vision_feature_select == "patch" and n_encoder_tokens == (size // config.patch_size) ** 2:
-        raise BuildError(
-            f"model.vision_feature_select: patch drops the class token, which a {config.model_type} does not have; "
-            "use full"
-        )
-
-
 def _image_size(vision_config: PreTrainedConfig, wanted: int | None) -> int:
     """Side of the square that the encoder sees, in pixels. Raises BuildError."""
     own, patch = vision_config.image_size, vision_config.patch_size
@@ -292,18 +272,6 @@ def _image_size(vision_config: PreTrainedConfig, wanted: int | None) -> int:
     if size % patch:
         raise BuildError(f"image.size: {size} is not a multiple of the encoder's patch size {patch}")
     return size
-
-
-def _refuse_unlike_llava(model: PreTrainedModel) -> None:
-    """Refuses language models whose output transformers' LLaVA class would compute differently."""
-    head, config = model.get_output_embeddings(), model.config
-    if head is None or getattr(head, "bias", None) is not None:
-        raise BuildError(f"model.language_model: {config.model_type} has an output layer that LLaVA cannot hold")
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise BuildError(
-                f"model.language_model: {config.model_type} changes its logits ({name}), which LLaVA cannot hold"
-            )
 
 
 def _tower_class(config: PreTrainedConfig, origin: str) -> type[PreTrainedModel]:

@@ -16,6 +16,7 @@ from tests.tiny import LANGUAGE_MODEL, dataset_of, model_section, tiny_llava, wr
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 4096},
+    "a window": {"model_type": "mistral", "sliding_window": 16},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
 }
@@ -35,6 +36,7 @@ def test_a_pack_gives_each_document_the_hidden_states_it_has_alone(
     llava = tiny_llava(model_section(language_model=RandomLanguageModel(config=config)))
     data = write_data(tmp_path, 5)
     (pack,) = dataset_of(llava, data, seed=None, batch_size=5)[0].micro_batches
+    assert min(pack.lengths) > 16, "each document is longer than the window"
     packed = PackedLoss(llava.model).hidden_states(**inputs_of(pack))[0]
     alone = dataset_of(llava, data, seed=None, batch_size=1)
     llava.model.model.language_model.set_attn_implementation("eager")
@@ -78,15 +80,16 @@ def test_the_language_model_of_a_built_llava_uses_packed_attention() -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("key_value_heads", [8, 2])
-def test_the_cuda_kernel_equals_attention_document_by_document(key_value_heads: int) -> None:
+@pytest.mark.parametrize("window", [None, 20, 500])
+def test_the_cuda_kernel_equals_attention_document_by_document(key_value_heads: int, window: int | None) -> None:
     torch.manual_seed(0)
     lengths = (37, 129, 1, 64)
     borders = torch.tensor([0, 37, 166, 167, 231], dtype=torch.int32, device="cuda")
     shapes = [(1, heads, sum(lengths), 64) for heads in (8, key_value_heads, key_value_heads)]
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     twins = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-    ours = varlen_kernel()(*inputs, borders, max(lengths), 0.125)
-    theirs = attend_by_document(*twins, lengths, 0.125)
+    ours = varlen_kernel()(*inputs, borders, max(lengths), 0.125, window)
+    theirs = attend_by_document(*twins, lengths, 0.125, window)
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
     weights = torch.randn_like(ours)
     (ours * weights).sum().backward()

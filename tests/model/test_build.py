@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, RandomVisionTower
-from llava_train.model.build import BuildError, build_llava, byte_tokenizer
+from llava_train.model.build import build_llava, byte_tokenizer
+from llava_train.model.fit import BuildError
 from llava_train.model.weights import export_model
 from tests.tiny import LANGUAGE_MODEL, VISION_TOWER, model_section
 
@@ -252,6 +253,31 @@ def test_a_slow_tokenizer_is_refused(tmp_path: Path) -> None:
     part = RandomLanguageModel(config=LANGUAGE_MODEL, tokenizer=str(tmp_path))
     with pytest.raises(BuildError, match="model.language_model: a llama with tokenizer .* has no fast tokenizer"):
         build(model_section(language_model=part))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt_oss", "num_local_experts": 2, "num_experts_per_tok": 1}, "computes no s_aux"),
+        ({"model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": None}, "computes no softcap"),
+        ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "its documents see each other"),
+        ({"model_type": "minimax"}, "its documents see each other"),
+        ({"model_type": "falcon_h1"}, "it keeps a state that runs from one document into the next"),
+        ({"model_type": "llama", "attention_dropout": 0.1}, "set attention_dropout to 0 in its config.json"),
+        ({"model_type": "stablelm"}, "TypeError: "),
+    ],
+    ids=lambda value: value.get("model_type") if isinstance(value, dict) else "",
+)
+def test_language_models_that_packs_would_change_are_refused(changes: dict, message: str) -> None:
+    part = RandomLanguageModel(config={**LANGUAGE_MODEL, **changes})
+    with pytest.raises(BuildError, match=f"a {changes['model_type']} cannot be trained in packs: .*{message}"):
+        build(model_section(language_model=part))
+
+
+def test_a_language_model_without_the_embeddings_of_llava_is_refused() -> None:
+    config = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2}
+    with pytest.raises(BuildError, match="gpt2 has no embed_tokens"):
+        build(model_section(language_model=RandomLanguageModel(config=config)))
 
 
 def test_dinov2_takes_pictures_of_another_size() -> None:
