@@ -1,8 +1,8 @@
 """What a stage leaves for the next one, and the export to plain transformers.
 
-A stage that trained the projector alone leaves `projector.safetensors` and `projector.json` (a hash and what
-the projector joins). Any other leaves a whole LLaVA model that `from_pretrained` loads, LoRA merged, and the
-adapter beside it.
+A stage that trained the projector alone, between parts as they were published, leaves `projector.safetensors`
+and `projector.json` (a hash and what the projector joins). Any other leaves a whole LLaVA model that
+`from_pretrained` loads, LoRA merged, and the adapter beside it.
 """
 
 from __future__ import annotations
@@ -54,12 +54,20 @@ def load_init(init_from: str, model: LlavaForConditionalGeneration, section: Mod
         HandOffError: nothing there, a wrong hash, or parts that do not fit.
     """
     check_init(init_from)
+    folder = _result_of(init_from)
+    if is_whole_model(init_from):
+        return _load_whole_model(str(folder), model)
+    return _load_projector(folder, model, section)
+
+
+def is_whole_model(init_from: str) -> bool:
+    """Whether `init_from` names a whole model, not a projector alone."""
+    return not (_result_of(init_from) / PROJECTOR_CARD).is_file()
+
+
+def _result_of(init_from: str) -> Path:
     folder = Path(init_from)
-    if (folder / RESULT_FOLDER).is_dir():
-        folder = folder / RESULT_FOLDER
-    if (folder / PROJECTOR_CARD).is_file():
-        return _load_projector(folder, model, section)
-    return _load_whole_model(str(folder), model)
+    return folder / RESULT_FOLDER if (folder / RESULT_FOLDER).is_dir() else folder
 
 
 def check_init(init_from: str, output: str | None = None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -36,7 +37,7 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, world: World, folder: Pat
     engine.save_checkpoint(str(folder), tag=target.name, save_latest=False, exclude_frozen_parameters=True)
     torch.distributed.barrier()
     if world.is_main:
-        write_manifest(target, step=step, n_ranks=world.n_ranks)
+        write_manifest(target, step=step, n_ranks=world.n_ranks, engine=_settings(engine))
         for old in complete_checkpoints(folder)[keep:]:
             (old / MANIFEST).unlink()  # first, so that a half-deleted folder is not taken for a checkpoint
             shutil.rmtree(old)
@@ -58,6 +59,12 @@ def load_newest(engine: deepspeed.DeepSpeedEngine, world: World, folder: Path) -
         return 0, passed_over
     manifest = read_manifest(newest)
     assert manifest is not None
+    for key, value in _settings(engine).items():
+        if manifest["engine"][key] != value:
+            raise CheckpointError(
+                f"{newest} was saved with engine.{key}: {manifest['engine'][key]}, this run has {value}; "
+                f"go on with --set engine.{key}={manifest['engine'][key]}, or give the run another name"
+            )
     if manifest["n_ranks"] != world.n_ranks and engine.zero_optimization():
         raise CheckpointError(
             f"{newest} was saved by {manifest['n_ranks']} ranks, this run has {world.n_ranks}; "
@@ -65,6 +72,11 @@ def load_newest(engine: deepspeed.DeepSpeedEngine, world: World, folder: Path) -
         )
     engine.load_checkpoint(str(folder), tag=newest.name, load_module_strict=False, load_lr_scheduler_states=False)
     return int(manifest["step"]), passed_over
+
+
+def _settings(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
+    """What DeepSpeed's own files depend on, as keys of the stage file's `engine`."""
+    return {"zero": engine.zero_optimization_stage(), "precision": "bf16" if engine.bfloat16_enabled() else "fp32"}
 
 
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:

@@ -27,7 +27,15 @@ from llava_train.model.build import Llava, build_llava
 from llava_train.model.loss import PackedLoss
 from llava_train.model.standardize import feature_statistics, fold, standardize
 from llava_train.model.trainable import parameter_groups, set_trainable, summarize
-from llava_train.model.weights import RESULT_FOLDER, State, check_init, export_model, load_init, save_projector
+from llava_train.model.weights import (
+    RESULT_FOLDER,
+    State,
+    check_init,
+    export_model,
+    is_whole_model,
+    load_init,
+    save_projector,
+)
 from llava_train.train.checkpoint import load_newest, save_checkpoint
 from llava_train.train.engine import World, gathered, imitates_bf16, start_engine
 from llava_train.train.evaluate import evaluate
@@ -176,7 +184,8 @@ def _write_result(config: StageConfig, trained: State, folder: Path) -> None:
     peft_model = set_trainable(llava.model, config.trainable, config.seed)
     unexpected = llava.model.load_state_dict(trained, strict=False).unexpected_keys
     assert not unexpected, f"trained parameters without a place: {unexpected}"
-    if config.trainable.learning_rates().keys() == {"projector"}:
+    from_parts = config.init_from in (None, "random") or not is_whole_model(str(config.init_from))
+    if from_parts and config.trainable.learning_rates().keys() == {"projector"}:
         save_projector(llava.model, config.model, folder)
     else:
         end_of_turn_id = _encoder(config, llava).end_of_turn_id()

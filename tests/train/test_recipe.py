@@ -64,7 +64,7 @@ def launch(command: list[Any], cwd: Path) -> str:
 
 
 def linear_stages(folder: Path) -> list[Path]:
-    """Stage files of LLaVA v1's recipe: a linear projector."""
+    """Stage files of LLaVA v1's recipe, a linear projector, and a third stage that trains the projector once more."""
     content = load_stage(SMOKE[1]).model.model_dump(mode="json") | {"projector": "linear"}
     common = {"model": content, "batch": {"size": 8, "max_tokens": 2048, "max_sample_tokens": 1024}}
     first = write_stage(
@@ -84,7 +84,15 @@ def linear_stages(folder: Path) -> list[Path]:
         schedule={"max_steps": 3, "warmup": 0.0},
         eval={"every": 100, "data": HELD_OUT, "generate": 0},
     )
-    return [first, second]
+    third = write_stage(
+        folder / "linear-stage3.yaml",
+        **common,
+        init_from="runs/linear-stage2",
+        trainable={"projector": {"lr": 1e-2}},
+        data=[{"path": "data/smoke/conversations.json"}],
+        schedule={"max_steps": 2, "warmup": 0.0},
+    )
+    return [first, second, third]
 
 
 def fingerprint(folder: Path) -> dict[str, tuple[str, int]]:
@@ -168,6 +176,13 @@ def test_torchrun_trains_a_linear_projector(recipe: Recipe) -> None:
     assert not projector["linear_2.bias"].any()
     at_the_end_of_stage_1 = load_file(recipe.run("linear-stage1") / "model/projector.safetensors")
     assert not torch.equal(projector["linear_1.weight"], at_the_end_of_stage_1["linear_1.weight"])
+
+
+def test_a_projector_that_trains_in_a_whole_model_leaves_a_whole_model(recipe: Recipe) -> None:
+    before, after = (load_file(recipe.run(f"linear-stage{i}") / "model/model.safetensors") for i in (2, 3))
+    assert before.keys() == after.keys()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == {"multi_modal_projector.linear_1.weight", "multi_modal_projector.linear_1.bias"}
 
 
 @pytest.mark.parametrize("name", ["smoke-stage2", "smoke-stage2-lora"])

@@ -112,11 +112,14 @@ def on_one_rank(folder: Path, on_two_ranks: dict[str, list[Outcome]]) -> dict[st
     kill_midway(folder, "zero0", n_ranks=1)
     for name in ("zero0", "zero2"):
         interrupted_copy(folder / "straight" / name, folder / "fewer" / name)
+    interrupted_copy(folder / "straight/zero0", folder / "fewer-again/zero0")
     commands = {
         "alone/zero0": command(folder, "zero0", "alone"),
         "killed/zero0": command(folder, "zero0", "killed"),
         "fewer/zero0": command(folder, "zero0", "fewer"),
         "fewer/zero2": command(folder, "zero2", "fewer"),
+        "zero 2": [*command(folder, "zero0", "fewer-again"), "engine.zero=2"],
+        "bf16": [*command(folder, "zero0", "fewer-again"), "engine.precision=bf16"],
     }
     return run_many(commands, folder)
 
@@ -196,6 +199,22 @@ def test_with_zero_another_number_of_ranks_is_refused_with_the_number_to_use(
     outcome = on_one_rank["fewer/zero2"][0]
     assert outcome.code == 2
     assert "was saved by 2 ranks, this run has 1; start it again on 2" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("zero 2", "was saved with engine.zero: 0, this run has 2; go on with --set engine.zero=0"),
+        ("bf16", "was saved with engine.precision: fp32, this run has bf16; go on with --set engine.precision=fp32"),
+    ],
+)
+def test_a_checkpoint_of_another_engine_is_refused_with_the_value_to_use(
+    name: str, message: str, on_one_rank: dict[str, list[Outcome]]
+) -> None:
+    outcome = on_one_rank[name][0]
+    assert outcome.code == 2
+    assert message in outcome.stderr
     assert "Traceback" not in outcome.stderr
 
 
