@@ -8,6 +8,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llava_train.data.images import decode_image
+from llava_train.data.samples import IMAGE_PLACEHOLDER
 from llava_train.errors import UserError
 
 
@@ -19,10 +20,12 @@ def answer_question(folder: Path, image: Path, question: str, max_new_tokens: in
         image: picture file.
 
     Raises:
-        UserError: no model in the folder, or no readable picture.
+        UserError: no model in the folder, no readable picture, or a question that holds `<image>`.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model (config.json); name the model/ folder of a finished stage 2")
+    if IMAGE_PLACEHOLDER in question:
+        raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; leave it out, the picture stands before the question")
     picture = decode_image(image)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = AutoProcessor.from_pretrained(str(folder))

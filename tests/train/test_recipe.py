@@ -49,11 +49,11 @@ class Recipe:
         return self.folder / "runs" / name
 
 
-def launch(command: list[Any], cwd: Path) -> str:
+def launch(command: list[Any], cwd: Path, **more: str) -> str:
     done = subprocess.run(
         list(map(str, command)),
         cwd=cwd,
-        env=environment(TORCH_EXTENSIONS_DIR=str(cwd / "compiled")),
+        env=environment(TORCH_EXTENSIONS_DIR=str(cwd / "compiled"), **more),
         capture_output=True,
         text=True,
         check=False,
@@ -95,6 +95,11 @@ def linear_stages(folder: Path) -> list[Path]:
     return [first, second, third]
 
 
+def draw_scenes(folder: Path) -> None:
+    draw = [sys.executable, ROOT / "data/draw_scenes.py", "--out", "data/smoke", "--seed", 0]
+    launch([*draw, "--captions", N_SAMPLES, "--conversations", N_SAMPLES, "--held-out", 9], folder)
+
+
 def fingerprint(folder: Path) -> dict[str, tuple[str, int]]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): (sha256(path), path.stat().st_mtime_ns) for path in files}
@@ -103,8 +108,7 @@ def fingerprint(folder: Path) -> dict[str, tuple[str, int]]:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     folder = tmp_path_factory.mktemp("recipe")
-    draw = [sys.executable, ROOT / "data/draw_scenes.py", "--out", "data/smoke", "--seed", 0]
-    launch([*draw, "--captions", N_SAMPLES, "--conversations", N_SAMPLES, "--held-out", 9], folder)
+    draw_scenes(folder)
     deepspeed = [BIN / "deepspeed", "--num_accelerators", 2, "--master_port", free_port()]
     printed = launch([*deepspeed, TRAIN, "--config", *SMOKE], folder)
     before = fingerprint(folder / "runs")
@@ -246,3 +250,18 @@ def test_the_adapter_gives_the_merged_model(recipe: Recipe, monkeypatch: pytest.
             assert not torch.allclose(
                 adapted(input_ids=input_ids, pixel_values=pixel_values).logits, expected, atol=1e-4
             )
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_recipe_on_a_gpu_in_bf16_learns_as_on_a_cpu_in_fp32(tmp_path: Path) -> None:
+    losses = {}
+    for precision, visible in (("fp32", ""), ("bf16", "0")):
+        folder = tmp_path / precision
+        folder.mkdir()
+        draw_scenes(folder)
+        train = [sys.executable, TRAIN, "--config", *SMOKE, "--set", f"engine.precision={precision}"]
+        launch(train, folder, CUDA_VISIBLE_DEVICES=visible)
+        lines = [line for name in RUNS for line in read_lines(folder / "runs" / name / "metrics.jsonl")]
+        losses[precision] = [line["loss"] for line in lines if "loss" in line]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=5e-3)

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from llava_train.cli import app
+from llava_train.data.samples import Turn
+from llava_train.model.weights import export_model
+from tests.tiny import encoder_of, model_section, tiny_llava
+
+QUESTION = "What is it?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model in `model` and a picture beside it."""
+    folder = tmp_path_factory.mktemp("ask")
+    llava = tiny_llava(model_section(chat_template="chatml"))
+    export_model(llava.model, llava.processor, encoder_of(llava).end_of_turn_id(), folder / "model")
+    Image.new("RGB", (40, 30), "red").save(folder / "red.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_the_answer_is_what_the_model_says_most_likely_token_by_token(folder: Path) -> None:
+    done = CliRunner().invoke(app, ["ask", *map(str, (folder / "model", folder / "red.png", QUESTION))], env={})
+    assert done.exit_code == 0, done.output
+
+    llava = tiny_llava(model_section(chat_template="chatml"))
+    llava.model.model.language_model.set_attn_implementation("sdpa")
+    encoder = encoder_of(llava)
+    prompt, _ = encoder.render((Turn("user", f"<image>\n{QUESTION}"),), prompt=True)
+    inputs = llava.processor(text=prompt, images=Image.new("RGB", (40, 30), "red"), return_tensors="pt")
+    input_ids = inputs.input_ids
+    for _ in range(128):
+        with torch.no_grad():
+            logits = llava.model(input_ids=input_ids, pixel_values=inputs.pixel_values).logits[0, -1]
+        input_ids = torch.cat([input_ids, logits.argmax()[None, None]], dim=1)
+        if input_ids[0, -1] == encoder.end_of_turn_id():
+            break
+    answer = llava.tokenizer.decode(input_ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    assert done.stdout.strip() == answer.strip() != ""
+
+
+@pytest.mark.parametrize(
+    ("model", "image", "question", "message"),
+    [
+        (".", "red.png", QUESTION, "holds no model (config.json); name the model/ folder of a finished stage 2"),
+        ("model", "blue.png", QUESTION, "blue.png: the image file is missing"),
+        ("model", "broken.png", QUESTION, "broken.png: not a readable image"),
+        ("model", "red.png", "<image>What?", "the question holds <image>; leave it out"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(folder: Path, model: str, image: str, question: str, message: str) -> None:
+    done = CliRunner().invoke(app, ["ask", str(folder / model), str(folder / image), question])
+    assert done.exit_code != 0
+    assert message in str(done.output)
