@@ -9,7 +9,7 @@ was not learnt by heart. Existence and count are answered with what is seen firs
 Verdicts are balanced, so that guessing without the picture is poor, and no turn of a training conversation gives
 away all that a later turn asks for.
 
-`plan_*` and the functions below them decide, from a seed alone; `draw_scene` draws; `main` writes LLaVA's JSON.
+`plan_*` and the functions below them decide, from a seed alone; `scene_pictures` draws; `main` writes LLaVA's JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import multiprocessing
 import random
 import shutil
@@ -26,57 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from scene_pictures import COLOURS, QUADRANTS, SHAPES, Kind, Scene, Thing, draw_scene
 
-SIDE = 168
-"""Pixels; twice what the encoder sees."""
-OVERSAMPLING = 4
-
-COLOURS = {
-    "red": (215, 35, 35),
-    "green": (35, 150, 55),
-    "blue": (35, 65, 215),
-    "yellow": (245, 210, 35),
-    "purple": (135, 45, 170),
-    "black": (25, 25, 25),
-}
-SHAPES = ("circle", "square", "triangle", "cross", "star", "ring", "arrow", "heart")
 PLURALS = {"cross": "crosses"}
-QUADRANTS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
 NUMBERS = ("zero", "one", "two", "three")
 
-Kind = tuple[str, str]
-"""Colour and shape."""
 COMBINATIONS: tuple[Kind, ...] = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 HELD_OUT: tuple[Kind, ...] = tuple((list(COLOURS)[i % len(COLOURS)], shape) for i, shape in enumerate(SHAPES))
 """Eight combinations: each shape once, each colour once or twice."""
 TRAINING: tuple[Kind, ...] = tuple(kind for kind in COMBINATIONS if kind not in HELD_OUT)
 
 DESCRIBE = ("Describe the picture.", "What is in the picture?", "What do you see?")
-
-
-@dataclass(frozen=True)
-class Thing:
-    """An object of a scene; lengths in sides of a quadrant, angle in degrees."""
-
-    colour: str
-    shape: str
-    quadrant: str
-    radius: float = 0.36
-    dx: float = 0.0
-    dy: float = 0.0
-    angle: float = 0.0
-    tint: tuple[int, int, int] = (0, 0, 0)
-
-    @property
-    def kind(self) -> Kind:
-        return self.colour, self.shape
-
-
-@dataclass(frozen=True)
-class Scene:
-    background: tuple[int, int, int]
-    things: tuple[Thing, ...]
 
 
 @dataclass(frozen=True)
@@ -251,70 +210,6 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def draw_scene(scene: Scene) -> Image.Image:
-    """The picture of a scene: RGB, SIDE x SIDE pixels, antialiased."""
-    side = SIDE * OVERSAMPLING
-    image = Image.new("RGB", (side, side), scene.background)
-    canvas = ImageDraw.Draw(image)
-    for thing in scene.things:
-        colour = tuple(max(0, min(255, c + t)) for c, t in zip(COLOURS[thing.colour], thing.tint, strict=True))
-        column, row = QUADRANTS[thing.quadrant]
-        centre = ((column + 0.5 + thing.dx) * side / 2, (row + 0.5 + thing.dy) * side / 2)
-        _draw_shape(canvas, thing.shape, centre, thing.radius * side / 2, math.radians(thing.angle), colour)
-    return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-
-
-def _draw_shape(
-    canvas: ImageDraw.ImageDraw,
-    shape: str,
-    centre: tuple[float, float],
-    radius: float,
-    angle: float,
-    colour: tuple[int, ...],
-) -> None:
-    """Fills a shape that fits in the circle of `radius` pixels around `centre`, turned by `angle` radians."""
-    x, y = centre
-    box = (x - radius, y - radius, x + radius, y + radius)
-    if shape == "circle":
-        canvas.ellipse(box, fill=colour)
-    elif shape == "ring":
-        canvas.ellipse(box, outline=colour, width=round(radius * 0.4))
-    else:
-        sin, cos = math.sin(angle), math.cos(angle)
-        corners = [(x + radius * (u * cos - v * sin), y + radius * (u * sin + v * cos)) for u, v in _corners(shape)]
-        canvas.polygon(corners, fill=colour)
-
-
-def _corners(shape: str) -> list[tuple[float, float]]:
-    """Corners of a shape in the unit circle, upright: x to the right, y down."""
-    if shape == "square":
-        return _around([1.0] * 4, start=math.pi / 4)
-    if shape == "triangle":
-        return _around([1.0] * 3)
-    if shape == "star":
-        return _around([1.0, 0.42] * 5)
-    if shape == "cross":
-        right = [(0.3, -0.95), (0.3, -0.3), (0.95, -0.3), (0.95, 0.3), (0.3, 0.3), (0.3, 0.95)]
-    elif shape == "arrow":
-        right = [(0.0, -1.0), (0.8, -0.1), (0.3, -0.1), (0.3, 0.95)]
-    else:  # a heart: https://mathworld.wolfram.com/HeartCurve.html
-        turns = [k * math.pi / 20 for k in range(21)]
-        right = [
-            (
-                16 / 17 * math.sin(t) ** 3,
-                -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17,
-            )
-            for t in turns
-        ]
-    return right + [(-u, v) for u, v in reversed(right)]
-
-
-def _around(radii: Sequence[float], start: float = 0.0) -> list[tuple[float, float]]:
-    """Points at equal angles, clockwise; the first is `start` radians from the top."""
-    angles = [start + k * 2 * math.pi / len(radii) for k in range(len(radii))]
-    return [(r * math.sin(a), -r * math.cos(a)) for r, a in zip(radii, angles, strict=True)]
-
-
 def caption_row(seed: str, n_most: int, kinds: Sequence[Kind], name: str) -> tuple[dict[str, Any], Scene]:
     """A row of captions in LLaVA's format, and its scene."""
     rng = random.Random(seed)
@@ -380,10 +275,11 @@ def _save(job: tuple[Scene, Path]) -> None:
 
 
 def card_of(arguments: argparse.Namespace) -> str:
-    """What decides every byte of the output: the arguments and this script."""
-    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    """What decides every byte of the output: the arguments and the scripts."""
+    scripts = [Path(__file__), Path(__file__).with_name("scene_pictures.py")]
+    digest = hashlib.sha256(b"".join(script.read_bytes() for script in scripts)).hexdigest()
     wanted = {name: value for name, value in vars(arguments).items() if name != "out"}
-    return json.dumps({**wanted, "script": script}) + "\n"
+    return json.dumps({**wanted, "script": digest}) + "\n"
 
 
 def draw_all(out: Path, arguments: argparse.Namespace) -> None:

@@ -14,15 +14,10 @@ from llava_train.config import StageConfig
 from llava_train.errors import UserError
 from llava_train.stage_file import ConfigError, load_stage, stage_schema
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train LLaVA models in two stages.")
 
 ConfigFiles = Annotated[list[Path], typer.Option("--config", help="Stage files, run in this order.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, for example batch.size=64.")]
-
-
-@app.callback()
-def main() -> None:
-    """Train LLaVA models in two stages."""
 
 
 @app.command()
@@ -49,7 +44,11 @@ def ask(model: Path, image: Path, question: str, max_new_tokens: int = 128) -> N
 
 
 def run(paths: list[Path], overrides: list[str]) -> int:
-    """Reads all stage files, then runs the stages. Returns the exit code: 2 for what the user can mend."""
+    """Reads all stage files, then runs the stages.
+
+    Returns:
+        The exit code: 2 for what the user can mend, 130 after Ctrl-C, as in a shell.
+    """
     try:
         stages = [load_stage(path, overrides) for path in paths]
         _check_chain(stages)
@@ -64,6 +63,10 @@ def run(paths: list[Path], overrides: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0" or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 

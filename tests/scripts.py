@@ -17,5 +17,7 @@ def load_script(path: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[script.stem] = module
+    if str(script.parent) not in sys.path:  # as when the script is started: it may import its neighbours
+        sys.path.append(str(script.parent))
     spec.loader.exec_module(module)
     return module

@@ -173,7 +173,10 @@ def _read_records(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise DataError(f"{path}: cannot read the data file: {error.strerror}") from error
+        raise DataError(
+            f"{path}: cannot read the data file: {error.strerror}; mend its path in the stage file, "
+            f"which is relative to the current folder ({Path.cwd()})"
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text: {error}") from error
     try:

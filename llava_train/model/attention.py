@@ -145,9 +145,5 @@ def _left_of(window: int | None, longest: int) -> tuple[int, int]:
     return (window - 1 if window is not None and window < longest else -1, 0)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The mask of packed attention: none, whatever `position_ids` look like."""
-
-
 AttentionInterface.register(PACKED, packed_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, _no_mask)
+ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, lambda *_, **__: None)  # no mask, whatever position_ids look like

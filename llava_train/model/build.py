@@ -37,7 +37,13 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, RandomVisionTower
 from llava_train.model.attention import PACKED
-from llava_train.model.fit import BuildError, check_class_token, check_packing, check_processor, refuse_unlike_llava
+from llava_train.model.compatibility import (
+    BuildError,
+    check_class_token,
+    check_packing,
+    check_processor,
+    refuse_unlike_llava,
+)
 
 IMAGE_TOKEN = "<image>"
 VISION_TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers")

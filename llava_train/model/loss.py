@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -20,25 +22,15 @@ class PackedLoss(nn.Module):
         super().__init__()
         self.llava = llava
 
-    def forward(
-        self,
-        *,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
-        n_images: int,
-        cu_seqlens: torch.Tensor,
-        lengths: tuple[int, ...],
-        predictors: torch.Tensor,
-        targets: torch.Tensor,
-    ) -> torch.Tensor:
+    def forward(self, *, predictors: torch.Tensor, targets: torch.Tensor, **pack: Any) -> torch.Tensor:
         """Summed cross entropy, float32 scalar. Arguments as the fields of `data.loader.PackedBatch`."""
-        hidden = self.hidden_states(input_ids, position_ids, pixel_values, n_images, cu_seqlens, lengths)
+        hidden = self.hidden_states(**pack)
         logits = self.llava.lm_head(hidden[0, predictors])  # [S, vocabulary]
         return cross_entropy(logits.float(), targets, reduction="sum")
 
     def hidden_states(
         self,
+        *,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         pixel_values: torch.Tensor,

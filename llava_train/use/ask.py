@@ -10,20 +10,23 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from llava_train.data.images import decode_image
 from llava_train.data.samples import IMAGE_PLACEHOLDER
 from llava_train.errors import UserError
+from llava_train.model.weights import RESULT_FOLDER
 
 
 def answer_question(folder: Path, image: Path, question: str, max_new_tokens: int = 128) -> str:
     """The model's greedy answer.
 
     Args:
-        folder: `model/` of a finished run, or any LLaVA model that transformers loads.
+        folder: a finished run or its `model/`, or any LLaVA model that transformers loads.
         image: picture file.
 
     Raises:
         UserError: no model in the folder, no readable picture, or a question that holds `<image>`.
     """
+    if (folder / RESULT_FOLDER).is_dir():
+        folder = folder / RESULT_FOLDER
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no model (config.json); name the model/ folder of a finished stage 2")
+        raise UserError(f"{folder} holds no model (config.json); name the folder of a finished stage 2")
     if IMAGE_PLACEHOLDER in question:
         raise UserError(f"the question holds {IMAGE_PLACEHOLDER}; leave it out, the picture stands before the question")
     picture = decode_image(image)

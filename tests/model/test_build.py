@@ -29,7 +29,7 @@ from transformers import (
 
 from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, RandomVisionTower
 from llava_train.model.build import build_llava, byte_tokenizer
-from llava_train.model.fit import BuildError
+from llava_train.model.compatibility import BuildError
 from llava_train.model.weights import export_model
 from tests.tiny import LANGUAGE_MODEL, VISION_TOWER, model_section
 

@@ -6,7 +6,9 @@ it, or are killed for real, and end by the same command.
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,21 @@ def test_two_killed_ranks_resume_to_the_same_end(folder: Path, on_two_ranks: dic
     assert outcome.code == 0, outcome.stderr
     assert any(f"resuming after step {step} of 10" in outcome.stdout for step in (4, 6, 8)), outcome.stdout
     assert_same_run(folder / "killed/zero2", folder / "straight/zero2")
+
+
+def test_ctrl_c_says_how_to_go_on(folder: Path) -> None:
+    metrics = folder / "interrupted/zero0/metrics.jsonl"
+    processes = start_ranks(
+        [TRAIN, *command(folder, "zero0", "interrupted"), "schedule.epochs=999", "schedule.max_steps=9999"], folder
+    )
+    while not metrics.is_file():
+        assert all(process.poll() is None for process in processes), wait(processes, folder)
+        time.sleep(0.05)
+    os.killpg(processes[0].pid, signal.SIGINT)  # a terminal signals the loader's workers too
+    finished = wait(processes, folder)
+    assert finished.codes == [130]
+    assert finished.stderr[0].splitlines()[-1] == "interrupted; the same command goes on from the newest checkpoint"
+    assert "Traceback" not in finished.stderr[0]
 
 
 def test_a_killed_process_resumes_to_the_same_end(folder: Path, on_one_rank: dict[str, list[Outcome]]) -> None:

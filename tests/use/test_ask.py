@@ -26,8 +26,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_answer_is_what_the_model_says_most_likely_token_by_token(folder: Path) -> None:
-    done = CliRunner().invoke(app, ["ask", *map(str, (folder / "model", folder / "red.png", QUESTION))], env={})
+@pytest.mark.parametrize("below", ["", "model"])
+def test_the_answer_is_what_the_model_says_most_likely_token_by_token(folder: Path, below: str) -> None:
+    done = CliRunner().invoke(app, ["ask", str(folder / below), str(folder / "red.png"), QUESTION])
     assert done.exit_code == 0, done.output
 
     llava = tiny_llava(model_section(chat_template="chatml"))
@@ -49,7 +50,7 @@ def test_the_answer_is_what_the_model_says_most_likely_token_by_token(folder: Pa
 @pytest.mark.parametrize(
     ("model", "image", "question", "message"),
     [
-        (".", "red.png", QUESTION, "holds no model (config.json); name the model/ folder of a finished stage 2"),
+        ("..", "red.png", QUESTION, "holds no model (config.json); name the folder of a finished stage 2"),
         ("model", "blue.png", QUESTION, "blue.png: the image file is missing"),
         ("model", "broken.png", QUESTION, "broken.png: not a readable image"),
         ("model", "red.png", "<image>What?", "the question holds <image>; leave it out"),
