@@ -5,15 +5,30 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 Part = Literal["projector", "language_model", "vision_tower"]
 PARTS: tuple[Part, ...] = typing.get_args(Part)
+
+CHAT_TEMPLATES = (
+    "plain",
+    "vicuna_v1",
+    "llava_v0",
+    "llama2",
+    "llama3",
+    "mistral",
+    "mistral_v3",
+    "chatml",
+    "phi3",
+    "gemma",
+    "zephyr",
+)
 
 LearningRate = Annotated[float, Field(gt=0, description="peak learning rate of AdamW")]
 
@@ -44,6 +59,22 @@ class RandomVisionTower(Section):
     """Seed of the weights; the same seed gives the same part in every stage."""
 
 
+def _known_template(name: str) -> str:
+    known = (*CHAT_TEMPLATES, "auto")
+    if name in known or Path(name).is_file():
+        return name
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"{name!r} is neither a template ({', '.join(known)}) nor a jinja file{hint}")
+
+
+ChatTemplate = Annotated[
+    str,
+    AfterValidator(_known_template),
+    Field(json_schema_extra={"anyOf": [{"enum": [*CHAT_TEMPLATES, "auto"]}, {"type": "string"}]}),
+]
+
+
 class ModelSection(Section):
     """The parts, and how they are joined."""
 
@@ -57,8 +88,9 @@ class ModelSection(Section):
     """`patch` drops the class token, `full` keeps every token of the encoder."""
     projector: Literal["mlp2x_gelu", "linear"] = "mlp2x_gelu"
     """`mlp2x_gelu` as LLaVA-1.5, `linear` as LLaVA v1."""
-    chat_template: Literal["plain", "vicuna_v1", "chatml"]
-    """The text around the turns; the exported model carries it."""
+    chat_template: ChatTemplate
+    """The text around the turns, which the exported model carries: a name, `auto` for the one that the language model
+    was trained with, or a jinja file with generation marks."""
 
 
 class LoraSection(Section):
@@ -105,13 +137,60 @@ class TrainableSection(Section):
         return self.language_model.lora if self.language_model else None
 
 
+def _allow_words(schema: dict[str, Any]) -> None:
+    """Editors shall know the short forms too."""
+    words = {"type": "string", "pattern": r"^(all|(first|repeat) \d+|fraction [\d.]+)$"}
+    schema["anyOf"] = [words, {"type": "number", "exclusiveMinimum": 0, "maximum": 1}, {"type": schema.pop("type")}]
+
+
+class Take(Section):
+    """How much of a source an epoch has: `all`, `first N`, a share such as `0.5`, or `repeat R`."""
+
+    model_config = ConfigDict(json_schema_extra=_allow_words)
+
+    first: PositiveInt | None = None
+    """The first so many samples."""
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """A random share, the same in every epoch; `seed` decides which."""
+    repeat: PositiveInt = 1
+    """Every sample so many times an epoch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_words(cls, value: Any) -> Any:
+        if value == "all":
+            return {}
+        if isinstance(value, float | int) and not isinstance(value, bool):
+            return {"fraction": value}
+        how, _, number = value.partition(" ") if isinstance(value, str) else ("", "", "")
+        if how in cls.model_fields:
+            return {how: number}
+        if isinstance(value, str):
+            raise ValueError(f"{value!r} is not understood; write all, first 1000, a share such as 0.5, or repeat 3")
+        return value
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Take:
+        if (self.first is not None) + (self.fraction is not None) + (self.repeat > 1) > 1:
+            raise ValueError("one of first, fraction and repeat, not several")
+        return self
+
+
 class SourceSection(Section):
-    """One file of samples."""
+    """One source of samples."""
 
     path: str
-    """LLaVA JSON or JSONL."""
-    images: str | None = None
-    """Folder that the samples' image paths are relative to; default: the folder of `path`."""
+    """LLaVA JSON or JSONL (also gzipped), Parquet, a saved data set, or the id of one on the Hugging Face hub."""
+    images: str | dict[str, str] | None = None
+    """Folder, ZIP or TAR that the image paths are relative to, or such by prefix; default: the folder of `path`."""
+    name: Annotated[str, Field(min_length=1)] | None = None
+    """What metrics and reports call it; default: from `path`."""
+    subset: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    take: Take = Take()
+    """How much of it an epoch has: `all`, `first 1000`, a share such as `0.5`, or `repeat 3`."""
 
 
 class ImageSection(Section):
@@ -213,6 +292,8 @@ class StageConfig(Section):
     data: Annotated[list[SourceSection], Field(min_length=1)]
     on_bad_sample: Literal["error", "skip"] = "error"
     """A sample that cannot be read: stop, or give it zero weight and a line in quarantine.jsonl."""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Under `skip`: stop, with a summary, when more than this share of the samples so far cannot be read."""
     image: ImageSection = ImageSection()
     batch: BatchSection
     schedule: ScheduleSection = ScheduleSection()
@@ -226,6 +307,11 @@ class StageConfig(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.output) / self.name
+
+    @property
+    def cache_dir(self) -> Path:
+        """What is read from data files once and for all runs; it may be deleted between runs."""
+        return Path(self.output) / ".cache"
 
     @model_validator(mode="after")
     def _contradictions(self) -> StageConfig:

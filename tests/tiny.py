@@ -17,10 +17,12 @@ from llava_train.config import (
     RandomVisionTower,
     StageConfig,
 )
-from llava_train.data.chat import ChatEncoder, load_template
+from llava_train.data.chat import ChatEncoder
+from llava_train.data.chat_templates import load_template
 from llava_train.data.images import ImagePreprocessor
 from llava_train.data.loader import StepDataset
-from llava_train.data.samples import LlavaJson, Mixture
+from llava_train.data.mixture import Mixture
+from llava_train.data.sources import open_source
 from llava_train.model.build import Llava, build_llava
 from llava_train.stage_file import parse_stage
 
@@ -113,4 +115,4 @@ def dataset_of(llava: Llava, data: Path, **settings: Any) -> StepDataset:
     """Steps over a data file, 6 samples each."""
     defaults: dict[str, Any] = {"batch_size": 6, "max_tokens": 2048, "seed": 0}
     preprocessor = ImagePreprocessor(llava.processor.image_processor)
-    return StepDataset(Mixture([LlavaJson(data)]), encoder_of(llava), preprocessor, **{**defaults, **settings})
+    return StepDataset(Mixture([open_source(data)]), encoder_of(llava), preprocessor, **{**defaults, **settings})

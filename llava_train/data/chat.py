@@ -10,30 +10,31 @@ of image tokens by repeating its id. For `chatml` and an image of 3 tokens:
     labels  ... -100    -100    -100    ...                              A   cat   <|im_end|>  -100
 
 The exported processor carries the same template, so that training and use cannot differ.
+
+What a text may hold: the placeholder `<image>` in a user's turn, once for each picture, and nothing else that the
+tokenizer would take for a control token. Those are its special tokens and every added token that the template writes
+(`<|im_end|>` with `chatml`, whatever the tokenizer says of it); a sample with one is refused. Markers that are no
+tokens (`ASSISTANT:`, `[INST]`, `###`; `</s>` for a tokenizer without it) are text like any other and trained on.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from importlib import resources
 from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from llava_train.data.samples import IMAGE_PLACEHOLDER, Sample, SampleError, Turn
-from llava_train.errors import UserError
+from llava_train.data.chat_templates import render
+from llava_train.data.problems import SampleError
+from llava_train.data.samples import IMAGE_PLACEHOLDER, Sample, Turn
 
 IGNORED = -100
 """Label of a token that is not supervised."""
 
-_CONTROL_TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>")}
-
-
-class TemplateError(UserError):
-    """A chat template that does not fit the tokenizer."""
+_ANSWER = "answer"
+_TRIAL = (Turn("system", "."), Turn("user", "."), Turn("assistant", _ANSWER))
 
 
 @dataclass(frozen=True)
@@ -54,37 +55,12 @@ class EncodedSample:
         return len(self.input_ids)
 
 
-def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The jinja text of a chat template, fitted to a tokenizer.
-
-    Where the tokenizer puts a begin-of-sequence token before a text, so does the template: chat front ends switch
-    the tokenizer's own off. `plain` would begin with the image, which the language model would then take for its
-    attention sink (Xiao et al., 2309.17453): it begins with that token wherever there is one.
-
-    Raises:
-        TemplateError: the tokenizer lacks a token that the template writes.
-    """
-    missing = [token for token in _CONTROL_TOKENS.get(name, ()) if token not in tokenizer.get_vocab()]
-    if name == "vicuna_v1" and tokenizer.eos_token is None:
-        missing = ["an end-of-sequence token"]
-    if missing:
-        raise TemplateError(
-            f"model.chat_template: {name} needs {', '.join(missing)}, which the tokenizer of the language model "
-            "lacks; choose the template that the language model was trained with"
-        )
-    text = resources.files("llava_train.data").joinpath(f"templates/{name}.jinja").read_text(encoding="utf-8")
-    has_bos = tokenizer.bos_token_id is not None
-    adds_bos = has_bos and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-    starts_with_image = name == "plain"
-    return ("{{- bos_token -}}" if adds_bos or (has_bos and starts_with_image) else "") + text.rstrip("\n")
-
-
 class ChatEncoder:
     """Encodes samples with one tokenizer and chat template.
 
     Args:
         tokenizer: a fast tokenizer that has `<image>` as one token.
-        template: jinja text with generation marks, from `load_template`.
+        template: jinja text with generation marks, from `chat_templates.load_template`.
         n_image_tokens: tokens an image takes in the language model.
         max_tokens: most tokens of a sample.
         over_long: what to do with a longer one; `error` and `drop` raise SampleError.
@@ -104,19 +80,17 @@ class ChatEncoder:
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
         self.max_tokens = max_tokens
         self.over_long = over_long
-        control = set(tokenizer.all_special_tokens)
-        control |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        control |= {token for tokens in _CONTROL_TOKENS.values() for token in tokens if token in template}
-        self._control_tokens = re.compile("|".join(map(re.escape, sorted(control - {IMAGE_PLACEHOLDER}))) or "(?!)")
+        longest_first = sorted(self._control_tokens(), key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def encode(self, sample: Sample) -> EncodedSample:
         """Token ids and labels of a sample.
 
         Raises:
             OverLong: more than `max_tokens` tokens, under `error` and `drop`, or when nothing supervised is left.
-            SampleError: a control token in a text, or nothing to supervise.
+            SampleError: a control token or a wrong `<image>` in a text, or nothing to supervise.
         """
-        self._refuse_control_tokens(sample)
+        self._check_texts(sample)
         text, spans = self.render(sample.turns)
         input_ids, labels = self._tokenize(text, spans)
         is_image = input_ids == self.image_token_id
@@ -128,7 +102,7 @@ class ChatEncoder:
         if encoded.n_tokens > self.max_tokens:
             encoded = self._shorten(encoded)
         if not (encoded.labels != IGNORED).any():
-            raise SampleError("no supervised token: every answer is empty or cut off")
+            raise SampleError("nothing_supervised", "no supervised token: every answer is empty or cut off")
         return encoded
 
     def render(self, turns: tuple[Turn, ...], prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
@@ -136,20 +110,32 @@ class ChatEncoder:
 
         With `prompt`, the text ends where an answer would begin.
         """
-        rendered, spans = render_jinja_template(
-            conversations=[[{"role": turn.role, "content": turn.text} for turn in turns]],
-            chat_template=self.template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=prompt,
-            **self.tokenizer.special_tokens_map,
-        )
-        return rendered[0], spans[0]
+        return render(self.template, self.tokenizer, turns, prompt)
 
     def end_of_turn_id(self) -> int:
-        """The token that ends an answer: generation must stop at it."""
-        text, spans = self.render((Turn("user", "a"), Turn("assistant", "a")))
-        _, labels = self._tokenize(text, spans)
-        return int(labels[labels != IGNORED][-1])
+        """The token at which generation must stop: the control token, or the only token, that ends an answer.
+
+        An answer that ends with a text of several tokens (`###` of `llava_v0`) may hold each of them elsewhere: then it
+        is the tokenizer's end-of-sequence token, and `stop_string` says where an answer ends.
+        """
+        text, start, end = self._end_of_turn()
+        if found := self._control_pattern.search(text, start, end):
+            return int(self.tokenizer.convert_tokens_to_ids(found.group()))
+        _, labels = self._tokenize(text, [(start, end)])
+        ids = labels[labels != IGNORED]
+        if len(ids) == 1 or self.tokenizer.eos_token_id is None:
+            return int(ids[-1])
+        return int(self.tokenizer.eos_token_id)
+
+    def stop_string(self) -> str | None:
+        """The text that ends an answer, where no control token does; None where `end_of_turn_id` is enough."""
+        text, start, end = self._end_of_turn()
+        return None if self._control_pattern.search(text, start, end) else text[start:end]
+
+    def _end_of_turn(self) -> tuple[str, int, int]:
+        """A text, and where in it the end of an answer stands."""
+        text, [(start, end)] = self.render(_TRIAL)
+        return text, text.index(_ANSWER, start) + len(_ANSWER), end
 
     def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [T] and labels [T] of a text, `<image>` being one token."""
@@ -161,10 +147,26 @@ class ChatEncoder:
             supervised |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
         return input_ids, np.where(supervised, input_ids, IGNORED)
 
-    def _refuse_control_tokens(self, sample: Sample) -> None:
+    def _control_tokens(self) -> set[str]:
+        """Contents of the tokens that no text may hold."""
+        markup, _ = self.render(_TRIAL)
+        added = self.tokenizer.added_tokens_decoder.values()
+        control = {token.content for token in added if token.special or token.content in markup}
+        control |= set(self.tokenizer.all_special_tokens)
+        # Runs of white space are added tokens of Phi and Gemma.
+        return {token for token in control if token.strip() and token != IMAGE_PLACEHOLDER}
+
+    def _check_texts(self, sample: Sample) -> None:
         for number, turn in enumerate(sample.turns, start=1):
-            if found := self._control_tokens.search(turn.text):
-                raise SampleError(f"turn {number}: the text holds the control token {found.group()!r}")
+            if found := self._control_pattern.search(turn.text):
+                raise SampleError("control_token", f"turn {number}: the text holds the control token {found.group()!r}")
+            if turn.role != "user" and IMAGE_PLACEHOLDER in turn.text:
+                raise SampleError("placeholders", f"turn {number}: {IMAGE_PLACEHOLDER} outside a user turn")
+        n_asked = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in sample.turns)
+        if n_asked != len(sample.images):
+            raise SampleError(
+                "placeholders", f"{n_asked} {IMAGE_PLACEHOLDER} placeholders, but {len(sample.images)} images"
+            )
 
     def _shorten(self, encoded: EncodedSample) -> EncodedSample:
         """Cuts a sample to `max_tokens`, before an image that would be cut in two."""
@@ -186,4 +188,6 @@ class OverLong(SampleError):
     """A sample has too many tokens."""
 
     def __init__(self, n_tokens: int, max_tokens: int, detail: str = "") -> None:
-        super().__init__(f"{n_tokens} tokens, more than batch.max_sample_tokens ({max_tokens}) {detail}".rstrip())
+        super().__init__(
+            "over_long", f"{n_tokens} tokens, more than batch.max_sample_tokens ({max_tokens}) {detail}".rstrip()
+        )

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import struct
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 from transformers.image_processing_utils import BaseImageProcessor
 
-from llava_train.data.samples import SampleError
+from llava_train.data.pictures import Picture
+from llava_train.data.problems import SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What may be opened. Pillow knows formats that start other programs (EPS starts Ghostscript)."""
+
+_LONGEST_SIDE = 4096
+"""Pixels that an extremely long picture is shrunk to before it is padded."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -28,28 +34,53 @@ _TURNS = {
 """What undoes each value of the EXIF orientation tag."""
 
 
-def decode_image(path: Path) -> Image.Image:
+def decode_image(picture: Picture) -> Image.Image:
     """Reads a picture as RGB, turned as its EXIF tag says; of an animation the first frame.
 
+    16 bits are scaled to 8, a palette becomes its colours, CMYK is converted, transparency is dropped.
+
     Raises:
-        SampleError: missing, not a picture, truncated, or so large that it may be a decompression bomb.
+        SampleError: missing, empty, not a picture, truncated, or so large that it may be a decompression bomb.
     """
+    with open_image(picture) as image, _problems_of(picture):
+        return _upright(_as_rgb(image), image.getexif().get(ExifTags.Base.Orientation))
+
+
+@contextmanager
+def open_image(picture: Picture) -> Iterator[Image.Image]:
+    """The header of a picture, its pixels not decoded yet. Raises SampleError."""
+    with _problems_of(picture):
+        content = picture.read_bytes()
+        if not content:
+            raise SampleError("image_empty", f"{picture}: the image file is empty (zero bytes)")
+        image = Image.open(BytesIO(content), formats=FORMATS)
+    with image:
+        yield image
+
+
+@contextmanager
+def _problems_of(picture: Picture) -> Iterator[None]:
+    """Turns what Pillow and the system raise into SampleErrors that name the picture."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                return _upright(_as_rgb(image), image.getexif().get(ExifTags.Base.Orientation))
+            yield
+    except SampleError:
+        raise
     except FileNotFoundError as error:
-        raise SampleError(f"{path}: the image file is missing") from error
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        struct.error,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
-        raise SampleError(f"{path}: not a readable image: {error}") from error
+        raise SampleError("image_missing", f"{picture}: the image file is missing") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise SampleError("decompression_bomb", f"{picture}: too large to decode: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        formats = ", ".join(FORMATS)
+        raise SampleError("not_an_image", f"{picture}: not a readable image: none of {formats}") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise SampleError("image_unreadable", f"{picture}: cannot be read: {error.strerror}") from error
+        kind = "image_truncated" if "truncated" in str(error) else "image_damaged"
+        raise SampleError(kind, f"{picture}: not a readable image: {error}") from error
+    except (ValueError, SyntaxError, struct.error, EOFError) as error:
+        raise SampleError("image_damaged", f"{picture}: not a readable image: {error}") from error
 
 
 def _upright(image: Image.Image, orientation: object) -> Image.Image:
@@ -76,9 +107,25 @@ class ImagePreprocessor:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Pixel values of an RGB picture: float32 [3, size, size]."""
-        return self.processor(np.asarray(image), return_tensors="pt", input_data_format="channels_last")[
-            "pixel_values"
-        ][0]
+        pixels = np.asarray(self._within_bounds(image))
+        return self.processor(pixels, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
+
+    def _within_bounds(self, image: Image.Image) -> Image.Image:
+        """A picture that the processor can handle: one of 1 x 20,000 would become a square of gigabytes.
+
+        Only where the processor would make more pixels than a picture may have is a picture shrunk before it is
+        padded, or its ends are cut off before it is cropped.
+        """
+        short, long = sorted(image.size)
+        limit = Image.MAX_IMAGE_PIXELS or 0
+        if self.processor.do_pad and long**2 > limit:
+            scale = _LONGEST_SIDE / long
+            return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+        if self.processor.do_center_crop and self.size**2 * long / short > limit:
+            width, height = (min(side, 16 * short) for side in image.size)
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            return image.crop((left, top, left + width, top + height))
+        return image
 
     def blank(self) -> torch.Tensor:
         """Pixels for a picture that is not there: float32 zeros [3, size, size], the encoder's mean colour."""

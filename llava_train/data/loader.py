@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llava_train.data.chat import IGNORED, ChatEncoder, EncodedSample, OverLong
+from llava_train.data.chat import IGNORED, ChatEncoder, EncodedSample
 from llava_train.data.images import ImagePreprocessor, decode_image
+from llava_train.data.mixture import Mixture, Place
 from llava_train.data.order import step_samples
 from llava_train.data.packing import plan_packs
-from llava_train.data.samples import Mixture, Sample, SampleError
+from llava_train.data.problems import SampleError
+from llava_train.data.samples import Sample
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,28 @@ class BadSample:
     """A sample that a step did not train on."""
 
     step: int
-    index: int
     source: str
+    """Path of the source."""
+    index: int
+    """In the source."""
+    line: int | None
+    """In the source's file, counted from 1."""
     id: str
+    kind: str
+    """One of `problems.KINDS`."""
     reason: str
-    over_long: bool
-    """Whether `batch.over_long` decides what happens, not `on_bad_sample`."""
     on_every_rank: bool
     """Whether every rank reports it, not only the one that decodes its images."""
+
+    @property
+    def place(self) -> str:
+        """Where it is in the source, in words."""
+        return f"number {self.index}" + (f", line {self.line}" if self.line else "")
+
+    @property
+    def over_long(self) -> bool:
+        """Whether `batch.over_long` decides what happens, not `on_bad_sample`."""
+        return self.kind == "over_long"
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,7 @@ class PackedBatch:
     n_images: int  # 0 when pixel_values is that blank image
     predictors: torch.Tensor  # int64 [S]; positions whose next token is supervised
     targets: torch.Tensor  # int64 [S]; those next tokens
+    sources: torch.Tensor  # int64 [S]; number of the source that each target comes from
 
     @property
     def max_seqlen(self) -> int:
@@ -82,8 +99,8 @@ class StepBatch:
 
     step: int
     micro_batches: tuple[PackedBatch, ...]
-    n_samples: int
-    """Samples of the step over all ranks, bad ones left out."""
+    n_samples: tuple[int, ...]
+    """Samples of the step by source, over all ranks, bad ones left out."""
     bad_samples: tuple[BadSample, ...]
 
     @property
@@ -109,7 +126,7 @@ class StepBatch:
 class Encoded:
     """A sample and its tokens, on the way to a pack."""
 
-    index: int
+    place: Place
     sample: Sample
     tokens: EncodedSample
 
@@ -152,17 +169,20 @@ class StepDataset(Dataset[StepBatch]):
             batch, bad_images = self._collate(step, [encoded[i] for i in pack])
             micro_batches.append(batch)
             bad += bad_images
-        return StepBatch(step, tuple(micro_batches), len(encoded), tuple(bad))
+        from_sources = [item.place.source_number for item in encoded]
+        n_samples = tuple(np.bincount(from_sources, minlength=len(self.mixture.sources)).tolist())
+        return StepBatch(step, tuple(micro_batches), n_samples, tuple(bad))
 
     def _encode(self, step: int) -> tuple[list[Encoded], list[BadSample]]:
         """The readable samples of a step, and the others. The same on every rank."""
         encoded, bad = [], []
         for index in self._indices(step):
+            place = self.mixture.locate(index)
             try:
-                sample = self.mixture[index]
-                encoded.append(Encoded(index, sample, self.encoder.encode(sample)))
+                sample = place.source[place.index]
+                encoded.append(Encoded(place, sample, self.encoder.encode(sample)))
             except SampleError as error:
-                bad.append(self._bad(step, index, error, on_every_rank=True))
+                bad.append(bad_sample(step, place, error, on_every_rank=True))
         return encoded, bad
 
     def _indices(self, step: int) -> list[int]:
@@ -177,24 +197,27 @@ class StepDataset(Dataset[StepBatch]):
         for item in items:
             tokens = item.tokens
             try:
-                images = [self.preprocessor(decode_image(path)) for path in item.sample.images[: tokens.n_images]]
+                images = [self.preprocessor(decode_image(picture)) for picture in item.sample.images[: tokens.n_images]]
             except SampleError as error:
                 images = [self.preprocessor.blank()] * tokens.n_images
                 tokens = replace(tokens, labels=np.full_like(tokens.labels, IGNORED))
-                bad.append(self._bad(step, item.index, error, on_every_rank=False))
+                bad.append(bad_sample(step, item.place, error, on_every_rank=False))
             documents.append(tokens)
             pixels += images
-        return pack_documents(documents, pixels, self.preprocessor.blank(), self._filler()), bad
+        numbers = [item.place.source_number for item in items]
+        return pack_documents(documents, pixels, self.preprocessor.blank(), self._filler(), numbers), bad
 
     def _filler(self) -> EncodedSample:
         """A document for a rank that has none: two unsupervised tokens."""
         input_ids = np.full(2, self.encoder.end_of_turn_id(), dtype=np.int64)
         return EncodedSample(input_ids, np.full_like(input_ids, IGNORED), n_images=0)
 
-    def _bad(self, step: int, index: int, error: SampleError, on_every_rank: bool) -> BadSample:
-        source, local = self.mixture.locate(index)
-        over_long = isinstance(error, OverLong)
-        return BadSample(step, index, str(source.path), source.record_id(local), str(error), over_long, on_every_rank)
+
+def bad_sample(step: int, place: Place, error: SampleError, on_every_rank: bool) -> BadSample:
+    """What is to be said of a sample that cannot be trained on."""
+    source, index = place.source, place.index
+    known = source.path, index, source.line(index), source.record_id(index)
+    return BadSample(step, *known, error.kind, str(error), on_every_rank)
 
 
 def pack_documents(
@@ -202,9 +225,11 @@ def pack_documents(
     pixels: Sequence[torch.Tensor],
     blank: torch.Tensor,
     filler: EncodedSample,
+    source_numbers: Sequence[int],
 ) -> PackedBatch:
     """Joins documents into one pack; `filler` stands in when there is none, `blank` when there is no image."""
-    documents = documents or [filler]
+    if not documents:
+        documents, source_numbers = [filler], [0]
     lengths = tuple(document.n_tokens for document in documents)
     labels = torch.from_numpy(np.concatenate([document.labels for document in documents]))
     predictors = (labels[1:] != IGNORED).nonzero().squeeze(1)
@@ -218,6 +243,7 @@ def pack_documents(
         n_images=len(pixels),
         predictors=predictors,
         targets=labels[predictors + 1],
+        sources=torch.from_numpy(np.repeat(source_numbers, lengths))[predictors],
     )
 
 

@@ -1,23 +1,27 @@
-"""`Sample`, and the reader of LLaVA's JSON and JSONL.
+"""`Sample`, and how the records of data sets become samples.
 
-A record is `{"id", "image": "a.jpg" | ["a.jpg", ...], "conversations": [{"from": "human" | "gpt" | "system",
-"value": text}, ...]}`; `<image>` in a human text says where an image goes; other keys are ignored. Records are
-kept as JSON text in one Arrow array and parsed when a step asks for them: opening a file checks no record,
-and worker processes share the array's memory.
+The shape of a record is told by its keys:
+
+    conversations  LLaVA: `{"id", "image": "a.jpg" | ["a.jpg", ...], "conversations": [{"from": "human" | "gpt" |
+                   "system", "value": text}, ...]}`; `<image>` in a human text says where an image goes
+    messages       chats: `{"images": [...], "messages": [{"role", "content"}, ...]}`; the content is a text as above
+                   (without any `<image>` the images come first) or a list of parts, `{"type": "text", "text"}` and
+                   `{"type": "image"}`, the image in the part or the next of `images`
+    texts          the_cauldron and FineVision: `{"images": [...], "texts": [{"user", "assistant"}, ...]}`; the
+                   images come first
+
+Other keys are ignored. An `<image>` where it cannot stand for an image is refused, never shown to the model.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-
-from llava_train.errors import UserError
+from llava_train.data.pictures import Picture, Pictures
+from llava_train.data.problems import SampleError
 
 IMAGE_PLACEHOLDER = "<image>"
 
@@ -32,14 +36,6 @@ _ROLES: dict[str, Role] = {
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class SampleError(UserError):
-    """A sample that cannot be trained on. The message says why; whoever catches it knows which sample."""
-
-
-class DataError(UserError):
-    """A source that cannot be read. The message names the file and the mend."""
-
-
 @dataclass(frozen=True)
 class Turn:
     """One message. `text` holds `<image>` where an image goes."""
@@ -52,144 +48,155 @@ class Turn:
 class Sample:
     """A validated conversation: user and assistant take turns, the assistant has the last word.
 
-    `images[i]` is the file of the i-th `<image>` in the turns.
+    `images[i]` is the picture of the i-th `<image>` in the turns.
     """
 
     id: str
-    images: tuple[Path, ...]
+    images: tuple[Picture, ...]
     turns: tuple[Turn, ...]
 
 
-class LlavaJson:
-    """The samples of one LLaVA JSON or JSONL file, by index.
-
-    Args:
-        path: the file; JSON list or one JSON object a line, told from its first character.
-        images: folder that image paths are relative to; default: the folder of `path`.
-
-    Raises:
-        DataError: the file is missing, empty, or not such a list.
-    """
-
-    def __init__(self, path: str | Path, images: str | Path | None = None) -> None:
-        self.path = Path(path)
-        self.images = Path(images) if images is not None else self.path.parent
-        self._records = pa.array(_read_records(self.path), type=pa.large_string())
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Parses and validates a sample. Raises SampleError."""
-        return parse_record(json.loads(self._records[index].as_py()), self.images, default_id=str(index))
-
-    def record_id(self, index: int) -> str:
-        """The id that the record states, valid or not."""
-        record = json.loads(self._records[index].as_py())
-        return str(record.get("id", index)) if isinstance(record, dict) else str(index)
-
-
-class Mixture:
-    """Several sources end to end: sample `i` is counted over all of them."""
-
-    def __init__(self, sources: Sequence[LlavaJson]) -> None:
-        self.sources = tuple(sources)
-        self._ends: list[int] = []
-        for source in self.sources:
-            self._ends.append(len(source) + (self._ends[-1] if self._ends else 0))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def locate(self, index: int) -> tuple[LlavaJson, int]:
-        """The source that holds sample `index`, and the sample's index there."""
-        start = 0
-        for source, end in zip(self.sources, self._ends, strict=True):
-            if index < end:
-                return source, index - start
-            start = end
-        raise IndexError(index)
-
-    def __getitem__(self, index: int) -> Sample:
-        source, local = self.locate(index)
-        return source[local]
-
-
-def parse_record(record: Any, images_root: Path, default_id: str) -> Sample:
-    """A LLaVA record as a Sample. Texts lose surrounding white space. Raises SampleError."""
+def parse_record(record: Any, pictures: Pictures, default_id: str) -> Sample:
+    """A record of any known shape as a Sample. Texts lose surrounding white space. Raises SampleError."""
     if not isinstance(record, dict):
-        raise SampleError(f"a record is a JSON object, not {type(record).__name__}")
-    conversations = record.get("conversations")
-    if not isinstance(conversations, list) or not conversations:
-        raise SampleError('"conversations" is missing, empty or not a list')
-    turns = tuple(_parse_turn(message, number) for number, message in enumerate(conversations, start=1))
+        raise SampleError("not_an_object", f"a record is a JSON object, not {type(record).__name__}")
+    listed = _listed_images(record)
+    if record.get("texts") is not None and record.get("conversations") is record.get("messages") is None:
+        turns, images = _parse_pairs(record["texts"]), listed
+        _refuse_placeholders(turns)
+        turns = _images_first(turns, len(images))
+    else:
+        is_chat = record.get("conversations") is None and record.get("messages") is not None
+        name = "messages" if is_chat else "conversations"
+        turns, images = _parse_messages(record.get(name), name, listed)
+        if is_chat and not any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
+            turns = _images_first(turns, len(images))
+    turns = [Turn(turn.role, turn.text.strip()) for turn in turns]
     _check_order(turns)
-    names = record.get("image") or []
-    names = names if isinstance(names, list) else [names]
-    images = tuple(_inside(images_root, name) for name in names)
     _check_placeholders(turns, len(images))
-    return Sample(id=str(record.get("id", default_id)), images=images, turns=turns)
+    return Sample(record_id(record, default_id), tuple(map(pictures.picture, images)), tuple(turns))
 
 
-def _parse_turn(message: Any, number: int) -> Turn:
-    if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-        raise SampleError(f'turn {number}: a turn is {{"from": ..., "value": text}}')
-    role = _ROLES.get(str(message.get("from")))
+def record_id(record: Any, default_id: str) -> str:
+    """The id that a record states, valid or not."""
+    stated = record.get("id") if isinstance(record, dict) else None
+    return default_id if stated is None else str(stated)
+
+
+def _listed_images(record: dict[str, Any]) -> list[Any]:
+    listed = record.get("image")
+    if listed in (None, ""):
+        listed = record.get("images")
+    if listed in (None, ""):
+        return []
+    return listed if isinstance(listed, list) else [listed]
+
+
+def _parse_pairs(texts: Any) -> list[Turn]:
+    """Turns of `[{"user": text, "assistant": text}, ...]`."""
+    if not isinstance(texts, list) or not texts:
+        raise SampleError("no_conversation", '"texts" is empty or not a list')
+    turns = []
+    for number, pair in enumerate(texts, start=1):
+        if not isinstance(pair, dict) or not {"user", "assistant"} <= pair.keys():
+            raise SampleError("malformed_turn", f'turn {number}: a turn is {{"user": text, "assistant": text}}')
+        turns.append(Turn("user", _checked_text(pair["user"], number)))
+        turns.append(Turn("assistant", _checked_text(pair["assistant"], number)))
+    return turns
+
+
+def _parse_messages(messages: Any, name: str, listed: list[Any]) -> tuple[list[Turn], list[Any]]:
+    """Turns of `[{"from" | "role", "value" | "content"}, ...]`, and their images in order."""
+    if not isinstance(messages, list) or not messages:
+        raise SampleError("no_conversation", f'"{name}" is missing, empty or not a list')
+    parsed = [_parse_message(message, number) for number, message in enumerate(messages, start=1)]
+    if all(own is None for _, own in parsed):
+        return [turn for turn, _ in parsed], listed
+    rest = iter(listed)
+    images = [next(rest, None) if image is None else image for _, own in parsed for image in own or []]
+    n_missing = sum(image is None for image in images)
+    n_left = len(list(rest))
+    if n_missing or n_left:
+        raise SampleError("placeholders", f"{len(images)} image parts, but {len(images) - n_missing + n_left} images")
+    return [turn for turn, _ in parsed], images
+
+
+def _parse_message(message: Any, number: int) -> tuple[Turn, list[Any] | None]:
+    """A turn, and the images of its parts: None for a part without one, and None in all where the content is a text."""
+    if not isinstance(message, dict) or not message.keys() & {"value", "content"}:
+        raise SampleError("malformed_turn", f'turn {number}: a turn is {{"from": ..., "value": text}}')
+    stated = message.get("from", message.get("role"))
+    role = _ROLES.get(str(stated))
     if role is None:
-        raise SampleError(f"turn {number}: unknown role {message.get('from')!r}; known: {', '.join(_ROLES)}")
-    if _SURROGATE.search(message["value"]):
-        raise SampleError(f"turn {number}: the text holds half of a character (a lone UTF-16 surrogate)")
-    return Turn(role, message["value"].strip())
+        raise SampleError("unknown_role", f"turn {number}: unknown role {stated!r}; known: {', '.join(_ROLES)}")
+    content = message.get("value", message.get("content"))
+    if not isinstance(content, list):
+        return Turn(role, _checked_text(content, number)), None
+    pieces, images = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind == "text":
+            text = _checked_text(part.get("text"), number)
+            _refuse_placeholders([Turn(role, text)])
+            pieces.append(text)
+        elif kind in ("image", "image_url"):
+            images.append(_image_of_part(part))
+            pieces.append(IMAGE_PLACEHOLDER)
+        else:
+            raise SampleError("malformed_turn", f"turn {number}: a part is of type text or image, not {kind}")
+    return Turn(role, "".join(_beside_images(pieces))), images
 
 
-def _check_order(turns: tuple[Turn, ...]) -> None:
+def _beside_images(pieces: list[str]) -> Iterator[str]:
+    """Puts a new line between an image and what stands beside it, as the chat templates do."""
+    for number, piece in enumerate(pieces):
+        if number and IMAGE_PLACEHOLDER in (piece, pieces[number - 1]):
+            yield "\n"
+        yield piece
+
+
+def _image_of_part(part: dict[str, Any]) -> Any:
+    found = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
+    return found.get("url") if isinstance(found, dict) and "url" in found else found
+
+
+def _checked_text(text: Any, number: int) -> str:
+    if not isinstance(text, str):
+        raise SampleError("not_text", f"turn {number}: the text is {text!r:.60}, not a string")
+    if _SURROGATE.search(text):
+        raise SampleError("not_utf8", f"turn {number}: the text holds half of a character (a lone UTF-16 surrogate)")
+    return text
+
+
+def _refuse_placeholders(turns: list[Turn]) -> None:
+    """Where images have a place of their own, `<image>` in a text stands for none."""
+    if any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
+        raise SampleError("placeholders", f"a text holds {IMAGE_PLACEHOLDER}, which stands for no image here")
+
+
+def _images_first(turns: list[Turn], n_images: int) -> list[Turn]:
+    """Puts placeholders before the text of the first user turn."""
+    for i, turn in enumerate(turns):
+        if turn.role == "user":
+            text = f"{IMAGE_PLACEHOLDER}\n" * n_images + turn.text
+            return [*turns[:i], Turn("user", text), *turns[i + 1 :]]
+    return turns
+
+
+def _check_order(turns: list[Turn]) -> None:
     spoken = [turn.role for turn in turns]
     if spoken[0] == "system":
         spoken = spoken[1:]
-    expected = ["user", "assistant"] * (len(spoken) // 2)
-    if not spoken or spoken != expected:
-        raise SampleError(f"roles out of order: {', '.join(spoken)}; wanted user, assistant, user, assistant, ...")
+    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise SampleError(
+            "roles_out_of_order",
+            f"roles out of order: {', '.join(spoken)}; wanted user, assistant, user, assistant, ...",
+        )
 
 
-def _check_placeholders(turns: tuple[Turn, ...], n_images: int) -> None:
+def _check_placeholders(turns: list[Turn], n_images: int) -> None:
     n_asked = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
     if any(IMAGE_PLACEHOLDER in turn.text for turn in turns if turn.role != "user"):
-        raise SampleError(f"{IMAGE_PLACEHOLDER} outside a user turn")
+        raise SampleError("placeholders", f"{IMAGE_PLACEHOLDER} outside a user turn")
     if n_asked != n_images:
-        raise SampleError(f"{n_asked} {IMAGE_PLACEHOLDER} placeholders, but {n_images} images")
-
-
-def _inside(root: Path, name: Any) -> Path:
-    """`root / name`, refused when it would leave the root."""
-    if not isinstance(name, str) or not name:
-        raise SampleError(f'"image" is a relative path or a list of them, not {name!r}')
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise SampleError(f"image path {name!r} leaves the image folder")
-    return root / name
-
-
-def _read_records(path: Path) -> list[str]:
-    """The records of a file, each as JSON text."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot read the data file: {error.strerror}; mend its path in the stage file, "
-            f"which is relative to the current folder ({Path.cwd()})"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text: {error}") from error
-    try:
-        if text.lstrip()[:1] == "[":
-            records = [json.dumps(record) for record in json.loads(text)]
-        else:
-            records = [line for line in text.split("\n") if line.strip()]
-            for number, line in enumerate(records, start=1):
-                if not line.lstrip().startswith("{"):
-                    raise DataError(f"{path}: record {number} is not a JSON object; wanted a JSON list or JSONL")
-                json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from error
-    if not records:
-        raise DataError(f"{path}: holds no sample")
-    return records
+        raise SampleError("placeholders", f"{n_asked} {IMAGE_PLACEHOLDER} placeholders, but {n_images} images")

@@ -1,4 +1,4 @@
-"""The forward pass of a pack: the sum of the cross entropy over its supervised tokens."""
+"""The forward pass of a pack: the cross entropy of its supervised tokens."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class PackedLoss(nn.Module):
         self.llava = llava
 
     def forward(self, *, predictors: torch.Tensor, targets: torch.Tensor, **pack: Any) -> torch.Tensor:
-        """Summed cross entropy, float32 scalar. Arguments as the fields of `data.loader.PackedBatch`."""
+        """Cross entropy of each target: float32 [S]. Arguments as the fields of `data.loader.PackedBatch`."""
         hidden = self.hidden_states(**pack)
         logits = self.llava.lm_head(hidden[0, predictors])  # [S, vocabulary]
-        return cross_entropy(logits.float(), targets, reduction="sum")
+        return cross_entropy(logits.float(), targets, reduction="none")
 
     def hidden_states(
         self,

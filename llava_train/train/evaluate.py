@@ -11,9 +11,11 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from llava_train.config import EvalSection
+from llava_train.data.chat import ChatEncoder
 from llava_train.data.images import decode_image
 from llava_train.data.loader import StepDataset
-from llava_train.data.samples import SampleError, Turn
+from llava_train.data.problems import SampleError
+from llava_train.data.samples import Turn
 from llava_train.model.attention import PACKED
 from llava_train.model.build import Llava
 from llava_train.train.engine import World
@@ -36,7 +38,7 @@ def held_out_loss(engine: deepspeed.DeepSpeedEngine, world: World, dataset: Step
     with evaluating(engine):
         for step in range(n_steps):
             for micro_batch in dataset[step].micro_batches:
-                totals[0] += forward(engine, micro_batch, world).double()
+                totals[0] += forward(engine, micro_batch.to(world.device)).sum().double()
                 totals[1] += micro_batch.n_supervised
     torch.distributed.all_reduce(totals)
     return float(totals[0] / totals[1].clamp(min=1))
@@ -61,20 +63,21 @@ def answers(
                 break
             try:
                 sample = dataset.mixture[index]
-                images = [decode_image(path) for path in sample.images]
+                images = [decode_image(picture) for picture in sample.images]
             except SampleError:
                 continue
             question = _until_first_answer(sample.turns)
             n_images = sum(turn.text.count("<image>") for turn in question)
             text, _ = dataset.encoder.render(question, prompt=True)
-            answer = generate(llava, text, images[:n_images], max_new_tokens, dataset.encoder.end_of_turn_id())
+            answer = generate(llava, text, images[:n_images], max_new_tokens, dataset.encoder)
             expected = sample.turns[len(question)].text
             found.append({"id": sample.id, "prompt": question[-1].text, "answer": answer, "expected": expected})
     return found
 
 
-def generate(llava: Llava, text: str, images: Sequence[Any], max_new_tokens: int, end_of_turn_id: int) -> str:
+def generate(llava: Llava, text: str, images: Sequence[Any], max_new_tokens: int, encoder: ChatEncoder) -> str:
     """The greedy answer to a rendered prompt."""
+    stop = encoder.stop_string()
     inputs = llava.processor(text=text, images=list(images) or None, add_special_tokens=False, return_tensors="pt").to(
         llava.model.device
     )
@@ -84,10 +87,13 @@ def generate(llava: Llava, text: str, images: Sequence[Any], max_new_tokens: int
         **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=end_of_turn_id,
+        eos_token_id=encoder.end_of_turn_id(),
+        stop_strings=stop,
+        tokenizer=llava.tokenizer,
         pad_token_id=llava.tokenizer.pad_token_id,
     )
-    return str(llava.tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)).strip()
+    answer = str(llava.tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
+    return (answer.partition(stop)[0] if stop else answer).strip()
 
 
 @contextmanager

@@ -15,14 +15,15 @@ import torch
 import yaml
 
 from llava_train import __version__
-from llava_train.config import SourceSection, StageConfig
-from llava_train.data.chat import ChatEncoder, load_template
+from llava_train.config import StageConfig
+from llava_train.data.chat import ChatEncoder
+from llava_train.data.chat_templates import load_template
 from llava_train.data.images import ImagePreprocessor
 from llava_train.data.loader import StepDataset, first_pictures, read_steps
+from llava_train.data.mixture import Mixture, open_mixture
 from llava_train.data.order import n_steps_of
-from llava_train.data.samples import LlavaJson, Mixture
 from llava_train.errors import UserError
-from llava_train.files import damage, sha256, write_durably, write_manifest
+from llava_train.files import damage, write_durably, write_manifest
 from llava_train.model.build import Llava, build_llava
 from llava_train.model.loss import PackedLoss
 from llava_train.model.standardize import feature_statistics, fold, standardize
@@ -70,8 +71,8 @@ def run_stage(config: StageConfig, world: World) -> Path:
 
 def _train(config: StageConfig, world: World) -> State:
     """Trains the stage; returns the trained parameters by name, on rank 0."""
-    mixture = _mixture(config.data)
-    held_out = _mixture(config.eval.data) if config.eval else None
+    mixture = open_mixture(config.data, config.seed, config.cache_dir)
+    held_out = open_mixture(config.eval.data, config.seed, config.cache_dir) if config.eval else None
     n_steps = n_steps_of(len(mixture), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
 
     if config.init_from not in (None, "random"):
@@ -108,7 +109,8 @@ def _train(config: StageConfig, world: World) -> State:
 
         steps, on_cuda = range(start, n_steps), world.device.type == "cuda"
         batches = read_steps(new_dataset(mixture, seed=config.seed), steps, config.loader.workers, on_cuda)
-        train(engine, world, config, batches, n_steps, tracker, after_step)
+        names = tuple(source.name for source in mixture.sources)
+        train(engine, world, config, batches, n_steps, tracker, names, after_step)
         trained = gathered(engine, world, llava.model)
         trained = fold(llava.model, trained) if world.is_main else trained
     engine.destroy()
@@ -122,10 +124,6 @@ def _starting_point(config: StageConfig) -> tuple[Llava, str]:
     if config.init_from in (None, "random"):
         return llava, "starting from a new projector"
     return llava, "starting from " + load_init(str(config.init_from), llava.model, config.model)
-
-
-def _mixture(sources: list[SourceSection]) -> Mixture:
-    return Mixture([LlavaJson(source.path, source.images) for source in sources])
 
 
 def _encoder(config: StageConfig, llava: Llava) -> ChatEncoder:
@@ -205,7 +203,10 @@ def _write_card(config: StageConfig, world: World, mixture: Mixture) -> None:
         **{name: version(name) for name in packages},
         "git_commit": _git_commit(),
         "n_ranks": world.n_ranks,
-        "data": [{"path": str(s.path), "n_samples": len(s), "sha256": sha256(s.path)} for s in mixture.sources],
+        "data": [
+            {"path": s.path, "name": s.name, "n_samples": len(s), "fingerprint": s.fingerprint()}
+            for s in mixture.sources
+        ],
     }
     text = yaml.safe_dump({**json.loads(config.model_dump_json()), "about": about}, sort_keys=False, allow_unicode=True)
     write_durably(config.run_dir / "config.yaml", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from llava_train.config import StageConfig
 from llava_train.data.loader import BadSample
+from llava_train.data.problems import KINDS
 from llava_train.model.trainable import PartSummary
 from llava_train.train.engine import World
 
@@ -31,7 +33,7 @@ class Tracker:
     """
 
     def __init__(self, config: StageConfig, world: World, start_step: int, n_steps: int) -> None:
-        self.folder, self.world, self.n_steps = config.run_dir, world, n_steps
+        self.folder, self.world, self.start_step, self.n_steps = config.run_dir, world, start_step, n_steps
         self.console = Console(quiet=not world.is_main, soft_wrap=True)
         self._wandb: Any = None
         self._progress = Progress(
@@ -92,8 +94,9 @@ class Tracker:
         """Records samples that a step did not train on. Those that every rank saw are recorded by rank 0."""
         for bad in bad_samples:
             if self.world.is_main or not bad.on_every_rank:
-                record = {"step": bad.step + 1, "source": bad.source, "id": bad.id, "index": bad.index}
-                self._append(QUARANTINE_FILE, {**record, "reason": bad.reason})
+                names = ("source", "id", "index", "line", "kind", "reason")
+                record = {"step": bad.step + 1, **{name: getattr(bad, name) for name in names}}
+                self._append(QUARANTINE_FILE, record)
 
     def _keep(self, metrics: Metrics) -> None:
         if self.world.is_main:
@@ -122,6 +125,15 @@ class Tracker:
             dir=str(self.folder),
             config=config.model_dump(mode="json"),
         )
+
+
+def quarantine_summary(path: Path) -> str:
+    """How many samples of each kind stand in a quarantine file, the most frequent first."""
+    if not path.is_file():
+        return ""
+    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    counts = Counter(record["kind"] for record in records).most_common()
+    return ", ".join(f"{count} x {KINDS[kind]}" for kind, count in counts)
 
 
 def parts_table(parts: Iterable[PartSummary]) -> Table:

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from llava_train.config import ImageSection
 from llava_train.data.images import ImagePreprocessor, decode_image
-from llava_train.data.samples import SampleError
+from llava_train.data.problems import SampleError
 from llava_train.model.build import build_llava
 from tests.tiny import model_section
 
@@ -103,7 +103,7 @@ def test_a_truncated_picture_is_refused(tmp_path: Path) -> None:
         decode_image(path)
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"", "not a readable image"), (b"hello", "not a readable image")])
+@pytest.mark.parametrize(("content", "message"), [(b"", "empty \\(zero bytes\\)"), (b"hello", "not a readable image")])
 def test_what_is_no_picture_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(content)
     with pytest.raises(SampleError, match=message):
@@ -111,7 +111,7 @@ def test_what_is_no_picture_is_refused(content: bytes, message: str, tmp_path: P
 
 
 def test_a_folder_is_no_picture(tmp_path: Path) -> None:
-    with pytest.raises(SampleError, match="not a readable image"):
+    with pytest.raises(SampleError, match="cannot be read: Is a directory"):
         decode_image(tmp_path)
 
 

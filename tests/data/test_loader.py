@@ -10,6 +10,7 @@ from PIL import Image
 
 from llava_train.data.chat import IGNORED, EncodedSample
 from llava_train.data.loader import first_pictures, pack_documents, read_steps
+from llava_train.data.pictures import PictureFolder, Pictures
 from llava_train.data.samples import parse_record
 from tests.tiny import dataset_of, tiny_llava, write_data
 
@@ -30,7 +31,9 @@ def documents_of(batch) -> list[tuple[int, ...]]:
 
 def test_the_example_of_the_docstring() -> None:
     filler = document([9, 9], [])
-    batch = pack_documents([document([5, 6, 7], [1, 2]), document([3, 4], [1])], [], torch.zeros(3, 2, 2), filler)
+    batch = pack_documents(
+        [document([5, 6, 7], [1, 2]), document([3, 4], [1])], [], torch.zeros(3, 2, 2), filler, [0, 1]
+    )
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
     assert batch.cu_seqlens.tolist() == [0, 3, 5]
     assert (batch.max_seqlen, batch.n_supervised) == (3, 3)
@@ -80,7 +83,7 @@ def test_an_epoch_trains_on_every_sample_once(llava, tmp_path: Path) -> None:
     found = [d for step in range(3) for micro in dataset[step].micro_batches for d in documents_of(micro)]
     whole = dataset_of(llava, data, seed=None, batch_size=14)[0]
     assert sorted(found) == sorted(d for micro in whole.micro_batches for d in documents_of(micro))
-    assert [dataset[step].n_samples for step in range(3)] == [6, 6, 2]
+    assert [sum(dataset[step].n_samples) for step in range(3)] == [6, 6, 2]
 
 
 def test_borders_positions_and_targets_agree(llava, tmp_path: Path) -> None:
@@ -104,7 +107,8 @@ def test_images_that_truncation_leaves_out_are_not_decoded(llava, tmp_path: Path
     data = tmp_path / "data.json"
     data.write_text(json.dumps([{"image": ["first.png", "missing.png"], "conversations": turns}]))
     dataset = dataset_of(llava, data, batch_size=1)
-    first_turn = dataset.encoder.encode(parse_record({"image": "x", "conversations": turns[:2]}, tmp_path, "")).n_tokens
+    pictures = Pictures(PictureFolder(tmp_path))
+    first_turn = dataset.encoder.encode(parse_record({"image": "x", "conversations": turns[:2]}, pictures, "")).n_tokens
     dataset.encoder.max_tokens, dataset.encoder.over_long = first_turn + 4, "truncate"
     batch = dataset[0]
     assert (batch.n_images, batch.bad_samples, batch.n_tokens <= first_turn + 4) == (1, (), True)
@@ -152,7 +156,7 @@ def test_a_record_that_cannot_be_parsed_is_left_out_by_every_rank(llava, tmp_pat
     ranks = [dataset_of(llava, data, seed=None, rank=rank, n_ranks=2)[0] for rank in (0, 1)]
     for rank in ranks:
         assert [(bad.id, bad.on_every_rank) for bad in rank.bad_samples] == [("sample-2", True)]
-        assert rank.n_samples == 5
+        assert rank.n_samples == (5,)
     assert sum(len(d) for rank in ranks for micro in rank.micro_batches for d in documents_of(micro)) == sum(
         dataset_of(llava, data, seed=None, batch_size=1)[i].n_tokens for i in (0, 1, 3, 4, 5)
     )
@@ -164,7 +168,7 @@ def test_a_step_of_bad_samples_alone_still_has_a_micro_step(llava, tmp_path: Pat
     batch = dataset_of(llava, data)[0]
     assert (len(batch.micro_batches), batch.n_supervised, len(batch.bad_samples)) == (1, 0, 2)
     other = dataset_of(llava, data, rank=1, n_ranks=2)[0]
-    assert (len(other.micro_batches), other.n_samples) == (1, 0)
+    assert (len(other.micro_batches), other.n_samples) == (1, (0,))
 
 
 def test_workers_change_nothing(llava, tmp_path: Path) -> None:

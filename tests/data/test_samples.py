@@ -1,23 +1,25 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from llava_train.data.samples import DataError, LlavaJson, Mixture, Sample, SampleError, Turn, parse_record
+from llava_train.data.pictures import EmbeddedPicture, PictureFile, PictureFolder, Pictures
+from llava_train.data.problems import SampleError
+from llava_train.data.samples import Sample, Turn, parse_record
 
 ROOT = Path("images")
+PICTURES = Pictures(PictureFolder(ROOT))
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": " A cat "}]
 
 
 def parse(**changes) -> Sample:
-    return parse_record({"id": "a", "image": "b/c.jpg", "conversations": TURNS, **changes}, ROOT, "0")
+    return parse_record({"id": "a", "image": "b/c.jpg", "conversations": TURNS, **changes}, PICTURES, "0")
 
 
 def test_a_record_becomes_a_sample() -> None:
     assert parse(model="") == Sample(
-        "a", (ROOT / "b/c.jpg",), (Turn("user", "<image>\nWhat?"), Turn("assistant", "A cat"))
+        "a", (PictureFile(ROOT / "b/c.jpg", ROOT),), (Turn("user", "<image>\nWhat?"), Turn("assistant", "A cat"))
     )
 
 
@@ -29,131 +31,143 @@ def test_a_system_turn_several_images_and_no_image_are_understood() -> None:
     ]
     assert parse(conversations=system, image=[]).turns[0] == Turn("system", "Be brief.")
     two = [{"from": "human", "value": "<image><image> Which?"}, {"from": "gpt", "value": "B"}]
-    assert parse(conversations=two, image=["a.png", "b.png"]).images == (ROOT / "a.png", ROOT / "b.png")
+    assert parse(conversations=two, image=["a.png", "b.png"]).images == (
+        PictureFile(ROOT / "a.png", ROOT),
+        PictureFile(ROOT / "b.png", ROOT),
+    )
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "kind", "message"),
     [
-        ({"conversations": []}, '"conversations" is missing, empty or not a list'),
-        ({"conversations": [{"from": "human"}]}, "turn 1: a turn is"),
-        ({"conversations": [{"from": "human", "value": 3}]}, "turn 1: a turn is"),
-        ({"conversations": [{"from": "bot", "value": "x"}]}, "turn 1: unknown role 'bot'; known: human, user, gpt"),
-        ({"conversations": None}, '"conversations" is missing, empty or not a list'),
-        ({"conversations": {"from": "human"}}, '"conversations" is missing, empty or not a list'),
-        ({"conversations": ["hello"]}, "turn 1: a turn is"),
-        ({"conversations": [TURNS[0], {"from": None, "value": "x"}]}, "turn 2: unknown role None; known: human"),
-        ({"conversations": [{"from": [], "value": "x"}]}, "turn 1: unknown role []; known: human"),
-        ({"conversations": [{"from": "human", "value": "half \ud83d"}]}, "turn 1: the text holds half of a character"),
-        ({"conversations": [{"from": "system", "value": "x"}]}, "roles out of order: ; wanted user"),
-        ({"conversations": [*TURNS, {"from": "system", "value": "x"}, TURNS[1]]}, "roles out of order: user, assistant, system,"),
-        ({"conversations": TURNS[::-1]}, "roles out of order: assistant, user; wanted user, assistant"),
-        ({"conversations": TURNS[:1]}, "roles out of order: user;"),
-        ({"image": None}, "1 <image> placeholders, but 0 images"),
-        ({"image": ["a.png", "b.png"]}, "1 <image> placeholders, but 2 images"),
-        ({"image": "../secret.png"}, "image path '../secret.png' leaves the image folder"),
-        ({"image": "/etc/passwd"}, "image path '/etc/passwd' leaves the image folder"),
-        ({"image": "a/../../secret.png"}, "leaves the image folder"),
-        ({"image": 3}, '"image" is a relative path or a list of them, not 3'),
-        ({"image": {"a.png": 1}}, '"image" is a relative path or a list of them, not {'),
-        ({"image": [""]}, "\"image\" is a relative path or a list of them, not ''"),
-        ({"image": [3]}, '"image" is a relative path or a list of them, not 3'),
-        ({"conversations": [TURNS[0], {"from": "gpt", "value": "see <image>"}]}, "<image> outside a user turn"),
-        ({"conversations": [{"from": "system", "value": "<image>"}, *TURNS]}, "<image> outside a user turn"),
+        ({"conversations": []}, "no_conversation", '"conversations" is missing, empty or not a list'),
+        ({"conversations": [{"from": "human"}]}, "malformed_turn", "turn 1: a turn is"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "not_text", "turn 1: the text is 3, not a string"),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, "unknown_role", "turn 1: unknown role 'bot'; known: human, user, gpt"),
+        ({"conversations": None}, "no_conversation", '"conversations" is missing, empty or not a list'),
+        ({"conversations": {"from": "human"}}, "no_conversation", '"conversations" is missing, empty or not a list'),
+        ({"conversations": ["hello"]}, "malformed_turn", "turn 1: a turn is"),
+        ({"conversations": [TURNS[0], {"from": None, "value": "x"}]}, "unknown_role", "turn 2: unknown role None; known: human"),
+        ({"conversations": [{"from": [], "value": "x"}]}, "unknown_role", "turn 1: unknown role []; known: human"),
+        ({"conversations": [{"from": "human", "value": "half \ud83d"}]}, "not_utf8", "turn 1: the text holds half of a character"),
+        ({"conversations": [{"from": "system", "value": "x"}]}, "roles_out_of_order", "roles out of order: ; wanted user"),
+        ({"conversations": [*TURNS, {"from": "system", "value": "x"}, TURNS[1]]}, "roles_out_of_order", "roles out of order: user, assistant, system,"),
+        ({"conversations": TURNS[::-1]}, "roles_out_of_order", "roles out of order: assistant, user; wanted user, assistant"),
+        ({"conversations": TURNS[:1]}, "roles_out_of_order", "roles out of order: user;"),
+        ({"image": None}, "placeholders", "1 <image> placeholders, but 0 images"),
+        ({"image": ["a.png", "b.png"]}, "placeholders", "1 <image> placeholders, but 2 images"),
+        ({"image": "../secret.png"}, "path_outside_root", "image path '../secret.png' leaves the image folder images"),
+        ({"image": "/etc/passwd"}, "path_outside_root", "image path '/etc/passwd' leaves the image folder images"),
+        ({"image": "a/../../secret.png"}, "path_outside_root", "leaves the image folder images"),
+        ({"image": 3}, "image_value", '"image" is a path, bytes or a list of them, not 3'),
+        ({"image": {"a.png": 1}}, "image_value", '"image" is a path, bytes or a list of them, not {'),
+        ({"image": [""]}, "image_value", "\"image\" is a path, bytes or a list of them, not ''"),
+        ({"image": [3]}, "image_value", '"image" is a path, bytes or a list of them, not 3'),
+        ({"conversations": [TURNS[0], {"from": "gpt", "value": "see <image>"}]}, "placeholders", "<image> outside a user turn"),
+        ({"conversations": [{"from": "system", "value": "<image>"}, *TURNS]}, "placeholders", "<image> outside a user turn"),
     ],
 )  # fmt: skip
-def test_a_record_that_is_no_conversation_is_refused(changes: dict, message: str) -> None:
+def test_a_record_that_is_no_conversation_is_refused(changes: dict, kind: str, message: str) -> None:
     with pytest.raises(SampleError) as caught:
         parse(**changes)
     assert message in str(caught.value)
+    assert caught.value.kind == kind
 
 
 @pytest.mark.parametrize("record", [3, [], "x"])
 def test_a_record_that_is_no_object_is_refused(record) -> None:
-    with pytest.raises(SampleError, match="a record is a JSON object"):
-        parse_record(record, ROOT, "0")
+    with pytest.raises(SampleError, match="a record is a JSON object") as caught:
+        parse_record(record, PICTURES, "0")
+    assert caught.value.kind == "not_an_object"
 
 
-@pytest.mark.parametrize("as_lines", [True, False])
-def test_json_and_jsonl_are_told_by_their_content(as_lines: bool, tmp_path: Path) -> None:
-    rows = [{"id": str(i), "image": "x.png", "conversations": TURNS} for i in range(3)]
-    path = tmp_path / "data.json"
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n" if as_lines else json.dumps(rows, indent=1))
-    source = LlavaJson(path)
-    assert [source[i].id for i in range(len(source))] == ["0", "1", "2"]
-    assert source[0].images == (tmp_path / "x.png",)
+def chat(*contents, images=(), **record) -> Sample:
+    roles = ("user", "assistant") * len(contents)
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return parse_record({"messages": messages, "images": list(images), **record}, PICTURES, "7")
+
+
+TEXT, IMAGE = {"type": "text", "text": "Which?"}, {"type": "image"}
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "text"),
     [
-        (b"", "holds no sample"),
-        (b"[]", "holds no sample"),
-        (b'[{"id": 1},', "not valid JSON"),
-        (b'{"id": 1}\n{"id":', "not valid JSON"),
-        (b'{"id": 1}\n[2]', "record 2 is not a JSON object"),
-        (b"hello", "record 1 is not a JSON object; wanted a JSON list or JSONL"),
-        (b"\xff\xfe", "not UTF-8 text"),
+        ("Which?", "<image>\nWhich?"),
+        ("Which <image> is it?", "Which <image> is it?"),
+        ([IMAGE, TEXT], "<image>\nWhich?"),
+        ([TEXT, IMAGE], "Which?\n<image>"),
+        ([TEXT, IMAGE, TEXT], "Which?\n<image>\nWhich?"),
+        (
+            [{"type": "image", "text": None}, {"type": "text", "text": "A"}, {"type": "text", "text": "B"}],
+            "<image>\nAB",
+        ),
     ],
 )
-def test_a_file_that_is_no_data_file_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "data.json"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
-        LlavaJson(path)
-    assert str(path) in str(caught.value)
+def test_chat_messages_hold_their_image_as_text_as_part_or_in_a_list(content, text: str) -> None:
+    sample = chat(content, " A cat ", images=["a.png"])
+    assert sample == Sample("7", (PictureFile(ROOT / "a.png", ROOT),), (Turn("user", text), Turn("assistant", "A cat")))
 
 
-@pytest.mark.parametrize("as_lines", [True, False])
-@pytest.mark.parametrize("text", ["a\u2028b", "a\u0085b", "a\x7f\u2029b", "Ünïcode 北京 👍🏽"])
-def test_a_text_comes_back_as_it_was_whatever_separators_it_holds(text: str, as_lines: bool, tmp_path: Path) -> None:
-    row = {"id": text, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text}]}
-    rows = [json.dumps(row, ensure_ascii=False)] * 2
-    path = tmp_path / "data.json"
-    path.write_text("\r\n".join(rows) if as_lines else f"[{', '.join(rows)}]", encoding="utf-8")
-    source = LlavaJson(path)
-    assert [turn.text for turn in source[1].turns] == [text, text]
-    assert (len(source), source[0].id, source.record_id(0)) == (2, text, text)
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": "a.png"},
+        {"type": "image", "path": "a.png"},
+        {"type": "image", "image": {"bytes": None, "path": "a.png"}},
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "image_url", "image_url": "a.png"},
+    ],
+)
+def test_a_part_may_hold_its_own_image(part: dict) -> None:
+    sample = chat([part, TEXT, IMAGE], "A", images=["b.png"])
+    assert [str(picture) for picture in sample.images] == ["images/a.png", "images/b.png"]
+    assert sample.turns[0].text == "<image>\nWhich?\n<image>"
 
 
-@pytest.mark.parametrize("template", ["{row}\n{row}", "[{row}, {row}]"])
-def test_half_a_character_spoils_its_own_record_alone(template: str, tmp_path: Path) -> None:
-    good = json.dumps({"id": "good", "image": "x.png", "conversations": TURNS})
-    bad = good.replace("What", "\\ud83d").replace("good", "bad")
-    path = tmp_path / "data.json"
-    path.write_text(template.replace("{row}", bad, 1).replace("{row}", good))
-    source = LlavaJson(path)
-    assert (source.record_id(0), source[1].id) == ("bad", "good")
-    with pytest.raises(SampleError, match="turn 1: the text holds half of a character"):
-        source[0]
+def test_images_of_later_messages_and_a_system_message_are_understood() -> None:
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [TEXT]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A"}]},
+        {"role": "user", "content": [IMAGE, IMAGE, TEXT]},
+        {"role": "assistant", "content": "B"},
+    ]
+    sample = parse_record({"messages": messages, "images": [b"1", {"bytes": b"2", "path": None}]}, PICTURES, "0")
+    assert [turn.role for turn in sample.turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert sample.turns[3].text == "<image>\n<image>\nWhich?"
+    assert sample.images == (EmbeddedPicture(b"1"), EmbeddedPicture(b"2"))
 
 
-def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path) -> None:
-    path = tmp_path / "data.json"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([{"id": "a", "image": "x.png", "conversations": TURNS}]).encode())
-    assert LlavaJson(path)[0].id == "a"
+def test_the_cauldrons_pairs_have_their_images_first() -> None:
+    texts = [{"user": "Which?\n", "assistant": " A", "source": "x"}, {"user": "And?", "assistant": "B"}]
+    sample = parse_record({"images": [{"bytes": b"1", "path": "1.png"}, b"2"], "texts": texts}, PICTURES, "3")
+    assert [turn.text for turn in sample.turns] == ["<image>\n<image>\nWhich?", "A", "And?", "B"]
+    assert (sample.id, [str(picture) for picture in sample.images]) == ("3", ["1.png", "embedded picture"])
+    assert parse_record({"images": [], "texts": texts}, PICTURES, "3").turns[0].text == "Which?"
 
 
-def test_a_record_without_an_id_is_known_by_its_place(tmp_path: Path) -> None:
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps([{"image": "x.png", "conversations": TURNS}, 3]))
-    source = LlavaJson(path)
-    assert (source[0].id, source.record_id(0), source.record_id(1)) == ("0", "0", "1")
-
-
-def test_a_missing_file_is_refused() -> None:
-    with pytest.raises(DataError, match="nowhere.json: cannot read the data file: No such file"):
-        LlavaJson("nowhere.json")
-
-
-def test_a_mixture_counts_its_sources_end_to_end(tmp_path: Path) -> None:
-    sources = []
-    for name, n in (("a", 2), ("b", 3)):
-        path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps([{"id": f"{name}{i}", "image": "x", "conversations": TURNS} for i in range(n)]))
-        sources.append(LlavaJson(path))
-    mixture = Mixture(sources)
-    assert [mixture[i].id for i in range(len(mixture))] == ["a0", "a1", "b0", "b1", "b2"]
-    assert mixture.locate(3) == (sources[1], 1)
-    with pytest.raises(IndexError):
-        mixture.locate(5)
+@pytest.mark.parametrize(
+    ("record", "kind"),
+    [
+        ({"texts": []}, "no_conversation"),
+        ({"messages": []}, "no_conversation"),
+        ({"texts": [{"user": "a"}]}, "malformed_turn"),
+        ({"texts": [{"user": "a", "assistant": None}]}, "not_text"),
+        ({"texts": [{"user": "what is <image>?", "assistant": "a tag"}], "images": [b"1"]}, "placeholders"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "unknown_role"),
+        ({"messages": [{"role": "user"}]}, "malformed_turn"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "malformed_turn"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "malformed_turn"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "<image>"}]}], "images": [b"1"]}, "placeholders"),
+        ({"messages": [{"role": "user", "content": [IMAGE, TEXT]}, {"role": "assistant", "content": "x"}]}, "placeholders"),
+        ({"messages": [{"role": "user", "content": [TEXT]}, {"role": "assistant", "content": "x"}], "images": [b"1"]}, "placeholders"),
+        ({"messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "x"}]}, "placeholders"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}], "images": ["https://x.org/a.png"]}, "image_remote"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}], "images": ["data:,x"]}, "image_value"),
+    ],
+)  # fmt: skip
+def test_chats_and_pairs_that_are_none_are_refused(record: dict, kind: str) -> None:
+    with pytest.raises(SampleError) as caught:
+        parse_record(record, PICTURES, "0")
+    assert caught.value.kind == kind

@@ -12,7 +12,7 @@ from tests.tiny import dataset_of, tiny_llava, write_data
 
 def loss_of(llava, batch) -> torch.Tensor:
     names = ("input_ids", "position_ids", "pixel_values", "n_images", "cu_seqlens", "lengths", "predictors", "targets")
-    return PackedLoss(llava.model)(**{name: getattr(batch, name) for name in names})
+    return PackedLoss(llava.model)(**{name: getattr(batch, name) for name in names}).sum()
 
 
 def test_the_loss_of_a_pack_is_the_sum_over_its_documents_of_transformers_own(tmp_path: Path) -> None:

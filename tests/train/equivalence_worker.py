@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from llava_train.config import StageConfig
-from llava_train.data.chat import ChatEncoder, load_template
+from llava_train.data.chat import ChatEncoder
+from llava_train.data.chat_templates import load_template
 from llava_train.data.images import ImagePreprocessor
 from llava_train.data.loader import StepDataset
-from llava_train.data.samples import LlavaJson, Mixture
+from llava_train.data.mixture import Mixture
+from llava_train.data.sources import open_source
 from llava_train.model.build import Llava, build_llava
 from llava_train.model.loss import PackedLoss
 from llava_train.model.trainable import parameter_groups, set_trainable
@@ -110,7 +112,7 @@ def train_case(case: Case, data: Path, world: World) -> dict[str, Any]:
     llava = new_model(config)
     _prepare_modes(llava, config)
     dataset = StepDataset(
-        Mixture([LlavaJson(data)]),
+        Mixture([open_source(data)]),
         encoder_of(llava),
         ImagePreprocessor(llava.processor.image_processor),
         batch_size=BATCH_SIZE,

@@ -29,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stage(folder: Path, name: str, **changes: Any) -> list[Any]:
     settings = {"batch": {**BATCH, "over_long": "drop"}, "on_bad_sample": "skip", "schedule": {"warmup": 0.0}}
+    settings["max_bad_share"] = 1.0
     return ["--config", write_stage(folder / f"{name}.yaml", **{**settings, **changes})]
 
 

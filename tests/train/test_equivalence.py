@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
-from llava_train.data.samples import LlavaJson
+from llava_train.data.sources import open_source
 from tests.train.equivalence_worker import (
     BATCH_SIZE,
     CASES,
@@ -75,7 +75,7 @@ def plain_pytorch(case: Case, data: Path) -> dict[str, Any]:
     llava = new_model(case.config())
     model, encoder = llava.model, encoder_of(llava)
     model.model.language_model.set_attn_implementation("eager")
-    samples = LlavaJson(data)
+    samples = open_source(data)
     rates = {part: settings["lr"] for part, settings in case.trainable.items()}
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = [

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from llava_train.data.chat import ChatEncoder
-from llava_train.data.samples import LlavaJson
+from llava_train.data.sources import open_source
 from llava_train.files import damage, sha256, write_manifest
 from llava_train.model.build import build_llava
 from llava_train.model.weights import HandOffError, load_init
@@ -127,7 +127,7 @@ def in_plain_transformers(recipe: Recipe) -> dict[str, dict[str, Any]]:
     llava, _ = _starting_point(config.model_copy(update={"init_from": "random"}))
     encoder = ChatEncoder(llava.tokenizer, llava.processor.chat_template, llava.n_image_tokens, 1024)
     samples = []
-    for sample in LlavaJson(recipe.folder / HELD_OUT[0]["path"]):
+    for sample in open_source(recipe.folder / HELD_OUT[0]["path"]):
         tokens = encoder.encode(sample)
         messages = [{"role": turn.role, "content": turn.text} for turn in sample.turns]
         tensors = {"input_ids": tokens.input_ids.tolist(), "labels": tokens.labels.tolist()}

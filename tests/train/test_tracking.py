@@ -19,6 +19,8 @@ FIELDS = {
     "grad_norm",
     "lr",
     "n_supervised",
+    "sources",
+    "n_bad",
     "step_s",
     "data_wait_s",
     "samples_per_s",
@@ -87,7 +89,9 @@ def test_the_card_says_what_ran(folder: Path, outcome: Outcome) -> None:
     card = yaml.safe_load((folder / "runs/run/config.yaml").read_text())
     about = card.pop("about")
     assert StageConfig.model_validate(card).name == "run"
-    assert about["data"] == [{"path": "data.json", "n_samples": 28, "sha256": sha256(folder / "data.json")}]
+    assert about["data"] == [
+        {"path": "data.json", "name": "data", "n_samples": 28, "fingerprint": sha256(folder / "data.json")}
+    ]
     assert about["n_ranks"] == 1
     assert {"llava_train", "torch", "transformers", "deepspeed", "peft", "git_commit"} <= about.keys()
 

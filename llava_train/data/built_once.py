@@ -1,0 +1,75 @@
+"""Arrow tables that are built once and memory-mapped ever after, by every process of a machine.
+
+A table is kept in a cache folder under the name of its file and a fingerprint of that file's place, size and time
+of change. It is written under a temporary name and renamed, so that it is whole or absent; one process builds it,
+the others wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+from filelock import FileLock
+
+from llava_train.data.problems import DataError
+
+_ROWS_A_BATCH = 4096
+
+
+def built_once(
+    path: Path, cache: Path | None, schema: pa.Schema, rows: Callable[[], Iterable[tuple]], version: int
+) -> pa.Table:
+    """The table of `rows()`, made from the file `path`.
+
+    Args:
+        cache: folder to keep it in; None keeps it in memory.
+        rows: yields the rows, columns in the order of `schema`.
+        version: of the way `rows` reads the file.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
+    if cache is None:
+        batches = list(_batches(rows(), schema))
+        return pa.Table.from_batches(batches, schema)
+    kept = cache / f"{path.name}-{_fingerprint(path, version)}.arrow"
+    try:
+        if not kept.is_file():
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{kept}.lock"):
+                if not kept.is_file():
+                    _write(kept, schema, rows())
+        return pa.ipc.open_file(pa.memory_map(str(kept))).read_all()
+    except OSError as error:
+        raise DataError(
+            f"{kept}: cannot keep what was read from {path}: {error}; the folder is below `output:`"
+        ) from error
+
+
+def _fingerprint(path: Path, version: int) -> str:
+    status = path.stat()
+    stated = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{version}"
+    return hashlib.sha256(stated.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _write(kept: Path, schema: pa.Schema, rows: Iterable[tuple]) -> None:
+    temporary = kept.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            for batch in _batches(rows, schema):
+                writer.write_batch(batch)
+        temporary.replace(kept)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _batches(rows: Iterable[tuple], schema: pa.Schema) -> Iterable[pa.RecordBatch]:
+    rows = iter(rows)
+    while chunk := list(islice(rows, _ROWS_A_BATCH)):
+        columns = [pa.array(column, type) for column, type in zip(zip(*chunk, strict=True), schema.types, strict=True)]
+        yield pa.RecordBatch.from_arrays(columns, schema=schema)

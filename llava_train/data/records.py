@@ -1,0 +1,205 @@
+"""The records of JSON and JSONL files, plain or gzipped, by index.
+
+A file is cut into its records once; the records, as JSON text, are kept in a memory-mapped table and parsed when a
+step asks for them. So opening a file again takes no pass over it, its size takes no memory of a process, and
+a record that is no JSON or no UTF-8 spoils itself alone.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from codecs import BOM_UTF8, getincrementaldecoder
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+
+from llava_train.data.built_once import built_once
+from llava_train.data.problems import DataError, SampleError
+from llava_train.files import sha256
+
+GZIP_MAGIC = b"\x1f\x8b"
+_SCHEMA = pa.schema({"record": pa.large_binary(), "line": pa.int64()})
+_VERSION = 1
+_CHUNK = 4 << 20
+_BLANK = " \t\r\n"
+_LONGEST_TAIL = 32
+"""Characters by which a number or an escape that the end of a window cuts off may go on."""
+
+
+class JsonRecords:
+    """The records of a JSON list, or of a file with one JSON object a line, told by the first character.
+
+    Args:
+        path: the file.
+        cache: folder for the memory-mapped records; None keeps them in memory.
+
+    Raises:
+        DataError: the file is missing, empty, or neither of the two.
+    """
+
+    def __init__(self, path: Path, cache: Path | None = None) -> None:
+        self.path = path
+        table = built_once(path, cache, _SCHEMA, lambda: _cut(path), _VERSION)
+        self._records, self._lines = table["record"], table["line"]
+        if not len(self):
+            raise DataError(f"{path}: holds no sample")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Any:
+        """The parsed record. Raises SampleError."""
+        content = self._records[index].as_py()
+        try:
+            return json.loads(content.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise SampleError("not_utf8", f"not UTF-8: {error.reason} at byte {error.start} of the record") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise SampleError("not_json", f"not valid JSON: {error}") from error
+
+    def line(self, index: int) -> int:
+        """The line, counted from 1, that the record begins in."""
+        return cast(int, self._lines[index].as_py())
+
+    def text(self, index: int) -> str:
+        """The record as it stands in the file."""
+        return cast(bytes, self._records[index].as_py()).decode("utf-8", "replace")
+
+    def fingerprint(self) -> str:
+        return sha256(self.path)
+
+
+def _cut(path: Path) -> Iterator[tuple[bytes, int]]:
+    """Yields each record and its line."""
+    with path.open("rb") as raw:
+        is_gzip = raw.read(2) == GZIP_MAGIC
+        raw.seek(0)
+        try:
+            yield from _cut_text(cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if is_gzip else raw, path)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{path}: the gzip file is damaged: {error}") from error
+
+
+def _cut_text(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int]]:
+    first = _first_character(file)
+    if first == b"[":
+        yield from _cut_list(file, path)
+    elif first == b"{":
+        yield from _cut_lines(file, path)
+    elif first:
+        raise DataError(
+            f"{path}: begins with {first!r}; wanted a JSON list of records, or JSONL with one JSON object a line"
+        )
+
+
+def _first_character(file: BinaryIO) -> bytes:
+    """The first byte of the content; the file is left where it began."""
+    head = file.read(1 << 16).removeprefix(BOM_UTF8).lstrip()
+    file.seek(0)
+    return head[:1]
+
+
+def _cut_lines(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int]]:
+    """The lines of JSONL. A later line that is no JSON is a bad sample; in the first one it is another format."""
+    for number, line in enumerate(file, start=1):
+        record = (line.removeprefix(BOM_UTF8) if number == 1 else line).strip()
+        if not record:
+            continue
+        if number == 1:
+            _check_first_line(record, path)
+        yield record, number
+
+
+def _check_first_line(record: bytes, path: Path) -> None:
+    try:
+        json.loads(record)
+    except UnicodeDecodeError:
+        pass
+    except ValueError as error:
+        raise DataError(
+            f"{path}: line 1 is not valid JSON: {error}; wanted a JSON list of records, or JSONL with one JSON "
+            "object a line"
+        ) from error
+
+
+def _cut_list(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int]]:
+    """The elements of a JSON list, read in chunks: each is scanned by Python's decoder, and its text is kept."""
+    text = _Text(file, path)
+    text.skip("[")
+    if text.peek() == "]":
+        text.skip("]")
+    else:
+        while True:
+            yield text.element()
+            if text.peek() == "]":
+                text.skip("]")
+                break
+            text.skip(",")
+    if text.peek():
+        raise text.error("something follows the end of the list")
+
+
+class _Text:
+    """A window on the text of a JSON file. Bytes that are not UTF-8 stay as surrogates."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path = file, path
+        self._decode = getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+        self._scan = json.JSONDecoder().raw_decode
+        self._window, self._position, self._at_end = "", 0, False
+        self._line, self._counted = 1, 0
+
+    def peek(self) -> str:
+        """The next character that is not blank; empty at the end."""
+        while True:
+            window = self._window
+            while self._position < len(window) and window[self._position] in _BLANK:
+                self._position += 1
+            if self._position < len(window) or self._at_end:
+                return window[self._position : self._position + 1]
+            self._read_on()
+
+    def skip(self, expected: str) -> None:
+        if self.peek() != expected:
+            raise self.error(f"wanted {expected!r}, found {self.peek()!r}")
+        self._position += 1
+
+    def element(self) -> tuple[bytes, int]:
+        """The bytes of the next JSON value, and its line."""
+        self.peek()
+        while True:
+            try:
+                _, end = self._scan(self._window, self._position)
+                if end + _LONGEST_TAIL < len(self._window) or self._at_end:  # else a number might go on
+                    break
+            except RecursionError:
+                raise self.error("nested too deeply") from None
+            except json.JSONDecodeError as error:
+                cut_off = error.msg.startswith("Unterminated string") or error.pos + _LONGEST_TAIL > len(self._window)
+                if self._at_end or not cut_off:
+                    raise self.error(error.msg, error.pos) from error
+            self._read_on()
+        record, line = self._window[self._position : end], self._line_at(self._position)
+        self._position = end
+        return record.encode("utf-8", "surrogateescape"), line
+
+    def error(self, what: str, position: int | None = None) -> DataError:
+        line = self._line_at(self._position if position is None else position)
+        return DataError(f"{self._path}: not valid JSON: {what} (line {line}); mend it, or keep the file as JSONL")
+
+    def _line_at(self, position: int) -> int:
+        self._line += self._window.count("\n", self._counted, position)
+        self._counted = position
+        return self._line
+
+    def _read_on(self) -> None:
+        """Moves the window on by a chunk, or by its own length where a record is long."""
+        self._line_at(self._position)
+        rest = self._window[self._position :]
+        chunk = self._file.read(max(_CHUNK, len(rest)))
+        self._at_end = not chunk
+        self._window, self._position, self._counted = rest + self._decode(chunk, self._at_end), 0, 0

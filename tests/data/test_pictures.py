@@ -1,0 +1,165 @@
+"""Pictures are found in folders and archives, and nothing outside them is read."""
+
+from __future__ import annotations
+
+import base64
+import io
+import pickle
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from llava_train.data.images import decode_image
+from llava_train.data.pictures import EmbeddedPicture, PictureFolder, Pictures
+from llava_train.data.problems import DataError, SampleError
+from llava_train.data.sources import open_source
+
+NAMES = ["a.png", "deep/er/b.jpg", "ünï/北京.png", "deep/c.png"]
+
+
+def encoded(colour: tuple[int, int, int] = (200, 10, 30)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 20), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number, name in enumerate(NAMES):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(encoded((number, 0, 0)))
+    return tmp_path / "images"
+
+
+def packed(kind: str, folder: Path) -> Path:
+    """The pictures of a folder as one archive, whose name does not tell what it is."""
+    path = folder.parent / "pictures"
+    files = [(str(file.relative_to(folder)), file) for file in folder.rglob("*") if file.is_file()]
+    if kind.startswith("zip"):
+        method = zipfile.ZIP_DEFLATED if kind == "zip deflated" else zipfile.ZIP_STORED
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.mkdir("deep")
+            for name, file in files:
+                archive.write(file, name)
+    else:
+        with tarfile.open(path, "w:" + kind.partition(".")[2]) as archive:
+            for name, file in files:
+                archive.add(file, f"./{name}")
+    return path
+
+
+def pictures_of(images: Any, folder: Path, cache: Path | None = None) -> Pictures:
+    data = folder / "data.json"
+    data.write_text('[{"id": "x"}]')
+    return open_source(data, images, cache=cache).pictures
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "in memory"])
+@pytest.mark.parametrize("kind", ["folder", "zip", "zip deflated", "tar"])
+def test_the_same_pictures_are_found_in_folders_and_archives(
+    kind: str, kept: bool, folder: Path, tmp_path: Path
+) -> None:
+    images = folder if kind == "folder" else packed(kind, folder)
+    pictures = pictures_of(images, tmp_path, tmp_path / "cache" if kept else None)
+    for number, name in enumerate(NAMES):
+        picture = pickle.loads(pickle.dumps(pictures.picture(name)))
+        assert picture.read_bytes() == encoded((number, 0, 0))
+        assert decode_image(picture).getpixel((1, 1)) == (number, 0, 0)
+        assert str(picture).endswith(name)
+    with pytest.raises(SampleError) as caught:
+        decode_image(pictures.picture("deep/d.png"))
+    assert caught.value.kind == "image_missing"
+    assert "deep/d.png" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "deep/../../secret.png", "deep/../a.png"])
+def test_a_path_that_leaves_its_root_is_refused(name: str, kind: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(encoded())
+    pictures = pictures_of(folder if kind == "folder" else packed(kind, folder), tmp_path)
+    with pytest.raises(SampleError, match="leaves the") as caught:
+        pictures.picture(name)
+    assert caught.value.kind == "path_outside_root"
+
+
+def test_a_link_out_of_the_root_is_refused_until_its_target_is_declared(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (other / "x.png").write_bytes(encoded())
+    (folder / "coco").symlink_to(other)
+    (folder / "inner").symlink_to(folder / "deep")
+    pictures = pictures_of(folder, tmp_path)
+    assert decode_image(pictures.picture("inner/c.png")).size == (30, 20)
+    with pytest.raises(SampleError, match=r"is a link to .*elsewhere/x.png, outside .*declare that folder") as caught:
+        decode_image(pictures.picture("coco/x.png"))
+    assert caught.value.kind == "symlink_outside_root"
+    declared = pictures_of({"": str(folder), "coco": str(other)}, tmp_path)
+    assert decode_image(declared.picture("coco/x.png")).size == (30, 20)
+    assert decode_image(declared.picture("a.png")).size == (30, 20)
+
+
+def test_a_root_may_be_a_link_and_an_absolute_path_may_lie_inside_it(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    pictures = pictures_of(tmp_path / "link", tmp_path)
+    for name in ("a.png", str(folder / "a.png"), str(tmp_path / "link/a.png")):
+        assert decode_image(pictures.picture(name)).size == (30, 20)
+
+
+def test_prefixes_choose_the_store_the_longest_first(folder: Path, tmp_path: Path) -> None:
+    images = {"coco": str(folder / "deep"), "coco/zipped/": str(packed("zip", folder))}
+    pictures = pictures_of(images, tmp_path)
+    assert str(pictures.picture("coco/er/b.jpg")) == str(folder / "deep/er/b.jpg")
+    assert str(pictures.picture("coco/zipped/a.png")).endswith("pictures:a.png")
+    with pytest.raises(SampleError, match="begins with none of the prefixes of `images:`: coco/zipped, coco"):
+        pictures.picture("cocoa/a.png")
+
+
+def test_an_image_value_may_be_bytes_or_a_data_url() -> None:
+    pictures = Pictures(PictureFolder(Path()))
+    url = "data:image/png;base64," + base64.b64encode(encoded()).decode()
+    for value in (encoded(), {"bytes": encoded(), "path": None}, url):
+        assert decode_image(pictures.picture(value)).size == (30, 20)
+    assert pictures.picture({"bytes": b"", "path": "x.png"}) == EmbeddedPicture(b"", "x.png")
+
+
+@pytest.mark.parametrize(("kind", "place"), [("zip", "end"), ("zip", "middle"), ("zip deflated", "middle")])
+def test_a_damaged_archive_spoils_its_own_pictures_alone(kind: str, place: str, folder: Path, tmp_path: Path) -> None:
+    (folder / "noise.bmp").write_bytes(Image.effect_noise((64, 64), 60).tobytes())
+    path = packed(kind, folder)
+    pictures = pictures_of(path, tmp_path)
+    content, offset = bytearray(path.read_bytes()), pictures.store.find("noise.bmp").offset
+    content[offset + 300] ^= 0xFF
+    path.write_bytes(content[: offset + 200] if place == "end" else content)
+    with pytest.raises(SampleError) as caught:
+        pictures.picture("noise.bmp").read_bytes()
+    assert caught.value.kind == ("image_truncated" if place == "end" else "image_damaged")
+    if place == "middle":
+        assert pictures.picture("a.png").read_bytes() == (folder / "a.png").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["tar.gz", "text", "empty"])
+def test_what_is_no_archive_is_refused(kind: str, folder: Path, tmp_path: Path) -> None:
+    path = packed(kind, folder) if kind == "tar.gz" else tmp_path / "file"
+    if kind != "tar.gz":
+        path.write_text("hello" if kind == "text" else "")
+    with pytest.raises(DataError, match="neither a folder nor a ZIP or plain TAR archive"):
+        pictures_of(path, tmp_path)
+
+
+def test_missing_image_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere: there is no such image folder or archive"):
+        pictures_of(tmp_path / "nowhere", tmp_path)
+
+
+def test_an_encrypted_archive_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = packed("zip", folder)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    content[content.rindex(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="is encrypted or compressed unusually"):
+        pictures_of(path, tmp_path)
