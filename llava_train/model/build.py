@@ -1,10 +1,8 @@
 """From parts to a model: a vision tower and a language model joined as transformers' LLaVA, and its processor.
 
-build_llava(section) = load both parts
-                     -> give the tokenizer an `<image>` token, the embeddings a row for it
+build_llava(section) = its processor (processor.py)
+                     -> load both parts, a row of the embeddings for `<image>`
                      -> LlavaForConditionalGeneration around the parts, with a fresh projector
-                     -> count the image tokens by a real forward pass
-                     -> LlavaProcessor that makes the same number of them
 """
 
 from __future__ import annotations
@@ -14,13 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -28,32 +22,15 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
-from transformers.image_processing_base import ImageProcessingMixin
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, RandomVisionTower
 from llava_train.model.attention import PACKED
-from llava_train.model.compatibility import (
-    BuildError,
-    check_class_token,
-    check_packing,
-    check_processor,
-    refuse_unlike_llava,
-)
-
-IMAGE_TOKEN = "<image>"
-VISION_TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers")
-"""SigLIP 2 of a fixed resolution is a `siglip_vision_model` too; NaFlex (`siglip2_vision_model`) takes patches, not
-pictures, which transformers' LLaVA cannot give it."""
-INTERPOLATING = ("dinov2", "dinov2_with_registers")
-"""Vision towers that take pictures of another size than their own."""
+from llava_train.model.compatibility import BuildError, check_packing, refuse_unlike_llava
+from llava_train.model.processor import IMAGE_TOKEN, build_processor, config_from, tower_class
 
 _VOCABULARY_MULTIPLE = 64
-_CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
 
 
 @dataclass(frozen=True)
@@ -82,97 +59,51 @@ def build_llava(section: ModelSection, image: ImageSection, dtype: torch.dtype, 
     Raises:
         BuildError: a part that is missing or does not fit.
     """
-    language_model, tokenizer = load_language_model(section.language_model, dtype)
-    vision_tower, image_settings = load_vision_tower(section.vision_tower, dtype)
-    image_token_id = add_image_token(tokenizer, language_model)
-    size = _image_size(vision_tower.config, image.size)
+    front = build_processor(section, image)
+    language_model = load_language_model(section.language_model, dtype, len(front.tokenizer))
+    vision_tower = load_vision_tower(section.vision_tower, front.vision_config, dtype)
+    image_token_id = int(front.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     model = _join(section, language_model, vision_tower, image_token_id, seed)
     check_packing(model)
-    n_encoder_tokens = _count_encoder_tokens(model, size)
-    check_class_token(section, vision_tower.config, size, n_encoder_tokens)
-    n_image_tokens = n_encoder_tokens - (section.vision_feature_select == "patch")
-    model.config.image_seq_length = n_image_tokens
-    processor = _processor(section, image, image_settings, tokenizer, vision_tower.config, size, n_encoder_tokens)
-    check_processor(processor, size, n_image_tokens)
-    return Llava(model, processor, n_image_tokens)
+    model.config.image_seq_length = front.n_image_tokens
+    return Llava(model, front.processor, front.n_image_tokens)
 
 
-def load_language_model(
-    part: str | RandomLanguageModel, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its fast tokenizer. Raises BuildError."""
+def load_language_model(part: str | RandomLanguageModel, dtype: torch.dtype, n_tokens: int) -> PreTrainedModel:
+    """A causal language model with embeddings for at least `n_tokens` tokens. Raises BuildError.
+
+    New rows are the mean of the old ones: on every rank and in every stage the same.
+    """
     origin = part if isinstance(part, str) else f"a {part.config.get('model_type')} with tokenizer {part.tokenizer}"
     try:
         if isinstance(part, RandomLanguageModel):
-            tokenizer = byte_tokenizer() if part.tokenizer == "bytes" else AutoTokenizer.from_pretrained(part.tokenizer)
-            config = _config_from(part.config, "language_model")
-            config.vocab_size = max(len(tokenizer), part.config.get("vocab_size", 0))
+            config = config_from(part.config, "language_model")
+            config.vocab_size = max(n_tokens - 1, part.config.get("vocab_size", 0))
             model = _seeded(part.seed, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
         else:
-            tokenizer = AutoTokenizer.from_pretrained(part)
             model = AutoModelForCausalLM.from_pretrained(part, dtype=dtype)
     except BuildError:
         raise
     except (OSError, ValueError) as error:
         raise BuildError(f"model.language_model: cannot load {origin}: {error}") from error
-    if not tokenizer.is_fast:
-        raise BuildError(f"model.language_model: {origin} has no fast tokenizer, which label spans need")
     refuse_unlike_llava(model)
-    return model, tokenizer
+    n_old = model.get_input_embeddings().num_embeddings
+    if n_tokens > n_old:
+        model.resize_token_embeddings(n_tokens, pad_to_multiple_of=_VOCABULARY_MULTIPLE, mean_resizing=False)
+        with torch.no_grad():
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                layer.weight[n_old:] = layer.weight[:n_old].float().mean(dim=0).to(layer.weight.dtype)
+    return model
 
 
-def load_vision_tower(part: str | RandomVisionTower, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A vision encoder and the settings of its image processor (mean, deviation, resampling).
-
-    Of a two-tower model (CLIP, SigLIP) only the vision half is loaded. Raises BuildError.
-    """
+def load_vision_tower(part: str | RandomVisionTower, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A vision encoder, of a two-tower model (CLIP, SigLIP) only the vision half. Raises BuildError."""
     if isinstance(part, RandomVisionTower):
-        config = _config_from(part.config, "vision_tower")
-        tower_class = _tower_class(config, part.config["model_type"])
-        return _seeded(part.seed, lambda: tower_class(config)).to(dtype), {}
+        return _seeded(part.seed, lambda: tower_class(config, config.model_type)(config)).to(dtype)
     try:
-        config = AutoConfig.from_pretrained(part)
-        config = getattr(config, "vision_config", config)
-        tower_class = _tower_class(config, part)
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(part)
-        tower = tower_class.from_pretrained(part, config=config, dtype=dtype)
-    except BuildError:
-        raise
+        return tower_class(config, part).from_pretrained(part, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         raise BuildError(f"model.vision_tower: cannot load {part}: {error}") from error
-    return tower, settings
-
-
-def add_image_token(tokenizer: PreTrainedTokenizerBase, language_model: PreTrainedModel) -> int:
-    """Adds `<image>` (and a padding token) to the tokenizer and rows to the embeddings; returns its id.
-
-    New rows are the mean of the old ones: on every rank and in every stage the same.
-    """
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    n_old = language_model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > n_old:
-        language_model.resize_token_embeddings(
-            len(tokenizer), pad_to_multiple_of=_VOCABULARY_MULTIPLE, mean_resizing=False
-        )
-        with torch.no_grad():
-            for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
-                layer.weight[n_old:] = layer.weight[:n_old].float().mean(dim=0).to(layer.weight.dtype)
-    return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the 256 bytes: for language models with random weights."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    )
-    fast.add_special_tokens({"additional_special_tokens": _CHATML_TOKENS})
-    return fast
 
 
 def new_projector(section: ModelSection, config: LlavaConfig, dtype: torch.dtype, seed: int) -> nn.Module:
@@ -222,82 +153,6 @@ def _generation_config(language_model: PreTrainedModel) -> GenerationConfig:
     if not config.do_sample:
         config.temperature = config.top_p = config.top_k = None
     return config
-
-
-def _processor(
-    section: ModelSection,
-    image: ImageSection,
-    image_settings: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    vision_config: PreTrainedConfig,
-    size: int,
-    n_encoder_tokens: int,
-) -> LlavaProcessor:
-    square = {"height": size, "width": size}
-    wanted = ("image_mean", "image_std", "resample", "rescale_factor")
-    image_processor = LlavaImageProcessorPil(
-        **{key: image_settings[key] for key in wanted if key in image_settings},
-        size=square if image.aspect == "resize" else {"shortest_edge": size},
-        crop_size=square,
-        do_pad=image.aspect == "pad",
-        do_center_crop=image.aspect != "resize",
-    )
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=vision_config.patch_size,
-        vision_feature_select_strategy="default" if section.vision_feature_select == "patch" else "full",
-        num_additional_image_tokens=n_encoder_tokens - (size // vision_config.patch_size) ** 2,
-    )
-
-
-@torch.no_grad()
-def _count_encoder_tokens(model: LlavaForConditionalGeneration, size: int) -> int:
-    """Tokens the vision tower gives for a picture, class token included, found by a forward pass."""
-    tower = model.model.vision_tower
-    pixels = torch.zeros(1, 3, size, size, dtype=tower.dtype)
-    hidden_states = tower(pixels, output_hidden_states=True).hidden_states
-    layers = model.config.vision_feature_layer
-    for layer in [layers] if isinstance(layers, int) else layers:
-        if not -len(hidden_states) <= layer < len(hidden_states):
-            raise BuildError(
-                f"model.vision_feature_layer: {layer} is out of range; the tower has hidden states "
-                f"{-len(hidden_states)} to {len(hidden_states) - 1}"
-            )
-    return hidden_states[0].shape[1]
-
-
-def _image_size(vision_config: PreTrainedConfig, wanted: int | None) -> int:
-    """Side of the square that the encoder sees, in pixels. Raises BuildError."""
-    own, patch = vision_config.image_size, vision_config.patch_size
-    size = wanted or own
-    if size != own and vision_config.model_type not in INTERPOLATING:
-        raise BuildError(
-            f"image.size: {size}, but {vision_config.model_type} takes {own} pixels only; leave image.size out"
-        )
-    if size % patch:
-        raise BuildError(f"image.size: {size} is not a multiple of the encoder's patch size {patch}")
-    return size
-
-
-def _tower_class(config: PreTrainedConfig, origin: str) -> type[PreTrainedModel]:
-    if config.model_type not in VISION_TOWERS:
-        raise BuildError(
-            f"model.vision_tower: {origin} is a {config.model_type}; supported: {', '.join(VISION_TOWERS)}"
-        )
-    if hasattr(config, "vision_use_head"):
-        config.vision_use_head = False  # SigLIP's pooling head, which LLaVA does not use
-    return MODEL_MAPPING[type(config)]
-
-
-def _config_from(settings: dict[str, Any], part: str) -> PreTrainedConfig:
-    settings = dict(settings)
-    try:
-        return AutoConfig.for_model(settings.pop("model_type"), **settings)
-    except KeyError as error:
-        raise BuildError(f"model.{part}.config: model_type is missing") from error
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise BuildError(f"model.{part}.config: {error}") from error
 
 
 def _seeded(seed: int, make: Any) -> Any:

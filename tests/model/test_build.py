@@ -28,8 +28,9 @@ from transformers import (
 )
 
 from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, RandomVisionTower
-from llava_train.model.build import build_llava, byte_tokenizer
+from llava_train.model.build import build_llava
 from llava_train.model.compatibility import BuildError
+from llava_train.model.processor import byte_tokenizer
 from llava_train.model.weights import export_model
 from tests.tiny import LANGUAGE_MODEL, VISION_TOWER, model_section
 
@@ -251,7 +252,7 @@ def test_a_folder_without_an_image_processor_is_refused(folders: Path, tmp_path:
 def test_a_slow_tokenizer_is_refused(tmp_path: Path) -> None:
     ByT5Tokenizer().save_pretrained(tmp_path)
     part = RandomLanguageModel(config=LANGUAGE_MODEL, tokenizer=str(tmp_path))
-    with pytest.raises(BuildError, match="model.language_model: a llama with tokenizer .* has no fast tokenizer"):
+    with pytest.raises(BuildError, match="model.language_model: .* has no fast tokenizer"):
         build(model_section(language_model=part))
 
 
