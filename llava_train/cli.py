@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
 
 from llava_train.config import StageConfig
 from llava_train.errors import UserError
@@ -16,6 +20,7 @@ from llava_train.stage_file import ConfigError, load_stage, stage_schema
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train LLaVA models in two stages.")
 
+ConfigFile = Annotated[Path, typer.Option("--config", help="Stage file.")]
 ConfigFiles = Annotated[list[Path], typer.Option("--config", help="Stage files, run in this order.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, for example batch.size=64.")]
 
@@ -41,6 +46,81 @@ def ask(model: Path, image: Path, question: str, max_new_tokens: int = 128) -> N
         print(answer_question(model, image, question, max_new_tokens))
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
+
+
+@app.command()
+def check(
+    config: ConfigFile,
+    set_: Overrides = None,
+    fast: Annotated[bool, typer.Option(help="Read the headers of pictures only.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    write_clean: Annotated[Path | None, typer.Option(help="Write what can be trained on to this JSONL file.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="GPUs to estimate the packing for.")] = 1,
+) -> None:
+    """Read all the data of a stage and report what would be lost; exit code 1 when something would.
+
+    Example: llava-train check --config stage2.yaml --write-clean clean.jsonl
+    """
+    with _user_errors():
+        stage = load_stage(config, set_ or [])
+        from llava_train.inspect.check import check_data, default_workers, summary
+        from llava_train.inspect.clean import write_clean as write_clean_records
+        from llava_train.inspect.opening import open_stage_data
+        from llava_train.inspect.report import print_report
+
+        data = open_stage_data(stage)
+        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
+            checked = check_data(stage, data, not fast, workers or default_workers(), ranks, progress)
+        found = summary(stage, data, checked)
+        if write_clean:
+            found["clean"] = {name: str(path) for name, path in write_clean_records(data, checked, write_clean).items()}
+        if json_:
+            print(json.dumps(found, ensure_ascii=False))
+        else:
+            print_report(Console(soft_wrap=True), found)
+        raise SystemExit(1 if checked.would_lose else 0)
+
+
+@app.command()
+def preview(
+    config: ConfigFile,
+    set_: Overrides = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="How many samples.")] = 8,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the pictures and packs too.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print a line of JSON a sample.")] = False,
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="GPUs to show the packs for.")] = 1,
+) -> None:
+    """Show what the model will see of the first samples of a stage.
+
+    Example: llava-train preview --config stage2.yaml --html preview.html
+    """
+    with _user_errors():
+        stage = load_stage(config, set_ or [])
+        from llava_train.inspect.opening import open_stage_data
+        from llava_train.inspect.preview import first_seen, print_seen, write_page
+
+        data = open_stage_data(stage)
+        seen = list(first_seen(stage, data, n))
+        console = Console(soft_wrap=True)
+        for one in seen:
+            if json_:
+                print(json.dumps(one.as_record(), ensure_ascii=False))
+            else:
+                print_seen(console, one)
+        if html:
+            write_page(stage, data, seen, ranks, html)
+            print(f"wrote {html}", file=sys.stderr)
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Ends the command with exit code 2 and one line for what the user can mend."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def run(paths: list[Path], overrides: list[str]) -> int:

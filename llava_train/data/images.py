@@ -110,6 +110,13 @@ class ImagePreprocessor:
         pixels = np.asarray(self._within_bounds(image))
         return self.processor(pixels, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
 
+    def denormalized(self, pixels: torch.Tensor) -> Image.Image:
+        """The picture of pixel values [3, H, W]: what the encoder sees, to look at."""
+        processor = self.processor
+        mean, deviation = (torch.tensor(each)[:, None, None] for each in (processor.image_mean, processor.image_std))
+        values = ((pixels * deviation + mean) / processor.rescale_factor).round().clamp(0, 255)
+        return Image.fromarray(values.permute(1, 2, 0).to(torch.uint8).numpy())
+
     def _within_bounds(self, image: Image.Image) -> Image.Image:
         """A picture that the processor can handle: one of 1 x 20,000 would become a square of gigabytes.
 

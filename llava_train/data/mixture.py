@@ -65,6 +65,10 @@ class Mixture:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    def taken_of(self, number: int) -> np.ndarray:
+        """Indices into source `number` that an epoch has: int64, see `taken`."""
+        return self._taken[number]
+
     def locate(self, index: int) -> Place:
         """Where sample `index` comes from."""
         if not 0 <= index < len(self):

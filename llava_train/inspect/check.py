@@ -1,0 +1,303 @@
+"""The doctor: reads all the data of a stage, as its run would, and tells what would be lost.
+
+Worker processes read, render, tokenize and decode every sample of every source once, in chunks; what they find is
+put together here. Beside what keeps a sample from being trained on (`data.problems.KINDS`) it finds what is handled,
+but may surprise (`NOTES`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.progress import Progress
+
+from llava_train.config import StageConfig
+from llava_train.data.chat import IGNORED
+from llava_train.data.images import decode_image, open_image
+from llava_train.data.order import n_steps_of, step_samples
+from llava_train.data.packing import plan_packs
+from llava_train.data.pictures import Picture
+from llava_train.data.problems import SampleError
+from llava_train.data.sources import Source
+from llava_train.inspect.opening import StageData
+
+NOTES = {
+    "truncated": "samples cut to batch.max_sample_tokens: what lies behind is lost",
+    "duplicate_id": "samples whose id another sample of the source has; all are trained on",
+    "wrong_extension": "pictures whose name says another format; read by their content",
+    "animated": "animated pictures; the first frame is read",
+    "unusual_mode": "pictures in CMYK, 16 bits, a palette or with transparency; converted to RGB",
+    "rotated": "pictures that their EXIF tag turns; turned",
+    "extreme_shape": "pictures of one pixel, or more than 20 times as long as wide",
+}
+"""What is handled, but noticed."""
+LOSSES = ("truncated",)
+"""Notes of samples that lose something."""
+
+_CHUNK = 64
+_N_EXAMPLES = 5
+_N_PACKED_STEPS = 200
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A problem or note of one sample."""
+
+    kind: str
+    source: str
+    id: str
+    index: int
+    line: int | None
+    reason: str
+
+
+@dataclass
+class Examined:
+    """What was found in samples of one source: arrays by sample, 0 where a sample cannot be trained on."""
+
+    indices: list[int] = field(default_factory=list)
+    n_tokens: list[int] = field(default_factory=list)
+    n_supervised: list[int] = field(default_factory=list)
+    n_images: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    """A hash of 64 bits of each id."""
+    findings: list[Finding] = field(default_factory=list)
+
+    def add(self, other: Examined) -> None:
+        for name, values in vars(self).items():
+            values.extend(getattr(other, name))
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found in all the data of a stage."""
+
+    by_source: tuple[Examined, ...]
+    lengths: np.ndarray  # int64 [samples of an epoch]; 0 where a sample cannot be trained on
+    n_steps: int
+    packing: dict[str, float]
+
+    @property
+    def findings(self) -> list[Finding]:
+        return [finding for examined in self.by_source for finding in examined.findings]
+
+    @property
+    def would_lose(self) -> bool:
+        """Whether a run would not train on every token of every sample."""
+        return any(finding.kind not in NOTES or finding.kind in LOSSES for finding in self.findings)
+
+
+class Examiner:
+    """Examines samples as a run would read them.
+
+    Args:
+        decode: False reads of pictures the headers only.
+    """
+
+    def __init__(self, data: StageData, decode: bool) -> None:
+        self.data, self.decode = data, decode
+
+    def examine(self, source: Source, indices: Iterable[int]) -> Examined:
+        """Raises nothing: what is wrong is found."""
+        examined = Examined()
+        for index in indices:
+            notes: list[tuple[str, str]] = []
+            counts, name = (0, 0, 0), source.record_id(index)
+            try:
+                counts = self._counts(source, index, notes)
+            except SampleError as error:
+                notes.append((error.kind, str(error)))
+            examined.indices.append(index)
+            for values, count in zip(
+                (examined.n_tokens, examined.n_supervised, examined.n_images), counts, strict=True
+            ):
+                values.append(count)
+            digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+            examined.ids.append(int.from_bytes(digest, "big"))
+            examined.findings += [
+                Finding(kind, source.path, name, index, source.line(index), reason)
+                for kind, reason in dict(notes).items()
+            ]
+        return examined
+
+    def _counts(self, source: Source, index: int, notes: list[tuple[str, str]]) -> tuple[int, int, int]:
+        """Tokens, supervised tokens and images of a sample. Raises SampleError."""
+        sample = source[index]
+        encoded = self.data.encoder.encode(sample)
+        if encoded.truncated:
+            notes.append(("truncated", f"cut to {encoded.n_tokens} tokens"))
+        for picture in sample.images[: encoded.n_images]:
+            notes += self._look_at(picture)
+        return encoded.n_tokens, int((encoded.labels != IGNORED).sum()), encoded.n_images
+
+    def _look_at(self, picture: Picture) -> Iterator[tuple[str, str]]:
+        with open_image(picture) as image:
+            found = list(picture_notes(image, str(picture)))
+        if self.decode:
+            self.data.preprocessor(decode_image(picture))
+        yield from found
+
+
+def picture_notes(image: Image.Image, name: str) -> Iterator[tuple[str, str]]:
+    """Notes of a picture whose header was read."""
+    extensions = Image.registered_extensions()
+    stated = extensions.get(PurePath(name).suffix.lower())
+    if stated is not None and stated != image.format and {stated, image.format} != {"JPEG", "MPO"}:
+        yield "wrong_extension", f"{name} is a {image.format}"
+    if getattr(image, "is_animated", False):
+        yield "animated", f"{name} has {getattr(image, 'n_frames', 2)} frames"
+    if image.mode not in ("RGB", "L", "1"):
+        yield "unusual_mode", f"{name} is of mode {image.mode}"
+    if image.getexif().get(0x0112, 1) not in (0, 1):
+        yield "rotated", f"{name} has orientation {image.getexif().get(0x0112)}"
+    short, long = sorted(image.size)
+    if long == 1 or long > 20 * short:
+        yield "extreme_shape", f"{name} has {image.width} x {image.height} pixels"
+
+
+_examiner: Examiner
+"""Of a worker process, which inherits it."""
+
+
+def check_data(
+    config: StageConfig, data: StageData, decode: bool, n_workers: int, n_ranks: int, progress: Progress
+) -> Checked:
+    """Examines every sample that an epoch has, once.
+
+    Args:
+        decode: False reads of pictures the headers only.
+        n_ranks: for the estimate of packing.
+    """
+    global _examiner
+    _examiner = Examiner(data, decode)
+    by_source = tuple(Examined() for _ in data.mixture.sources)
+    chunks = list(_chunks(data))
+    task = progress.add_task("checking", total=sum(len(indices) for _, indices in chunks))
+    with multiprocessing.get_context("fork").Pool(n_workers, initializer=_one_thread) as pool:
+        for number, examined in pool.imap(_examine_chunk, chunks):
+            by_source[number].add(examined)
+            progress.advance(task, len(examined.indices))
+    for source, examined in zip(data.mixture.sources, by_source, strict=True):
+        examined.findings += _duplicates(source, examined)
+    lengths = _epoch_lengths(data, by_source)
+    n_steps = n_steps_of(len(lengths), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
+    return Checked(by_source, lengths, n_steps, _expected_packing(config, lengths, n_steps, n_ranks))
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _chunks(data: StageData) -> Iterator[tuple[int, list[int]]]:
+    for number in range(len(data.mixture.sources)):
+        taken = np.unique(data.mixture.taken_of(number)).tolist()
+        for start in range(0, len(taken), _CHUNK):
+            yield number, taken[start : start + _CHUNK]
+
+
+def _examine_chunk(chunk: tuple[int, list[int]]) -> tuple[int, Examined]:
+    number, indices = chunk
+    return number, _examiner.examine(_examiner.data.mixture.sources[number], indices)
+
+
+def _duplicates(source: Source, examined: Examined) -> Iterator[Finding]:
+    """A finding for each sample whose id an earlier one has."""
+    _, first = np.unique(np.array(examined.ids, dtype=np.uint64), return_index=True)
+    again = np.ones(len(examined.ids), dtype=bool)
+    again[first] = False
+    for position in np.flatnonzero(again).tolist():
+        index = examined.indices[position]
+        name = source.record_id(index)
+        yield Finding("duplicate_id", source.path, name, index, source.line(index), f"the id {name!r} occurs before")
+
+
+def _epoch_lengths(data: StageData, by_source: Iterable[Examined]) -> np.ndarray:
+    """Tokens of each sample of the mixture."""
+    lengths = []
+    for number, examined in enumerate(by_source):
+        of_index = dict(zip(examined.indices, examined.n_tokens, strict=True))
+        lengths += [of_index[index] for index in data.mixture.taken_of(number).tolist()]
+    return np.array(lengths, dtype=np.int64)
+
+
+def _expected_packing(config: StageConfig, lengths: np.ndarray, n_steps: int, n_ranks: int) -> dict[str, float]:
+    """How well the first steps of the run pack: micro-steps, share of `batch.max_tokens` filled, balance over ranks."""
+    micro_steps, tokens, heaviest = [], 0, 0
+    for step in range(min(n_steps, _N_PACKED_STEPS)):
+        chosen = lengths[step_samples(step, config.seed, len(lengths), config.batch.size)]
+        sizes = chosen[chosen > 0].tolist()
+        if not sizes:
+            continue
+        plan = plan_packs(sizes, n_ranks, config.batch.max_tokens, packing=config.batch.packing)
+        loads = [[sum(sizes[i] for i in pack) for pack in packs] for packs in plan]
+        micro_steps.append(len(loads[0]))
+        tokens += sum(sizes)
+        heaviest += sum(max(loads[rank][micro] for rank in range(n_ranks)) for micro in range(len(loads[0])))
+    n_packs = sum(micro_steps) * n_ranks
+    return {
+        "ranks": n_ranks,
+        "micro_steps_a_step": float(np.mean(micro_steps)) if micro_steps else 0.0,
+        "fill": tokens / (n_packs * config.batch.max_tokens) if n_packs else 0.0,
+        "balance": tokens / (heaviest * n_ranks) if heaviest else 0.0,
+    }
+
+
+def summary(config: StageConfig, data: StageData, checked: Checked) -> dict[str, Any]:
+    """The report as plain values: what `--json` prints."""
+    counts = Counter(finding.kind for finding in checked.findings)
+    examples: dict[str, list[dict[str, Any]]] = {}
+    for finding in checked.findings:
+        shown = examples.setdefault(finding.kind, [])
+        if len(shown) < _N_EXAMPLES:
+            shown.append({name: value for name, value in vars(finding).items() if name != "kind"})
+    of_kinds = {kind: {"n": n, "examples": examples[kind]} for kind, n in counts.most_common()}
+    n_tokens = np.concatenate([np.array(e.n_tokens, dtype=np.int64) for e in checked.by_source])
+    good = n_tokens[n_tokens > 0]
+    total = {name: sum(sum(getattr(e, name)) for e in checked.by_source) for name in ("n_supervised", "n_images")}
+    return {
+        "name": config.name,
+        "would_lose": checked.would_lose,
+        "n_samples": len(n_tokens),
+        "n_samples_an_epoch": len(checked.lengths),
+        "n_bad": int((n_tokens == 0).sum()),
+        "n_images": total["n_images"],
+        "n_tokens": int(good.sum()),
+        "share_supervised": total["n_supervised"] / max(1, int(good.sum())),
+        "tokens": _distribution(good),
+        "sources": {
+            source.name: {"n_samples": len(e.indices), "n_bad": e.n_tokens.count(0), "n_tokens": sum(e.n_tokens)}
+            for source, e in zip(data.mixture.sources, checked.by_source, strict=True)
+        },
+        "problems": {kind: found for kind, found in of_kinds.items() if kind not in NOTES},
+        "notes": {kind: found for kind, found in of_kinds.items() if kind in NOTES},
+        "n_steps": checked.n_steps,
+        "packing": checked.packing,
+    }
+
+
+def _distribution(n_tokens: np.ndarray) -> dict[str, Any]:
+    if not len(n_tokens):
+        return {}
+    heights, edges = np.histogram(n_tokens, bins=min(16, len(np.unique(n_tokens))))
+    return {
+        "min": int(n_tokens.min()),
+        "median": float(np.median(n_tokens)),
+        "p95": float(np.percentile(n_tokens, 95)),
+        "max": int(n_tokens.max()),
+        "histogram": [[float(edge), int(height)] for edge, height in zip(edges, heights, strict=False)],
+    }
+
+
+def default_workers() -> int:
+    return max(1, os.cpu_count() or 1)
