@@ -18,12 +18,13 @@ import torch
 
 from llava_train.config import StageConfig
 from llava_train.data.loader import read_steps
+from llava_train.data.mixture import open_mixture
 from llava_train.model.loss import PackedLoss
 from llava_train.model.trainable import parameter_groups, set_trainable
 from llava_train.stage_file import load_stage
 from llava_train.train.engine import start_distributed, start_engine
 from llava_train.train.loop import train
-from llava_train.train.stage import _dataset_maker, _mixture, _prepare_modes, _starting_point
+from llava_train.train.stage import _dataset_maker, _prepare_modes, _starting_point
 from llava_train.train.tracking import Tracker
 
 
@@ -63,15 +64,19 @@ def measure(config: StageConfig, n_steps: int, n_warmup: int = 2) -> dict[str, f
     _prepare_modes(llava, config)
     groups = parameter_groups(llava.model, config.trainable, config.schedule.weight_decay)
     engine = TimedEngine(start_engine(PackedLoss(llava.model), groups, config))
-    dataset = _dataset_maker(config, world, llava)(_mixture(config.data), seed=config.seed)
+    mixture = open_mixture(config.data, config.seed, config.cache_dir)
+    dataset = _dataset_maker(config, world, llava)(mixture, seed=config.seed)
     marks: list[tuple[float, float]] = []
     total = n_steps + n_warmup
     config.run_dir.mkdir(parents=True)
     with Tracker(config, world, 0, total) as tracker:
         batches = read_steps(dataset, range(total), config.loader.workers, world.device.type == "cuda")
-        train(
-            engine, world, config, batches, total, tracker, lambda _: marks.append((time.perf_counter(), engine.busy_s))
-        )
+
+        def after_step(_: int) -> None:
+            marks.append((time.perf_counter(), engine.busy_s))
+
+        names = tuple(source.name for source in mixture.sources)
+        train(engine, world, config, batches, total, tracker, names, after_step)
     (start, busy_start), (end, busy_end) = marks[n_warmup - 1], marks[-1]
     step_s = (end - start) / n_steps
     return {"step_s": step_s, "outside_engine": 1 - (busy_end - busy_start) / (end - start)}
