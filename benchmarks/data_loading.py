@@ -36,16 +36,9 @@ from llava_train.model.processor import build_processor
 CLIP_336 = {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14}
 H100_SAMPLES_PER_S = 25
 WORDS = [
-    "the man",
-    "a cat",
-    "the red dog",
-    "is standing",
-    "sits on",
-    "next to",
-    "with a large",
-    "blue table",
-    "what is",
-]
+    "the", "a", "man", "cat", "dog", "standing", "sitting", "on", "in", "of", "with", "next", "to", "red", "blue", "large",
+    "small", "table", "street", "what", "is",
+]  # fmt: skip
 
 
 def write_rows(path: Path, n_rows: int, n_pictures: int) -> None:
