@@ -36,8 +36,8 @@ from llava_train.model.processor import build_processor
 CLIP_336 = {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14}
 H100_SAMPLES_PER_S = 25
 WORDS = [
-    "the", "a", "man", "cat", "dog", "standing", "sitting", "on", "in", "of", "with", "next", "to", "red", "blue", "large",
-    "small", "table", "street", "what", "is",
+    "the", "a", "man", "cat", "dog", "standing", "sitting", "on", "in", "of", "with", "next", "to", "red", "blue",
+    "large", "small", "table", "street", "what", "is",
 ]  # fmt: skip
 
 

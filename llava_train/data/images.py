@@ -22,6 +22,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _LONGEST_SIDE = 4096
 """Pixels that an extremely long picture is shrunk to before it is padded."""
 
+DAMAGED = (OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError, LookupError)
+"""What Pillow raises on damaged pictures."""
+
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -79,7 +82,7 @@ def _problems_of(picture: Picture) -> Iterator[None]:
             raise SampleError("image_unreadable", f"{picture}: cannot be read: {error.strerror}") from error
         kind = "image_truncated" if "truncated" in str(error) else "image_damaged"
         raise SampleError(kind, f"{picture}: not a readable image: {error}") from error
-    except (ValueError, SyntaxError, struct.error, EOFError) as error:
+    except DAMAGED as error:
         raise SampleError("image_damaged", f"{picture}: not a readable image: {error}") from error
 
 

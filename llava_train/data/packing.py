@@ -27,6 +27,11 @@ def sample_cost(n_tokens: int, attention_cost: float = 0.0) -> float:
     return n_tokens * (1.0 + attention_cost * n_tokens)
 
 
+def attention_cost_of(hidden_size: int) -> float:
+    """`attention_cost` of a transformer, see `sample_cost`."""
+    return 1 / (6 * hidden_size)
+
+
 def plan_packs(
     lengths: Sequence[int],
     n_ranks: int,

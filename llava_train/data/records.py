@@ -58,7 +58,7 @@ class JsonRecords:
             return json.loads(content.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise SampleError("not_utf8", f"not UTF-8: {error.reason} at byte {error.start} of the record") from error
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: a number of more digits than Python reads
             raise SampleError("not_json", f"not valid JSON: {error}") from error
 
     def line(self, index: int) -> int:

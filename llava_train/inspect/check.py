@@ -17,12 +17,12 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from rich.progress import Progress
 
 from llava_train.config import StageConfig
 from llava_train.data.chat import IGNORED
-from llava_train.data.images import decode_image, open_image
+from llava_train.data.images import DAMAGED, decode_image, open_image
 from llava_train.data.order import n_steps_of, step_samples
 from llava_train.data.packing import plan_packs
 from llava_train.data.pictures import Picture
@@ -153,15 +153,33 @@ def picture_notes(image: Image.Image, name: str) -> Iterator[tuple[str, str]]:
     stated = extensions.get(PurePath(name).suffix.lower())
     if stated is not None and stated != image.format and {stated, image.format} != {"JPEG", "MPO"}:
         yield "wrong_extension", f"{name} is a {image.format}"
-    if getattr(image, "is_animated", False):
-        yield "animated", f"{name} has {getattr(image, 'n_frames', 2)} frames"
     if image.mode not in ("RGB", "L", "1"):
         yield "unusual_mode", f"{name} is of mode {image.mode}"
-    if image.getexif().get(0x0112, 1) not in (0, 1):
-        yield "rotated", f"{name} has orientation {image.getexif().get(0x0112)}"
+    if (orientation := _orientation(image)) not in (0, 1):
+        yield "rotated", f"{name} has orientation {orientation}"
     short, long = sorted(image.size)
     if long == 1 or long > 20 * short:
         yield "extreme_shape", f"{name} has {image.width} x {image.height} pixels"
+    if (n_frames := _n_frames(image)) > 1:
+        yield "animated", f"{name} has {n_frames} frames"
+
+
+def _orientation(image: Image.Image) -> Any:
+    """What the EXIF tag says; 1 where only decoding would tell (a PNG may have it behind its pixels)."""
+    if image.format == "PNG" and not image.info.keys() & {"exif", "Raw profile type exif"}:
+        return 1
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DAMAGED:
+        return 1
+
+
+def _n_frames(image: Image.Image) -> int:
+    """Frames of an animation; 1 where they cannot be counted, for the first may be whole all the same."""
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except DAMAGED:
+        return 1
 
 
 _examiner: Examiner
@@ -190,7 +208,8 @@ def check_data(
         examined.findings += _duplicates(source, examined)
     lengths = _epoch_lengths(data, by_source)
     n_steps = n_steps_of(len(lengths), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
-    return Checked(by_source, lengths, n_steps, _expected_packing(config, lengths, n_steps, n_ranks))
+    packing = _expected_packing(config, lengths, n_steps, n_ranks, data.attention_cost)
+    return Checked(by_source, lengths, n_steps, packing)
 
 
 def _one_thread() -> None:
@@ -231,7 +250,9 @@ def _epoch_lengths(data: StageData, by_source: Iterable[Examined]) -> np.ndarray
     return np.array(lengths, dtype=np.int64)
 
 
-def _expected_packing(config: StageConfig, lengths: np.ndarray, n_steps: int, n_ranks: int) -> dict[str, float]:
+def _expected_packing(
+    config: StageConfig, lengths: np.ndarray, n_steps: int, n_ranks: int, attention_cost: float
+) -> dict[str, float]:
     """How well the first steps of the run pack: micro-steps, share of `batch.max_tokens` filled, balance over ranks."""
     micro_steps, tokens, heaviest = [], 0, 0
     for step in range(min(n_steps, _N_PACKED_STEPS)):
@@ -239,7 +260,7 @@ def _expected_packing(config: StageConfig, lengths: np.ndarray, n_steps: int, n_
         sizes = chosen[chosen > 0].tolist()
         if not sizes:
             continue
-        plan = plan_packs(sizes, n_ranks, config.batch.max_tokens, packing=config.batch.packing)
+        plan = plan_packs(sizes, n_ranks, config.batch.max_tokens, attention_cost, config.batch.packing)
         loads = [[sum(sizes[i] for i in pack) for pack in packs] for packs in plan]
         micro_steps.append(len(loads[0]))
         tokens += sum(sizes)

@@ -10,6 +10,7 @@ from llava_train.data.chat import ChatEncoder
 from llava_train.data.chat_templates import load_template
 from llava_train.data.images import ImagePreprocessor
 from llava_train.data.mixture import Mixture, open_mixture
+from llava_train.data.packing import attention_cost_of
 from llava_train.model.processor import build_processor
 
 
@@ -20,6 +21,8 @@ class StageData:
     mixture: Mixture
     encoder: ChatEncoder
     preprocessor: ImagePreprocessor
+    attention_cost: float
+    """See `packing.sample_cost`."""
 
 
 def open_stage_data(config: StageConfig) -> StageData:
@@ -30,4 +33,5 @@ def open_stage_data(config: StageConfig) -> StageData:
     template = load_template(config.model.chat_template, front.tokenizer)
     batch = config.batch
     encoder = ChatEncoder(front.tokenizer, template, front.n_image_tokens, batch.max_sample_tokens, batch.over_long)
-    return StageData(mixture, encoder, ImagePreprocessor(front.processor.image_processor))
+    preprocessor = ImagePreprocessor(front.processor.image_processor)
+    return StageData(mixture, encoder, preprocessor, attention_cost_of(front.hidden_size))

@@ -137,7 +137,8 @@ def packs_of_first_step(config: StageConfig, data: StageData, n_ranks: int) -> l
             continue
     if not samples:
         return []
-    plan = plan_packs([n for _, n in samples], n_ranks, config.batch.max_tokens, packing=config.batch.packing)
+    lengths = [n_tokens for _, n_tokens in samples]
+    plan = plan_packs(lengths, n_ranks, config.batch.max_tokens, data.attention_cost, config.batch.packing)
     return [[[samples[i] for i in pack] for pack in packs] for packs in plan]
 
 

@@ -48,6 +48,8 @@ class Front:
     n_image_tokens: int
     """Tokens that an image takes in the language model."""
     vision_config: PreTrainedConfig
+    hidden_size: int
+    """Of the language model."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -68,7 +70,7 @@ def build_processor(section: ModelSection, image: ImageSection) -> Front:
     n_image_tokens = n_encoder_tokens - (section.vision_feature_select == "patch")
     processor = _processor(section, image, image_settings, tokenizer, vision_config, size, n_encoder_tokens)
     check_processor(processor, size, n_image_tokens)
-    return Front(processor, n_image_tokens, vision_config)
+    return Front(processor, n_image_tokens, vision_config, _hidden_size(section.language_model))
 
 
 def load_tokenizer(part: str | RandomLanguageModel) -> PreTrainedTokenizerBase:
@@ -85,6 +87,16 @@ def load_tokenizer(part: str | RandomLanguageModel) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _hidden_size(part: str | RandomLanguageModel) -> int:
+    try:
+        config = (
+            AutoConfig.from_pretrained(part) if isinstance(part, str) else config_from(part.config, "language_model")
+        )
+    except (OSError, ValueError) as error:
+        raise BuildError(f"model.language_model: cannot load {part}: {error}") from error
+    return int(config.hidden_size)
 
 
 def load_vision_config(part: str | RandomVisionTower) -> tuple[PreTrainedConfig, dict[str, Any]]:

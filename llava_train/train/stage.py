@@ -22,6 +22,7 @@ from llava_train.data.images import ImagePreprocessor
 from llava_train.data.loader import StepDataset, first_pictures, read_steps
 from llava_train.data.mixture import Mixture, open_mixture
 from llava_train.data.order import n_steps_of
+from llava_train.data.packing import attention_cost_of
 from llava_train.errors import UserError
 from llava_train.files import damage, write_durably, write_manifest
 from llava_train.model.build import Llava, build_llava
@@ -147,7 +148,7 @@ def _dataset_maker(config: StageConfig, world: World, llava: Llava) -> Callable[
         rank=world.rank,
         n_ranks=world.n_ranks,
         packing=config.batch.packing,
-        attention_cost=1 / (6 * llava.model.config.text_config.hidden_size),
+        attention_cost=attention_cost_of(llava.model.config.text_config.hidden_size),
     )
 
 
