@@ -125,6 +125,8 @@ class Pictures:
             raise SampleError("image_value", f'"image" is a path, bytes or a list of them, not {value!r:.60}')
         if content.startswith("data:"):
             return EmbeddedPicture(_of_data_url(content), "embedded picture")
+        if any("\ud800" <= character <= "\udfff" for character in content):
+            raise SampleError("not_utf8", f"image path {content!r} holds half of a character (a lone UTF-16 surrogate)")
         if content.startswith(("http://", "https://")):
             raise SampleError("image_remote", f"image {content:.100} is on the network; download it first")
         return self.store.find(content)

@@ -78,9 +78,9 @@ def parse_record(record: Any, pictures: Pictures, default_id: str) -> Sample:
 
 
 def record_id(record: Any, default_id: str) -> str:
-    """The id that a record states, valid or not."""
+    """The id that a record states, valid or not; halves of characters, which no file takes, are escaped."""
     stated = record.get("id") if isinstance(record, dict) else None
-    return default_id if stated is None else str(stated)
+    return default_id if stated is None else str(stated).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _listed_images(record: dict[str, Any]) -> list[Any]:

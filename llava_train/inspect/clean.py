@@ -27,7 +27,7 @@ def write_clean(data: StageData, checked: Checked, out: Path) -> dict[str, Path]
     for source, examined in zip(data.mixture.sources, checked.by_source, strict=True):
         path = out if len(data.mixture.sources) == 1 else out.with_suffix(f".{source.name}{out.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:  # half a character: its JSON escape
             for index, n_tokens in zip(examined.indices, examined.n_tokens, strict=True):
                 if n_tokens:
                     record = _with_files(source.records[index], path, f"{index:08}")

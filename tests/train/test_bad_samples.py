@@ -15,6 +15,8 @@ from tests.train.helpers import TRAIN, Finished, Outcome, read_lines, run_many, 
 KINDS = "itxitrbtiltiti"
 """Missing image 2, roles out of order 5, no picture 6, over-long 9."""
 BAD = {2: "the image file is missing", 5: "roles out of order", 6: "not a readable image"}
+SHARES = {"share": "txtttttr" + "t" * 8, "few": "t" * 23 + "x"}
+"""Under the share of bad samples that a stage file allows by default, 5%: 2 of 16 are too many, 1 of 24 is not."""
 BATCH = {"size": 4, "max_tokens": 400, "max_sample_tokens": 400}
 
 
@@ -46,6 +48,14 @@ def on_one_rank(folder: Path) -> dict[str, Outcome]:
         "truncate": stage(folder, "truncate", batch={**BATCH, "over_long": "truncate"}),
         "all-bad": stage(folder, "all-bad", data=[{"path": "all-bad.json"}]),
     }
+    for name, kinds in SHARES.items():
+        settings: dict[str, Any] = {
+            "data": [{"path": f"{name}.json"}],
+            "on_bad_sample": "skip",
+            "logging": {"every": 1},
+        }
+        write_samples(folder / f"{name}.json", kinds)
+        commands[name] = ["--config", write_stage(folder / f"{name}.yaml", **settings)]
     return {name: outcomes[0] for name, outcomes in run_many(commands, folder).items()}
 
 
@@ -136,3 +146,32 @@ def test_a_step_of_bad_samples_alone_changes_nothing_and_ends(folder: Path, on_o
     assert (line["loss"], line["n_supervised"], line["grad_norm"]) == (0.0, 0, 0.0)
     changes = json.loads((folder / "runs/all-bad/changes.json").read_text())
     assert not any(change["changed"] for change in changes.values())
+
+
+def test_quarantine_says_what_kind_of_problem_and_which_line(folder: Path, on_one_rank: dict[str, Outcome]) -> None:
+    """All records are in the first line of the file."""
+    lines = read_lines(folder / "runs/alone/quarantine.jsonl")
+    kinds = {2: "image_missing", 5: "roles_out_of_order", 6: "not_an_image", 9: "over_long"}
+    assert {line["index"]: line["kind"] for line in lines} == kinds
+    assert [line["line"] for line in lines] == [1] * 4
+
+
+def test_too_many_bad_samples_stop_a_run_that_skips_them(folder: Path, on_one_rank: dict[str, Outcome]) -> None:
+    outcome = on_one_rank["share"]
+    assert outcome.code == 2
+    [line] = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
+    assert "max_bad_share" in line
+    assert "more than 5.0%" in line
+    assert "quarantine.jsonl" in line
+    assert "Traceback" not in outcome.stderr
+    kept = Counter(line["kind"] for line in read_lines(folder / "runs/share/quarantine.jsonl"))
+    words = {"image_missing": "an image that is missing", "roles_out_of_order": "user and assistant do not take turns"}
+    assert kept
+    for kind, count in kept.items():
+        assert f"{count} x {words[kind]}" in line
+
+
+def test_few_bad_samples_do_not_stop_it(folder: Path, on_one_rank: dict[str, Outcome]) -> None:
+    assert on_one_rank["few"].code == 0, on_one_rank["few"].stderr
+    [line] = read_lines(folder / "runs/few/quarantine.jsonl")
+    assert (line["index"], line["kind"]) == (23, "image_missing")
