@@ -10,6 +10,7 @@ from PIL import Image
 
 from llava_train.data.images import open_image
 from llava_train.data.pictures import EmbeddedPicture, PictureFolder, Pictures
+from llava_train.data.problems import DataError
 from llava_train.inspect.check import Checked
 from llava_train.inspect.opening import StageData
 
@@ -22,10 +23,15 @@ def write_clean(data: StageData, checked: Checked, out: Path) -> dict[str, Path]
 
     Returns:
         The file of each source by its name.
+
+    Raises:
+        DataError: the file is a source itself.
     """
     written = {}
     for source, examined in zip(data.mixture.sources, checked.by_source, strict=True):
         path = out if len(data.mixture.sources) == 1 else out.with_suffix(f".{source.name}{out.suffix}")
+        if path.resolve() in {Path(other.path).resolve() for other in data.mixture.sources}:
+            raise DataError(f"{path}: a source of the stage; write the clean records to another file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8", errors="backslashreplace") as file:  # half a character: its JSON escape
             for index, n_tokens in zip(examined.indices, examined.n_tokens, strict=True):

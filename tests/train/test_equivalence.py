@@ -95,7 +95,7 @@ def plain_pytorch(case: Case, data: Path) -> dict[str, Any]:
         count = sum(int((tokens.labels != -100).sum()) for _, tokens in encoded)
         loss = torch.zeros(())
         for sample, tokens in encoded:
-            pictures = [Image.open(path) for path in sample.images]
+            pictures = [Image.open(str(picture)) for picture in sample.images]
             pixels = llava.processor.image_processor(pictures, return_tensors="pt").pixel_values if pictures else None
             input_ids, labels = torch.tensor(tokens.input_ids)[None], torch.tensor(tokens.labels)
             logits = model(input_ids=input_ids, pixel_values=pixels, use_cache=False).logits[0]
