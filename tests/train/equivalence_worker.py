@@ -130,6 +130,7 @@ def train_case(case: Case, data: Path, world: World) -> dict[str, Any]:
         batch = dataset[step]
         set_learning_rate(engine, factor)
         sums, norm = train_step(engine, world, batch)
+        sums = sums.sum(dim=0)
         torch.distributed.all_reduce(sums)
         losses.append(float(sums[0] / sums[1]))
         norms.append(float(norm))
