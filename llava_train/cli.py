@@ -64,14 +64,14 @@ def check(
     """
     with _user_errors():
         stage = load_stage(config, set_ or [])
-        from llava_train.inspect.check import check_data, default_workers, summary
+        from llava_train.inspect.check import check_data
         from llava_train.inspect.clean import write_clean as write_clean_records
         from llava_train.inspect.opening import open_stage_data
-        from llava_train.inspect.report import print_report
+        from llava_train.inspect.report import print_report, summary
 
         data = open_stage_data(stage)
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
-            checked = check_data(stage, data, not fast, workers or default_workers(), ranks, progress)
+            checked = check_data(stage, data, not fast, workers or os.cpu_count() or 1, ranks, progress)
         found = summary(stage, data, checked)
         if write_clean:
             found["clean"] = {name: str(path) for name, path in write_clean_records(data, checked, write_clean).items()}

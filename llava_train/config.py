@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import difflib
-import json
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from llava_train.contradictions import contradictions
 
 Part = Literal["projector", "language_model", "vision_tower"]
 PARTS: tuple[Part, ...] = typing.get_args(Part)
@@ -315,89 +316,7 @@ class StageConfig(Section):
 
     @model_validator(mode="after")
     def _contradictions(self) -> StageConfig:
-        problems = list(_contradictions(self))
+        problems = list(contradictions(self))
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-
-def _contradictions(config: StageConfig) -> typing.Iterator[str]:
-    """Yields `key: what is wrong and what to do` for each pair of keys that cannot both be meant."""
-    rates, engine, batch = config.trainable.learning_rates(), config.engine, config.batch
-    if not rates:
-        yield f"trainable: every part is frozen, nothing would train; list at least one of {', '.join(PARTS)}"
-    if rates.keys() - {"projector"} and config.init_from is None:
-        yield (
-            "init_from: missing, but the stage trains more than the projector; name the run folder of the stage "
-            "that trained the projector, or `random` to start from a new projector on purpose"
-        )
-    if batch.max_tokens < batch.max_sample_tokens:
-        yield (
-            f"batch.max_tokens: {batch.max_tokens} is below batch.max_sample_tokens ({batch.max_sample_tokens}), "
-            "so the longest sample fits no pack; raise the first or lower the second"
-        )
-    if engine.offload_parameters and engine.zero != 3:
-        yield f"engine.offload_parameters: needs engine.zero: 3, not {engine.zero}"
-    if engine.offload_optimizer and engine.zero == 0:
-        yield "engine.offload_optimizer: needs engine.zero: 1, 2 or 3, not 0"
-    if config.eval and config.model.chat_template == "plain" and config.trainable.language_model:
-        yield "model.chat_template: plain has no prompt to answer; a language model trains on a chat template"
-    yield from deepspeed_conflicts(config)
-
-
-def deepspeed_conflicts(config: StageConfig) -> typing.Iterator[str]:
-    """Yields a line for each key of the user's DeepSpeed JSON that the stage file owns with another value."""
-    try:
-        user = user_deepspeed(config.engine)
-    except (OSError, ValueError) as error:
-        yield f"engine.deepspeed: cannot read {config.engine.deepspeed}: {error}"
-        return
-    offload = {True: "cpu", False: "none"}
-    owned: dict[str, tuple[str, Any]] = {
-        "train_batch_size": ("batch.size", config.batch.size),
-        "train_micro_batch_size_per_gpu": ("batch.max_tokens", None),
-        "gradient_accumulation_steps": ("batch.max_tokens", None),
-        "gradient_clipping": ("schedule.clip", config.schedule.clip or 0.0),
-        "optimizer": ("trainable.*.lr", None),
-        "scheduler": ("schedule.lr", None),
-        "bf16.enabled": ("engine.precision", config.engine.precision == "bf16"),
-        "fp16.enabled": ("engine.precision", False),
-        "zero_optimization.stage": ("engine.zero", config.engine.zero),
-        "zero_optimization.offload_optimizer.device": (
-            "engine.offload_optimizer",
-            offload[config.engine.offload_optimizer],
-        ),
-        "zero_optimization.offload_param.device": (
-            "engine.offload_parameters",
-            offload[config.engine.offload_parameters],
-        ),
-        "zero_optimization.cpu_offload": ("engine.offload_optimizer", config.engine.offload_optimizer),
-        "zero_optimization.cpu_offload_params": ("engine.offload_parameters", config.engine.offload_parameters),
-        "zero_force_ds_cpu_optimizer": ("engine.offload_optimizer", False),
-        "activation_checkpointing": ("engine.activation_checkpointing", None),
-        "data_types.grad_accum_dtype": ("engine.precision", "fp32"),
-        "steps_per_print": ("logging.every", None),
-    }
-    for name in sorted({key.split(".")[0] for key in owned if "." in key} & user.keys()):
-        if not isinstance(user[name], dict):
-            yield f"engine.deepspeed: its key {name} must hold keys of its own, not {json.dumps(user[name])}"
-    for key, (ours, value) in owned.items():
-        theirs: Any = user
-        for name in key.split("."):
-            theirs = theirs.get(name) if isinstance(theirs, dict) else None
-        if theirs not in (None, "auto", value):
-            yield (
-                f"engine.deepspeed: its key {key} ({json.dumps(theirs)}) conflicts with {ours} of the stage file"
-                f"{'' if value is None else f' ({json.dumps(value)})'}; remove it from the DeepSpeed JSON "
-                f"and set {ours}"
-            )
-
-
-def user_deepspeed(engine: EngineSection) -> dict[str, Any]:
-    """The DeepSpeed keys that the user gave, as a dict. Raises OSError or ValueError."""
-    if engine.deepspeed is None or isinstance(engine.deepspeed, dict):
-        return dict(engine.deepspeed or {})
-    content = json.loads(Path(engine.deepspeed).read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError("not a JSON object")
-    return content

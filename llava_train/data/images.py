@@ -66,6 +66,7 @@ def _problems_of(picture: Picture) -> Iterator[None]:
     """Turns what Pillow and the system raise into SampleErrors that name the picture."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # odd EXIF tags, odd transparency: nothing that a run loses
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     except SampleError:

@@ -149,7 +149,7 @@ class _Text:
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self._path = file, path
         self._decode = getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-        self._scan = json.JSONDecoder().raw_decode
+        self._scan = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode  # no number is made of its digits
         self._window, self._position, self._at_end = "", 0, False
         self._line, self._counted = 1, 0
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
-from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image
 from rich.progress import Progress
 
@@ -28,6 +29,7 @@ from llava_train.data.packing import plan_packs
 from llava_train.data.pictures import Picture
 from llava_train.data.problems import SampleError
 from llava_train.data.sources import Source
+from llava_train.errors import UserError
 from llava_train.inspect.opening import StageData
 
 NOTES = {
@@ -44,7 +46,6 @@ LOSSES = ("truncated",)
 """Notes of samples that lose something."""
 
 _CHUNK = 64
-_N_EXAMPLES = 5
 _N_PACKED_STEPS = 200
 
 
@@ -182,10 +183,6 @@ def _n_frames(image: Image.Image) -> int:
         return 1
 
 
-_examiner: Examiner
-"""Of a worker process, which inherits it."""
-
-
 def check_data(
     config: StageConfig, data: StageData, decode: bool, n_workers: int, n_ranks: int, progress: Progress
 ) -> Checked:
@@ -194,16 +191,16 @@ def check_data(
     Args:
         decode: False reads of pictures the headers only.
         n_ranks: for the estimate of packing.
+
+    Raises:
+        UserError: the system ended a worker process.
     """
-    global _examiner
-    _examiner = Examiner(data, decode)
     by_source = tuple(Examined() for _ in data.mixture.sources)
     chunks = list(_chunks(data))
     task = progress.add_task("checking", total=sum(len(indices) for _, indices in chunks))
-    with multiprocessing.get_context("fork").Pool(n_workers, initializer=_one_thread) as pool:
-        for number, examined in pool.imap(_examine_chunk, chunks):
-            by_source[number].add(examined)
-            progress.advance(task, len(examined.indices))
+    for number, examined in _examine_in_parallel(Examiner(data, decode), chunks, n_workers):
+        by_source[number].add(examined)
+        progress.advance(task, len(examined.indices))
     for source, examined in zip(data.mixture.sources, by_source, strict=True):
         examined.findings += _duplicates(source, examined)
     lengths = _epoch_lengths(data, by_source)
@@ -212,9 +209,27 @@ def check_data(
     return Checked(by_source, lengths, n_steps, packing)
 
 
-def _one_thread() -> None:
-    import torch
+_examiner: Examiner
+"""Of a worker process."""
 
+
+def _examine_in_parallel(
+    examiner: Examiner, chunks: list[tuple[int, list[int]]], n_workers: int
+) -> Iterator[tuple[int, Examined]]:
+    """What worker processes find in each chunk, in order. Raises UserError."""
+    context = multiprocessing.get_context("fork")
+    try:
+        with ProcessPoolExecutor(n_workers, context, initializer=_start_worker, initargs=(examiner,)) as pool:
+            yield from pool.map(_examine_chunk, chunks)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "check: the system ended a worker process, short of memory perhaps; use fewer --workers"
+        ) from error
+
+
+def _start_worker(examiner: Examiner) -> None:
+    global _examiner
+    _examiner = examiner
     torch.set_num_threads(1)
 
 
@@ -272,53 +287,3 @@ def _expected_packing(
         "fill": tokens / (n_packs * config.batch.max_tokens) if n_packs else 0.0,
         "balance": tokens / (heaviest * n_ranks) if heaviest else 0.0,
     }
-
-
-def summary(config: StageConfig, data: StageData, checked: Checked) -> dict[str, Any]:
-    """The report as plain values: what `--json` prints."""
-    counts = Counter(finding.kind for finding in checked.findings)
-    examples: dict[str, list[dict[str, Any]]] = {}
-    for finding in checked.findings:
-        shown = examples.setdefault(finding.kind, [])
-        if len(shown) < _N_EXAMPLES:
-            shown.append({name: value for name, value in vars(finding).items() if name != "kind"})
-    of_kinds = {kind: {"n": n, "examples": examples[kind]} for kind, n in counts.most_common()}
-    n_tokens = np.concatenate([np.array(e.n_tokens, dtype=np.int64) for e in checked.by_source])
-    good = n_tokens[n_tokens > 0]
-    total = {name: sum(sum(getattr(e, name)) for e in checked.by_source) for name in ("n_supervised", "n_images")}
-    return {
-        "name": config.name,
-        "would_lose": checked.would_lose,
-        "n_samples": len(n_tokens),
-        "n_samples_an_epoch": len(checked.lengths),
-        "n_bad": int((n_tokens == 0).sum()),
-        "n_images": total["n_images"],
-        "n_tokens": int(good.sum()),
-        "share_supervised": total["n_supervised"] / max(1, int(good.sum())),
-        "tokens": _distribution(good),
-        "sources": {
-            source.name: {"n_samples": len(e.indices), "n_bad": e.n_tokens.count(0), "n_tokens": sum(e.n_tokens)}
-            for source, e in zip(data.mixture.sources, checked.by_source, strict=True)
-        },
-        "problems": {kind: found for kind, found in of_kinds.items() if kind not in NOTES},
-        "notes": {kind: found for kind, found in of_kinds.items() if kind in NOTES},
-        "n_steps": checked.n_steps,
-        "packing": checked.packing,
-    }
-
-
-def _distribution(n_tokens: np.ndarray) -> dict[str, Any]:
-    if not len(n_tokens):
-        return {}
-    heights, edges = np.histogram(n_tokens, bins=min(16, len(np.unique(n_tokens))))
-    return {
-        "min": int(n_tokens.min()),
-        "median": float(np.median(n_tokens)),
-        "p95": float(np.percentile(n_tokens, 95)),
-        "max": int(n_tokens.max()),
-        "histogram": [[float(edge), int(height)] for edge, height in zip(edges, heights, strict=False)],
-    }
-
-
-def default_workers() -> int:
-    return max(1, os.cpu_count() or 1)

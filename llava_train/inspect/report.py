@@ -1,21 +1,72 @@
-"""The doctor's report in the terminal."""
+"""The doctor's report: as plain values, and in the terminal."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from llava_train.config import StageConfig
 from llava_train.data.problems import KINDS
-from llava_train.inspect.check import NOTES
+from llava_train.inspect.check import NOTES, Checked
+from llava_train.inspect.opening import StageData
 
 _BAR = 40
+_N_EXAMPLES = 5
+
+
+def summary(config: StageConfig, data: StageData, checked: Checked) -> dict[str, Any]:
+    """The report as plain values: what `--json` prints."""
+    counts = Counter(finding.kind for finding in checked.findings)
+    examples: dict[str, list[dict[str, Any]]] = {}
+    for finding in checked.findings:
+        shown = examples.setdefault(finding.kind, [])
+        if len(shown) < _N_EXAMPLES:
+            shown.append({name: value for name, value in vars(finding).items() if name != "kind"})
+    of_kinds = {kind: {"n": n, "examples": examples[kind]} for kind, n in counts.most_common()}
+    n_tokens = np.concatenate([np.array(e.n_tokens, dtype=np.int64) for e in checked.by_source])
+    good = n_tokens[n_tokens > 0]
+    total = {name: sum(sum(getattr(e, name)) for e in checked.by_source) for name in ("n_supervised", "n_images")}
+    return {
+        "name": config.name,
+        "would_lose": checked.would_lose,
+        "n_samples": len(n_tokens),
+        "n_samples_an_epoch": len(checked.lengths),
+        "n_bad": int((n_tokens == 0).sum()),
+        "n_images": total["n_images"],
+        "n_tokens": int(good.sum()),
+        "share_supervised": total["n_supervised"] / max(1, int(good.sum())),
+        "tokens": _distribution(good),
+        "sources": {
+            source.name: {"n_samples": len(e.indices), "n_bad": e.n_tokens.count(0), "n_tokens": sum(e.n_tokens)}
+            for source, e in zip(data.mixture.sources, checked.by_source, strict=True)
+        },
+        "problems": {kind: found for kind, found in of_kinds.items() if kind not in NOTES},
+        "notes": {kind: found for kind, found in of_kinds.items() if kind in NOTES},
+        "n_steps": checked.n_steps,
+        "packing": checked.packing,
+    }
+
+
+def _distribution(n_tokens: np.ndarray) -> dict[str, Any]:
+    if not len(n_tokens):
+        return {}
+    heights, edges = np.histogram(n_tokens, bins=min(16, len(np.unique(n_tokens))))
+    return {
+        "min": int(n_tokens.min()),
+        "median": float(np.median(n_tokens)),
+        "p95": float(np.percentile(n_tokens, 95)),
+        "max": int(n_tokens.max()),
+        "histogram": [[float(edge), int(height)] for edge, height in zip(edges, heights, strict=False)],
+    }
 
 
 def print_report(console: Console, found: dict[str, Any]) -> None:
-    """Prints a `check.summary`."""
+    """Prints a `summary`."""
     tokens, packing = found["tokens"], found["packing"]
     table = Table(show_header=False, box=None, title=f"The data of {found['name']}", title_justify="left")
     for name, value in {

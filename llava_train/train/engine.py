@@ -14,7 +14,8 @@ import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 
-from llava_train.config import StageConfig, user_deepspeed
+from llava_train.config import StageConfig
+from llava_train.contradictions import user_deepspeed
 from llava_train.errors import UserError
 
 _BUCKET_ELEMENTS = 200_000_000

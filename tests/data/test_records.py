@@ -140,3 +140,11 @@ def test_a_file_of_many_chunks_comes_back_in_order(tmp_path: Path) -> None:
     rows = [{"id": i, "text": "x" * rng.randrange(3000)} for i in range(6000)]
     found = JsonRecords(write(tmp_path / "data.json", json.dumps(rows)), tmp_path / "cache")
     assert all(found[i] == row for i, row in enumerate(rows))
+
+
+def test_a_number_too_long_for_python_spoils_its_own_record_alone(tmp_path: Path) -> None:
+    found = JsonRecords(write(tmp_path / "data.json", '[{"id": 1}, {"id": ' + "1" * 5000 + "}]"))
+    assert found[0] == {"id": 1}
+    with pytest.raises(SampleError) as caught:
+        found[1]
+    assert caught.value.kind == "not_json"

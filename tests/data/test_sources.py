@@ -66,15 +66,17 @@ def rows_of(shape: str, with_features: bool) -> datasets.Dataset:
     return rows.cast_column(column, feature)
 
 
-def check(source: Source) -> None:
-    assert len(source) == 3
-    for i, colour in enumerate(COLOURS):
-        sample = source[i]
-        assert sample.id == str(i)
-        assert [turn.text for turn in sample.turns] == [f"<image>\nWhich {i}?", f"It is {i}."]
-        (picture,) = sample.images
-        assert decode_image(picture).getpixel((3, 3)) == colour
-    assert source.line(0) is None
+EXPECTED = [(str(i), [f"<image>\nWhich {i}?", f"It is {i}."], [colour], None) for i, colour in enumerate(COLOURS)]
+
+
+def read(source: Source) -> list[Any]:
+    """Id, texts, colours of the images and line of each sample."""
+    samples = [source[i] for i in range(len(source))]
+    colours = [[decode_image(picture).getpixel((3, 3)) for picture in sample.images] for sample in samples]
+    return [
+        (sample.id, [turn.text for turn in sample.turns], seen, source.line(i))
+        for i, (sample, seen) in enumerate(zip(samples, colours, strict=True))
+    ]
 
 
 @pytest.mark.parametrize("with_features", [True, False], ids=["image features", "plain structs"])
@@ -94,16 +96,16 @@ def test_every_shape_is_read_from_every_kind_of_data_set(
         if kept == "arrow":
             path = next((tmp_path / "saved").glob("*.arrow"))
     source = open_source(path, cache=tmp_path / "cache")
-    check(source)
+    assert read(source) == EXPECTED
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        pool.apply(check, [source])
+        assert pool.apply(read, [source]) == EXPECTED
 
 
 def test_a_split_of_a_saved_dictionary_is_taken(tmp_path: Path) -> None:
     rows = rows_of("llava", True)
     datasets.DatasetDict(train=rows.select([0]), test=rows).save_to_disk(tmp_path / "both")
     assert len(open_source(tmp_path / "both")) == 1
-    check(open_source(tmp_path / "both", split="test"))
+    assert read(open_source(tmp_path / "both", split="test")) == EXPECTED
     with pytest.raises(DataError, match=r"no split 'validation'; set `split:` to one of train, test"):
         open_source(tmp_path / "both", split="validation")
 
@@ -144,7 +146,7 @@ def test_a_hub_data_set_is_loaded_by_id_subset_and_split(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = open_source("HuggingFaceM4/the_cauldron", subset="ai2d", split="validation")
-    check(source)
+    assert read(source) == EXPECTED
     assert asked == [(("HuggingFaceM4/the_cauldron", "ai2d"), {"split": "validation"})]
     assert source.name == "the_cauldron"
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import random
+import signal
 import struct
 import time
 import zlib
@@ -30,6 +32,8 @@ from llava_train.data.images import ImagePreprocessor, decode_image, open_image
 from llava_train.data.pictures import EmbeddedPicture, PictureFile
 from llava_train.data.problems import KINDS, SampleError
 from llava_train.data.sources import open_source
+from llava_train.errors import UserError
+from llava_train.inspect import check
 from llava_train.inspect.check import LOSSES, NOTES, Checked, Finding, check_data, picture_notes
 from llava_train.inspect.opening import open_stage_data
 from llava_train.model.processor import build_processor
@@ -295,6 +299,20 @@ def test_tokens_are_those_counted_by_hand(checked: Checked) -> None:
         assert examined.n_tokens[index] == n_tokens(case.record)
         assert examined.n_supervised[index] == len(conversation[1]["value"]) + 1
         assert examined.n_images[index] == ("image" in case.record)
+
+
+def test_a_worker_that_the_system_ends_is_said(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check.Examiner, "examine", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match="the system ended a worker process.*use fewer --workers"):
+        examined(parse_stage(content_of(data), "test"), n_workers=2)
+
+
+def test_the_clean_file_never_overwrites_its_source(data: Path) -> None:
+    before = data.read_bytes()
+    outcome = command(data, "--write-clean", data)
+    assert outcome.exit_code == 2
+    assert "a source of the stage; write the clean records to another file" in outcome.stderr
+    assert data.read_bytes() == before
 
 
 def test_one_worker_finds_what_two_find(data: Path, checked: Checked) -> None:

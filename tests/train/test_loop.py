@@ -19,12 +19,16 @@ from tests.tiny import stage
 def test_evaluation_and_checkpoints_are_not_counted_as_training_time(
     log_every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "train_step", lambda *_: (torch.ones(2, dtype=torch.float64), 1.0))
+    monkeypatch.setattr(loop, "train_step", lambda *_: (torch.ones(1, 2, dtype=torch.float64), 1.0))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     engine: Any = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]), skipped_steps=0)
-    batches = [StepBatch(step, (), 1, ()) for step in range(4)]
-    config, world, tracker = stage(Path("x"), logging={"every": log_every}), World(0, 1, torch.device("cpu")), Mock()
-    loop.train(engine, world, config, batches, 4, tracker, lambda step: time.sleep(0.3))
+    batches = [StepBatch(step, (), (1,), ()) for step in range(4)]
+    config, world, tracker = (
+        stage(Path("x"), logging={"every": log_every}),
+        World(0, 1, torch.device("cpu")),
+        Mock(start_step=0),
+    )
+    loop.train(engine, world, config, batches, 4, tracker, ("x",), lambda step: time.sleep(0.3))
     logged = [call.args[1] for call in tracker.step.call_args_list if len(call.args) == 2]
     assert len(logged) == {1: 4, 2: 3}[log_every]
     assert all(metrics["step_s"] < 0.1 for metrics in logged)
