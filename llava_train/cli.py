@@ -65,16 +65,18 @@ def check(
     with _user_errors():
         stage = load_stage(config, set_ or [])
         from llava_train.inspect.check import check_data
+        from llava_train.inspect.clean import clean_files
         from llava_train.inspect.clean import write_clean as write_clean_records
         from llava_train.inspect.opening import open_stage_data
         from llava_train.inspect.report import print_report, summary
 
         data = open_stage_data(stage)
+        _say_note(data.note)
+        files = clean_files(data, write_clean) if write_clean else []
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
             checked = check_data(stage, data, not fast, workers or os.cpu_count() or 1, ranks, progress)
         found = summary(stage, data, checked)
-        if write_clean:
-            found["clean"] = {name: str(path) for name, path in write_clean_records(data, checked, write_clean).items()}
+        found["clean"] = write_clean_records(stage, data, checked, files) if files else []
         if json_:
             print(json.dumps(found, ensure_ascii=False))
         else:
@@ -98,19 +100,26 @@ def preview(
     with _user_errors():
         stage = load_stage(config, set_ or [])
         from llava_train.inspect.opening import open_stage_data
-        from llava_train.inspect.preview import first_seen, print_seen, write_page
+        from llava_train.inspect.preview import first_seen, for_page, print_seen, write_page
 
         data = open_stage_data(stage)
-        seen = list(first_seen(stage, data, n))
-        console = Console(soft_wrap=True)
-        for one in seen:
+        _say_note(data.note)
+        console, shown = Console(soft_wrap=True), []
+        for one in first_seen(stage, data, n):
+            if html:
+                shown.append(for_page(one, data.preprocessor))
             if json_:
                 print(json.dumps(one.as_record(), ensure_ascii=False))
             else:
                 print_seen(console, one)
         if html:
-            write_page(stage, data, seen, ranks, html)
+            write_page(stage, data, shown, ranks, html)
             print(f"wrote {html}", file=sys.stderr)
+
+
+def _say_note(note: str | None) -> None:
+    if note:
+        print(note, file=sys.stderr)
 
 
 @contextmanager
@@ -118,7 +127,7 @@ def _user_errors() -> Iterator[None]:
     """Ends the command with exit code 2 and one line for what the user can mend."""
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -182,14 +182,14 @@ class SourceSection(Section):
 
     path: str
     """LLaVA JSON or JSONL (also gzipped), Parquet, a saved data set, or the id of one on the Hugging Face hub."""
-    images: str | dict[str, str] | None = None
+    images: str | Annotated[dict[str, str], Field(min_length=1)] | None = None
     """Folder, ZIP or TAR that the image paths are relative to, or such by prefix; default: the folder of `path`."""
     name: Annotated[str, Field(min_length=1)] | None = None
     """What metrics and reports call it; default: from `path`."""
     subset: str | None = None
     """Configuration of a hub data set."""
-    split: str = "train"
-    """Split of a hub data set."""
+    split: str | None = None
+    """Split of a hub data set; default: `train`."""
     take: Take = Take()
     """How much of it an epoch has: `all`, `first 1000`, a share such as `0.5`, or `repeat 3`."""
 
@@ -294,7 +294,7 @@ class StageConfig(Section):
     on_bad_sample: Literal["error", "skip"] = "error"
     """A sample that cannot be read: stop, or give it zero weight and a line in quarantine.jsonl."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Under `skip`: stop, with a summary, when more than this share of the samples so far cannot be read."""
+    """Stop, with a summary, when more than this share of the samples so far was left out (by `skip`, or `drop`)."""
     image: ImageSection = ImageSection()
     batch: BatchSection
     schedule: ScheduleSection = ScheduleSection()

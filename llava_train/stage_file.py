@@ -128,7 +128,8 @@ def _explain(problem: Any) -> str:
         near = difflib.get_close_matches(str(problem["input"]), _plain(context["expected"]), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{key}: {problem['input']!r} is not allowed; allowed: {context['expected']}{hint}"
-    return f"{key}: {problem['msg']}, not {problem['input']!r}"
+    message = problem["msg"].partition(" or instance of")[0]
+    return f"{key}: {message}, not {problem['input']!r}"
 
 
 def _plain(expected: str) -> list[str]:

@@ -15,7 +15,9 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path, PurePosixPath
+from typing import IO, Literal
 
 import pyarrow as pa
 
@@ -34,6 +36,8 @@ _SCHEMA = pa.schema(
     }
 )
 _VERSION = 1
+_LARGEST = 1 << 28
+"""Bytes of an encoded picture: more is no picture for a language model."""
 _ENCRYPTED = 0x1
 _ZIP_HEADER = struct.Struct("<4s22xHH")
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -59,7 +63,7 @@ class PictureArchive:
                 "so decompress it first"
             )
         try:
-            index = built_once(path, cache, _SCHEMA, lambda: sorted(contents(path)), _VERSION)
+            index = built_once("contents", path, cache, _SCHEMA, lambda: sorted(contents(path)), _VERSION)
         except (zipfile.BadZipFile, tarfile.TarError, UnicodeError, struct.error) as error:
             raise DataError(f"{path}: the archive is damaged: {error}") from error
         return cls(path, index)
@@ -88,7 +92,12 @@ class ArchivedPicture:
     is_deflated: bool
     crc: int | None
 
-    def read_bytes(self) -> bytes:
+    def open(self, mode: Literal["rb"]) -> IO[bytes]:
+        if max(self.n_bytes, self.n_stored) > _LARGEST:
+            raise SampleError("decompression_bomb", f"{self}: too large to read: {self.n_bytes:,} bytes")
+        return BytesIO(self._content())
+
+    def _content(self) -> bytes:
         offset = self.offset
         if self.crc is not None:
             magic, n_name, n_extra = _ZIP_HEADER.unpack(self._read(offset, _ZIP_HEADER.size))
@@ -145,7 +154,12 @@ def _zip_contents(path: Path) -> Iterator[tuple]:
 
 def _tar_contents(path: Path) -> Iterator[tuple]:
     with tarfile.open(path, "r:") as archive:
+        places: dict[str, tuple[int, int]] = {}  # of members that hard links may name
         for member in archive:
             if member.isfile() and not member.sparse:
-                yield str(PurePosixPath(member.name)), member.offset_data, member.size, member.size, False, None
+                places[member.name] = member.offset_data, member.size
+            place = places.get(member.linkname if member.islnk() else member.name)
+            if place is not None:
+                name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+                yield str(PurePosixPath(name)), place[0], place[1], place[1], False, None
             archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -22,11 +23,12 @@ _ROWS_A_BATCH = 4096
 
 
 def built_once(
-    path: Path, cache: Path | None, schema: pa.Schema, rows: Callable[[], Iterable[tuple]], version: int
+    what: str, path: Path, cache: Path | None, schema: pa.Schema, rows: Callable[[], Iterable[tuple]], version: int
 ) -> pa.Table:
     """The table of `rows()`, made from the file `path`.
 
     Args:
+        what: names the table among those of the file.
         cache: folder to keep it in; None keeps it in memory.
         rows: yields the rows, columns in the order of `schema`.
         version: of the way `rows` reads the file.
@@ -37,18 +39,22 @@ def built_once(
     if cache is None:
         batches = list(_batches(rows(), schema))
         return pa.Table.from_batches(batches, schema)
-    kept = cache / f"{path.name}-{_fingerprint(path, version)}.arrow"
+    kept = cache / f"{path.name}-{what}-{_fingerprint(path, version)}.arrow"
     try:
-        if not kept.is_file():
-            cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{kept}.lock"):
-                if not kept.is_file():
-                    _write(kept, schema, rows())
-        return pa.ipc.open_file(pa.memory_map(str(kept))).read_all()
+        with suppress(FileNotFoundError, pa.ArrowInvalid):  # not built yet, or torn by a power cut
+            return _mapped(kept)
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{kept}.lock"):
+            with suppress(FileNotFoundError, pa.ArrowInvalid):
+                return _mapped(kept)
+            _write(kept, schema, rows())
+            return _mapped(kept)
     except OSError as error:
-        raise DataError(
-            f"{kept}: cannot keep what was read from {path}: {error}; the folder is below `output:`"
-        ) from error
+        raise DataError(f"{kept}: cannot keep what was read from {path}: {error}; it is below `output:`") from error
+
+
+def _mapped(kept: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(kept))).read_all()
 
 
 def _fingerprint(path: Path, version: int) -> str:
@@ -63,6 +69,8 @@ def _write(kept: Path, schema: pa.Schema, rows: Iterable[tuple]) -> None:
         with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             for batch in _batches(rows, schema):
                 writer.write_batch(batch)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         temporary.replace(kept)
     finally:
         temporary.unlink(missing_ok=True)

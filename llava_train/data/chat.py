@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_train.data.chat_templates import render
 from llava_train.data.problems import SampleError
-from llava_train.data.samples import IMAGE_PLACEHOLDER, Sample, Turn
+from llava_train.data.samples import IMAGE_PLACEHOLDER, Sample, Turn, check_placeholders
 
 IGNORED = -100
 """Label of a token that is not supervised."""
@@ -80,7 +80,11 @@ class ChatEncoder:
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
         self.max_tokens = max_tokens
         self.over_long = over_long
-        longest_first = sorted(self._control_tokens(), key=len, reverse=True)
+        control_tokens = self._control_tokens()
+        unknown = tokenizer.unk_token_id
+        self._control_ids = {tokenizer.convert_tokens_to_ids(token): token for token in control_tokens}
+        self._control_ids.pop(unknown, None)  # stands for every character that the tokenizer does not know
+        longest_first = sorted(control_tokens, key=len, reverse=True)
         self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def encode(self, sample: Sample) -> EncodedSample:
@@ -91,10 +95,11 @@ class ChatEncoder:
             SampleError: a control token or a wrong `<image>` in a text, or nothing to supervise.
         """
         self._check_texts(sample)
-        text, spans = self.render(sample.turns)
+        text, spans = self._rendered(sample)
         input_ids, labels = self._tokenize(text, spans)
         is_image = input_ids == self.image_token_id
-        assert is_image.sum() == len(sample.images), "the template lost or made an image placeholder"
+        if is_image.sum() != len(sample.images):
+            raise SampleError("template_refuses", f"the chat template writes {is_image.sum()} {IMAGE_PLACEHOLDER}")
         repeats = np.where(is_image, self.n_image_tokens, 1)
         input_ids, labels = np.repeat(input_ids, repeats), np.repeat(labels, repeats)
         labels[0] = IGNORED
@@ -104,6 +109,19 @@ class ChatEncoder:
         if not (encoded.labels != IGNORED).any():
             raise SampleError("nothing_supervised", "no supervised token: every answer is empty or cut off")
         return encoded
+
+    def _rendered(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
+        """Text and spans of a sample, an answer a span. Raises SampleError."""
+        try:
+            text, spans = self.render(sample.turns)
+        except Exception as error:  # jinja passes on whatever the expressions of a template raise
+            raise SampleError(
+                "template_refuses", f"the chat template fails: {type(error).__name__}: {error}"
+            ) from error
+        n_answers = sum(turn.role == "assistant" for turn in sample.turns)
+        if len(spans) != n_answers:
+            raise SampleError("template_refuses", f"the chat template marks {len(spans)} of {n_answers} answers")
+        return text, spans
 
     def render(self, turns: tuple[Turn, ...], prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation and the character spans `[start, end)` of what the assistant says.
@@ -142,10 +160,18 @@ class ChatEncoder:
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         input_ids = np.array(encoding["input_ids"], dtype=np.int64)
         offsets = np.array(encoding["offset_mapping"], dtype=np.int64)
+        self._refuse_disguised(text, input_ids, offsets)
         supervised = np.zeros(len(input_ids), dtype=bool)
         for start, end in spans:
             supervised |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
         return input_ids, np.where(supervised, input_ids, IGNORED)
+
+    def _refuse_disguised(self, text: str, input_ids: np.ndarray, offsets: np.ndarray) -> None:
+        """Refuses a control token that the tokenizer's normalizer made of other characters, such as wide ones."""
+        for position in np.flatnonzero(np.isin(input_ids, list(self._control_ids))).tolist():
+            start, end = offsets[position]
+            if self._control_ids[int(input_ids[position])] not in text[start:end]:
+                raise SampleError("control_token", f"the tokenizer takes {text[start:end]!r} for a control token")
 
     def _control_tokens(self) -> set[str]:
         """Contents of the tokens that no text may hold."""
@@ -160,13 +186,7 @@ class ChatEncoder:
         for number, turn in enumerate(sample.turns, start=1):
             if found := self._control_pattern.search(turn.text):
                 raise SampleError("control_token", f"turn {number}: the text holds the control token {found.group()!r}")
-            if turn.role != "user" and IMAGE_PLACEHOLDER in turn.text:
-                raise SampleError("placeholders", f"turn {number}: {IMAGE_PLACEHOLDER} outside a user turn")
-        n_asked = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in sample.turns)
-        if n_asked != len(sample.images):
-            raise SampleError(
-                "placeholders", f"{n_asked} {IMAGE_PLACEHOLDER} placeholders, but {len(sample.images)} images"
-            )
+        check_placeholders(sample.turns, len(sample.images))
 
     def _shorten(self, encoded: EncodedSample) -> EncodedSample:
         """Cuts a sample to `max_tokens`, before an image that would be cut in two."""

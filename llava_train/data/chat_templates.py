@@ -21,6 +21,7 @@ A user's own file is used as it is. Whatever its origin, a template is tried on 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -138,6 +139,23 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return template
 
 
+def unlike_own(name: str, template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A line to show when a format by name writes another text than the language model's own template, else None.
+
+    A model that was trained with a default system turn, or with another format, does better with its own. `plain` and
+    `llava_v0` are never a model's own.
+    """
+    own = _own_template(tokenizer)
+    if name not in _FORMATS or name in _NEVER_PICKED or own is None:
+        return None
+    for bos in ("bos_token", "''"):  # a tokenizer may add what its template leaves out
+        if _render_alike(re.sub(r"set bos = \S+", f"set bos = {bos}", template, count=1), own, tokenizer):
+            return None
+    return (
+        f"model.chat_template: {name} writes another text than the language model's own template; auto follows that one"
+    )
+
+
 def render(
     template: str, tokenizer: PreTrainedTokenizerBase, turns: tuple[Turn, ...], prompt: bool = False
 ) -> tuple[str, list[tuple[int, int]]]:
@@ -243,9 +261,7 @@ def _wrong_prompt(text: str, start: int, prompt: str, tokenizer: PreTrainedToken
 
 def _same_as_own(tokenizer: PreTrainedTokenizerBase) -> tuple[str, _Settings]:
     """The format of ours that renders what the tokenizer's own template does. Raises TemplateError."""
-    own = tokenizer.chat_template
-    if isinstance(own, dict):
-        own = own.get("default")
+    own = _own_template(tokenizer)
     if own is None:
         raise TemplateError(f"auto finds no chat template in the tokenizer of the language model; {_CHOICE}")
     if "strftime_now" in own:
@@ -259,6 +275,11 @@ def _same_as_own(tokenizer: PreTrainedTokenizerBase) -> tuple[str, _Settings]:
             if name not in _NEVER_PICKED and _render_alike(_assembled(name, settings), own, tokenizer):
                 return name, replace(settings, bos=bos or _adds_bos(tokenizer))
     raise TemplateError(f"auto knows no template that renders as the language model's own does; {_CHOICE}")
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    own = tokenizer.chat_template
+    return own.get("default") if isinstance(own, dict) else own
 
 
 def _settings_of(own: str, name: str, bos: bool, tokenizer: PreTrainedTokenizerBase) -> _Settings:

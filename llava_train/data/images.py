@@ -6,7 +6,6 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BytesIO
 
 import numpy as np
 import torch
@@ -45,7 +44,13 @@ def decode_image(picture: Picture) -> Image.Image:
     Raises:
         SampleError: missing, empty, not a picture, truncated, or so large that it may be a decompression bomb.
     """
-    with open_image(picture) as image, _problems_of(picture):
+    with open_image(picture) as image:
+        return decoded(image, picture)
+
+
+def decoded(image: Image.Image, picture: Picture) -> Image.Image:
+    """The pixels of a picture whose header was read, as `decode_image` gives them. Raises SampleError."""
+    with _problems_of(picture):
         return _upright(_as_rgb(image), image.getexif().get(ExifTags.Base.Orientation))
 
 
@@ -53,12 +58,17 @@ def decode_image(picture: Picture) -> Image.Image:
 def open_image(picture: Picture) -> Iterator[Image.Image]:
     """The header of a picture, its pixels not decoded yet. Raises SampleError."""
     with _problems_of(picture):
-        content = picture.read_bytes()
-        if not content:
-            raise SampleError("image_empty", f"{picture}: the image file is empty (zero bytes)")
-        image = Image.open(BytesIO(content), formats=FORMATS)
-    with image:
-        yield image
+        file = picture.open("rb")
+    with file:
+        with _problems_of(picture):
+            if not file.read(1):
+                raise SampleError("image_empty", f"{picture}: the image file is empty (zero bytes)")
+            file.seek(0)
+            image = Image.open(file, formats=FORMATS)
+            if image.mode in ("I", "F"):
+                raise SampleError("image_mode", f"{picture}: of mode {image.mode}; save it with 8 or 16 bits a channel")
+        with image:
+            yield image
 
 
 @contextmanager

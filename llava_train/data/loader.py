@@ -100,7 +100,7 @@ class StepBatch:
     step: int
     micro_batches: tuple[PackedBatch, ...]
     n_samples: tuple[int, ...]
-    """Samples of the step by source, over all ranks, bad ones left out."""
+    """Samples of the step by source, over all ranks, less those that were bad before their images were decoded."""
     bad_samples: tuple[BadSample, ...]
 
     @property

@@ -1,6 +1,6 @@
 """Where the pictures of a source are: in folders, in ZIP or TAR archives read in place, or in the record itself.
 
-A store turns what a record says of an image into a `Picture`, without touching the file; `read_bytes` does that, in
+A store turns what a record says of an image into a `Picture`, without touching the file; `open` does that, in
 the process that decodes it. Nothing outside the declared roots is read: a path that leaves its root is refused, and
 so is a symbolic link, unless the folder that it leads to is declared too.
 """
@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import IO, Any, Literal, Protocol
+
+import pyarrow as pa
 
 from llava_train.data.problems import SampleError
 
@@ -20,8 +23,8 @@ from llava_train.data.problems import SampleError
 class Picture(Protocol):
     """A picture that was not read yet; `str(picture)` names it."""
 
-    def read_bytes(self) -> bytes:
-        """The encoded picture. Raises OSError or SampleError."""
+    def open(self, mode: Literal["rb"]) -> IO[bytes]:
+        """The encoded picture, as a file. Raises OSError or SampleError."""
 
 
 class PictureStore(Protocol):
@@ -35,11 +38,12 @@ class PictureStore(Protocol):
 class EmbeddedPicture:
     """A picture whose bytes the record holds."""
 
-    content: bytes = field(repr=False)
+    content: bytes | pa.Buffer = field(repr=False)
+    """A buffer lies in a memory-mapped table and is read when the picture is."""
     name: str = "embedded picture"
 
-    def read_bytes(self) -> bytes:
-        return self.content
+    def open(self, mode: Literal["rb"]) -> IO[bytes]:
+        return BytesIO(self.content)
 
     def __str__(self) -> str:
         return self.name
@@ -47,29 +51,36 @@ class EmbeddedPicture:
 
 @dataclass(frozen=True)
 class PictureFile:
-    """A file that must really lie in `root`."""
+    """A file that must really lie in one of the declared roots."""
 
     path: Path
-    root: Path
+    roots: tuple[Path, ...]
 
-    def read_bytes(self) -> bytes:
-        real = self.path.resolve()
-        if not real.is_relative_to(self.root.resolve()):
+    def open(self, mode: Literal["rb"]) -> IO[bytes]:
+        try:
+            real = self.path.resolve()
+        except RuntimeError as error:  # before Python 3.13
+            raise SampleError("image_unreadable", f"{self.path}: a symbolic link to itself") from error
+        if not any(real.is_relative_to(root.resolve()) for root in self.roots):
             raise SampleError(
                 "symlink_outside_root",
-                f"{self.path} is a link to {real}, outside {self.root}; declare that folder in `images:` too",
+                f"{self.path} is a link to {real}, outside {self.roots[0]}; declare that folder in `images:` too",
             )
-        return real.read_bytes()
+        return real.open(mode)
 
     def __str__(self) -> str:
         return str(self.path)
 
 
 class PictureFolder:
-    """Pictures below a folder."""
+    """Pictures below a folder.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Args:
+        others: declared roots that symbolic links may lead to.
+    """
+
+    def __init__(self, root: Path, others: Iterable[Path] = ()) -> None:
+        self.root, self.others = root, tuple(others)
 
     def find(self, name: str) -> Picture:
         path = Path(name)
@@ -77,7 +88,7 @@ class PictureFolder:
             path = next((path.relative_to(r) for r in self._roots() if path.is_relative_to(r)), path)
         if path.is_absolute() or ".." in path.parts or "\0" in name:
             raise _outside(name, f"the image folder {self.root}")
-        return PictureFile(self.root / path, self.root)
+        return PictureFile(self.root / path, (self.root, *self.others))
 
     def _roots(self) -> tuple[Path, Path]:
         return self.root.absolute(), self.root.resolve()
@@ -90,7 +101,7 @@ class PrefixedStores:
     """
 
     def __init__(self, stores: Mapping[str, PictureStore]) -> None:
-        prefixes = {prefix.strip("/"): store for prefix, store in stores.items()}
+        prefixes = {prefix.rstrip("/"): store for prefix, store in stores.items()}
         self._stores = sorted(prefixes.items(), key=lambda item: -len(item[0]))
 
     def find(self, name: str) -> Picture:
@@ -119,7 +130,7 @@ class Pictures:
         if isinstance(value, dict):
             content, name = value.get("bytes"), value.get("path")
             content = name if content is None else content
-        if isinstance(content, bytes):
+        if isinstance(content, bytes | pa.Buffer):
             return EmbeddedPicture(content, name or "embedded picture")
         if not isinstance(content, str) or not content:
             raise SampleError("image_value", f'"image" is a path, bytes or a list of them, not {value!r:.60}')

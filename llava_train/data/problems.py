@@ -15,6 +15,7 @@ KINDS = {
     "roles_out_of_order": "user and assistant do not take turns",
     "placeholders": "placeholders and images do not match",
     "control_token": "a control token of the model in a text",
+    "template_refuses": "a conversation that the chat template does not render",
     "nothing_supervised": "no supervised token",
     "over_long": "more tokens than batch.max_sample_tokens",
     "image_value": "an image that is neither a path nor a picture's bytes",
@@ -26,6 +27,7 @@ KINDS = {
     "image_empty": "an image of zero bytes",
     "image_truncated": "an image that is cut off",
     "image_damaged": "an image whose content is damaged",
+    "image_mode": "an image of 32-bit numbers, whose range nobody knows",
     "not_an_image": "an image file that is no picture",
     "decompression_bomb": "an image too large to decode",
 }

@@ -42,8 +42,8 @@ class JsonRecords:
     """
 
     def __init__(self, path: Path, cache: Path | None = None) -> None:
-        self.path = path
-        table = built_once(path, cache, _SCHEMA, lambda: _cut(path), _VERSION)
+        self.path, self.cache = path, cache
+        table = built_once("records", path, cache, _SCHEMA, lambda: _cut(path), _VERSION)
         self._records, self._lines = table["record"], table["line"]
         if not len(self):
             raise DataError(f"{path}: holds no sample")
@@ -70,18 +70,23 @@ class JsonRecords:
         return cast(bytes, self._records[index].as_py()).decode("utf-8", "replace")
 
     def fingerprint(self) -> str:
-        return sha256(self.path)
+        """The file's sha256, computed once."""
+        schema = pa.schema({"sha256": pa.string()})
+        table = built_once("sha256", self.path, self.cache, schema, lambda: [(sha256(self.path),)], _VERSION)
+        return cast(str, table["sha256"][0].as_py())
 
 
 def _cut(path: Path) -> Iterator[tuple[bytes, int]]:
     """Yields each record and its line."""
-    with path.open("rb") as raw:
-        is_gzip = raw.read(2) == GZIP_MAGIC
-        raw.seek(0)
-        try:
+    try:
+        with path.open("rb") as raw:
+            is_gzip = raw.read(2) == GZIP_MAGIC
+            raw.seek(0)
             yield from _cut_text(cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if is_gzip else raw, path)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"{path}: the gzip file is damaged: {error}") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: the gzip file is damaged: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the data file: {error.strerror}") from error
 
 
 def _cut_text(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int]]:

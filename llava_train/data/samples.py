@@ -6,7 +6,7 @@ The shape of a record is told by its keys:
                    "system", "value": text}, ...]}`; `<image>` in a human text says where an image goes
     messages       chats: `{"images": [...], "messages": [{"role", "content"}, ...]}`; the content is a text as above
                    (without any `<image>` the images come first) or a list of parts, `{"type": "text", "text"}` and
-                   `{"type": "image"}`, the image in the part or the next of `images`
+                   `{"type": "image"}`, the image in the part, the one of its `index`, or the next of `images`
     texts          the_cauldron and FineVision: `{"images": [...], "texts": [{"user", "assistant"}, ...]}`; the
                    images come first
 
@@ -16,7 +16,7 @@ Other keys are ignored. An `<image>` where it cannot stand for an image is refus
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,7 +73,7 @@ def parse_record(record: Any, pictures: Pictures, default_id: str) -> Sample:
             turns = _images_first(turns, len(images))
     turns = [Turn(turn.role, turn.text.strip()) for turn in turns]
     _check_order(turns)
-    _check_placeholders(turns, len(images))
+    check_placeholders(turns, len(images))
     return Sample(record_id(record, default_id), tuple(map(pictures.picture, images)), tuple(turns))
 
 
@@ -84,11 +84,7 @@ def record_id(record: Any, default_id: str) -> str:
 
 
 def _listed_images(record: dict[str, Any]) -> list[Any]:
-    listed = record.get("image")
-    if listed in (None, ""):
-        listed = record.get("images")
-    if listed in (None, ""):
-        return []
+    listed: Any = next((record[key] for key in ("image", "images") if record.get(key) not in (None, "", [])), [])
     return listed if isinstance(listed, list) else [listed]
 
 
@@ -107,29 +103,41 @@ def _parse_pairs(texts: Any) -> list[Turn]:
 
 def _parse_messages(messages: Any, name: str, listed: list[Any]) -> tuple[list[Turn], list[Any]]:
     """Turns of `[{"from" | "role", "value" | "content"}, ...]`, and their images in order."""
+    if isinstance(messages, dict) and all(isinstance(values, list) for values in messages.values()):
+        messages = [dict(zip(messages, values, strict=False)) for values in zip(*messages.values(), strict=False)]
     if not isinstance(messages, list) or not messages:
         raise SampleError("no_conversation", f'"{name}" is missing, empty or not a list')
     parsed = [_parse_message(message, number) for number, message in enumerate(messages, start=1)]
     if all(own is None for _, own in parsed):
         return [turn for turn, _ in parsed], listed
-    rest = iter(listed)
-    images = [next(rest, None) if image is None else image for _, own in parsed for image in own or []]
-    n_missing = sum(image is None for image in images)
-    n_left = len(list(rest))
-    if n_missing or n_left:
-        raise SampleError("placeholders", f"{len(images)} image parts, but {len(images) - n_missing + n_left} images")
-    return [turn for turn, _ in parsed], images
+    return [turn for turn, _ in parsed], _images_of_parts([image for _, own in parsed for image in own or []], listed)
+
+
+def _images_of_parts(parts: list[Any], listed: list[Any]) -> list[Any]:
+    """The image of each part: its own, the one of its index in `listed`, or the next of `listed`. All must be used."""
+    by_index = [part for part in parts if isinstance(part, int)]
+    if by_index:
+        used = set(by_index)
+        images = [listed[part] if part in range(len(listed)) else part for part in parts if isinstance(part, int)]
+        fits = len(by_index) == len(parts) and used == set(range(len(listed)))
+    else:
+        rest = iter(listed)
+        images = [next(rest, None) if part is None else part for part in parts]
+        fits = None not in images and not list(rest)
+    if not fits:
+        raise SampleError("placeholders", f"{len(parts)} image parts do not fit the {len(listed)} images of the record")
+    return images
 
 
 def _parse_message(message: Any, number: int) -> tuple[Turn, list[Any] | None]:
-    """A turn, and the images of its parts: None for a part without one, and None in all where the content is a text."""
+    """A turn, and the images of its parts as `_image_of_part` gives them; None where the content is a text."""
     if not isinstance(message, dict) or not message.keys() & {"value", "content"}:
         raise SampleError("malformed_turn", f'turn {number}: a turn is {{"from": ..., "value": text}}')
-    stated = message.get("from", message.get("role"))
+    stated = _first_stated(message, "from", "role")
     role = _ROLES.get(str(stated))
     if role is None:
         raise SampleError("unknown_role", f"turn {number}: unknown role {stated!r}; known: {', '.join(_ROLES)}")
-    content = message.get("value", message.get("content"))
+    content = _first_stated(message, "value", "content")
     if not isinstance(content, list):
         return Turn(role, _checked_text(content, number)), None
     pieces, images = [], []
@@ -155,8 +163,14 @@ def _beside_images(pieces: list[str]) -> Iterator[str]:
         yield piece
 
 
+def _first_stated(holder: dict[str, Any], *keys: str) -> Any:
+    """The value of the first key that has one: Arrow gives each row the keys of all."""
+    return next((holder[key] for key in keys if holder.get(key) is not None), None)
+
+
 def _image_of_part(part: dict[str, Any]) -> Any:
-    found = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
+    """The part's own image, its index in the record's images, or None."""
+    found = _first_stated(part, "image", "path", "url", "image_url", "index")
     return found.get("url") if isinstance(found, dict) and "url" in found else found
 
 
@@ -194,9 +208,11 @@ def _check_order(turns: list[Turn]) -> None:
         )
 
 
-def _check_placeholders(turns: list[Turn], n_images: int) -> None:
-    n_asked = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "user")
-    if any(IMAGE_PLACEHOLDER in turn.text for turn in turns if turn.role != "user"):
-        raise SampleError("placeholders", f"{IMAGE_PLACEHOLDER} outside a user turn")
+def check_placeholders(turns: Sequence[Turn], n_images: int) -> None:
+    """Refuses turns whose `<image>` do not stand for `n_images` images, one each. Raises SampleError."""
+    for number, turn in enumerate(turns, start=1):
+        if turn.role != "user" and IMAGE_PLACEHOLDER in turn.text:
+            raise SampleError("placeholders", f"turn {number}: {IMAGE_PLACEHOLDER} outside a user turn")
+    n_asked = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
     if n_asked != n_images:
         raise SampleError("placeholders", f"{n_asked} {IMAGE_PLACEHOLDER} placeholders, but {n_images} images")

@@ -8,21 +8,23 @@ owner/name a data set of the Hugging Face hub, where there is no such file
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
+import pyarrow as pa
 from datasets.exceptions import DatasetsError
 
 from llava_train.data.archives import PictureArchive
 from llava_train.data.pictures import PictureFolder, Pictures, PictureStore, PrefixedStores
-from llava_train.data.problems import DataError
+from llava_train.data.problems import DataError, SampleError
 from llava_train.data.records import GZIP_MAGIC, JsonRecords
 from llava_train.data.samples import Sample, parse_record, record_id
-from llava_train.errors import UserError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SUFFIXES_OF_FILES = (".json", ".jsonl", ".gz", ".parquet", ".arrow", ".zip", ".tar")
+"""What misses such a file must not be told of the hub."""
 _BINARY_MAGIC = {b"PAR1": "parquet", b"ARRO": "arrow", b"\xff\xff\xff\xff": "arrow"}
 
 
@@ -52,13 +54,27 @@ class HubRecords:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Any:
-        return self._rows[index].to_pylist()[0]
+        row = self._rows[index]
+        return {name: _as_python(row[name][0]) for name in row.column_names}
 
     def line(self, index: int) -> None:
         return None
 
     def fingerprint(self) -> str:
         return str(self._fingerprint)
+
+
+def _as_python(value: pa.Scalar) -> Any:
+    """An Arrow value as Python objects, binary ones as buffers: of an embedded picture nothing is read yet."""
+    if isinstance(value, pa.StringScalar | pa.LargeStringScalar) or not value.is_valid:
+        return value.as_py()
+    if isinstance(value, pa.BinaryScalar | pa.LargeBinaryScalar):
+        return value.as_buffer()
+    if isinstance(value, pa.ListScalar | pa.LargeListScalar):
+        return [_as_python(inner) for inner in value.values]
+    if isinstance(value, pa.StructScalar):
+        return {name: _as_python(inner) for name, inner in value.items()}
+    return value.as_py()
 
 
 class Source:
@@ -77,13 +93,17 @@ class Source:
 
     def __getitem__(self, index: int) -> Sample:
         """Parses and validates a sample. Raises SampleError."""
-        return parse_record(self.records[index], self.pictures, default_id=str(index))
+        return self.parse(self.records[index], index)
+
+    def parse(self, record: Any, index: int) -> Sample:
+        """The sample of `records[index]`. Raises SampleError."""
+        return parse_record(record, self.pictures, default_id=str(index))
 
     def record_id(self, index: int) -> str:
         """The id that the record states, valid or not."""
         try:
             return record_id(self.records[index], str(index))
-        except UserError:
+        except SampleError:
             return str(index)
 
     def line(self, index: int) -> int | None:
@@ -101,7 +121,7 @@ def open_source(
     *,
     name: str | None = None,
     subset: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     cache: Path | None = None,
 ) -> Source:
     """Opens a source.
@@ -110,7 +130,7 @@ def open_source(
         path: file, folder, or hub id.
         images: folder or archive that the image paths are relative to, or such by prefix of the paths; default:
             the folder of `path`.
-        subset, split: of a Hugging Face data set.
+        subset, split: of a Hugging Face data set; the default split is `train`.
         cache: folder for what is built once; None keeps it in memory.
 
     Raises:
@@ -121,13 +141,16 @@ def open_source(
     return Source(str(path), name or Path(path).name.split(".")[0], records, _open_pictures(images, folder, cache))
 
 
-def _open_records(path: Path, subset: str | None, split: str, cache: Path | None) -> Records:
+def _open_records(path: Path, subset: str | None, split: str | None, cache: Path | None) -> Records:
     try:
         kind = _kind_of_file(path) if path.is_file() else None
     except OSError as error:
         raise _unreadable(path, error.strerror) from error
+    if kind and (subset or split):
+        raise DataError(f"{path}: a file has no `subset:` or `split:`; remove the key, or name a data set")
     if kind == "json":
         return JsonRecords(path, cache)
+    split = split or "train"
     try:
         if kind == "parquet":
             return HubRecords(datasets.Dataset.from_parquet(str(path), cache_dir=str(cache) if cache else None))
@@ -137,7 +160,7 @@ def _open_records(path: Path, subset: str | None, split: str, cache: Path | None
             return HubRecords(_split_of(datasets.load_from_disk(str(path)), split))
         if path.is_dir() or _looks_like_hub_id(path):
             return HubRecords(datasets.load_dataset(str(path), subset, split=split))
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         what = "" if path.exists() else " There is no such file either."
         raise DataError(f"{path}: the data set cannot be loaded: {error}{what}") from error
     raise _unreadable(path, "No such file or directory")
@@ -153,7 +176,8 @@ def _kind_of_file(path: Path) -> str:
 
 def _looks_like_hub_id(path: Path) -> bool:
     """`owner/name`, when there is no folder `owner` in which a file is missing."""
-    return bool(_HUB_ID.fullmatch(str(path))) and not path.suffix and not path.parent.is_dir()
+    is_id = _HUB_ID.fullmatch(str(path)) and path.suffix not in _SUFFIXES_OF_FILES
+    return bool(is_id) and not path.parent.is_dir()
 
 
 def _unreadable(path: Path, reason: str | None) -> DataError:
@@ -175,15 +199,17 @@ def _open_pictures(images: str | Path | Mapping[str, str] | None, default: Path,
     if images is None:
         return Pictures(PictureFolder(default))
     if isinstance(images, Mapping):
-        return Pictures(PrefixedStores({prefix: _open_store(Path(path), cache) for prefix, path in images.items()}))
+        folders = [Path(path) for path in images.values() if Path(path).is_dir()]
+        return Pictures(PrefixedStores({prefix: _open_store(Path(p), cache, folders) for prefix, p in images.items()}))
     return Pictures(_open_store(Path(images), cache))
 
 
-def _open_store(path: Path, cache: Path | None) -> PictureStore:
+def _open_store(path: Path, cache: Path | None, folders: Iterable[Path] = ()) -> PictureStore:
+    """A folder or an archive; `folders` are all declared ones, which links may lead to."""
     if path.is_file():
         return PictureArchive.open(path, cache)
     if path.is_dir():
-        return PictureFolder(path)
+        return PictureFolder(path, folders)
     raise DataError(
         f"{path}: there is no such image folder or archive; mend `images:` in the stage file, "
         f"which is relative to the current folder ({Path.cwd()})"

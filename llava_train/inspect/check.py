@@ -23,11 +23,13 @@ from rich.progress import Progress
 
 from llava_train.config import StageConfig
 from llava_train.data.chat import IGNORED
-from llava_train.data.images import DAMAGED, decode_image, open_image
+from llava_train.data.images import DAMAGED, decoded, open_image
+from llava_train.data.mixture import Mixture
 from llava_train.data.order import n_steps_of, step_samples
 from llava_train.data.packing import plan_packs
 from llava_train.data.pictures import Picture
 from llava_train.data.problems import SampleError
+from llava_train.data.samples import Sample, record_id
 from llava_train.data.sources import Source
 from llava_train.errors import UserError
 from llava_train.inspect.opening import StageData
@@ -83,13 +85,15 @@ class Checked:
     """What was found in all the data of a stage."""
 
     by_source: tuple[Examined, ...]
+    held_out: tuple[Examined, ...]
+    """Of the sources of `eval.data`."""
     lengths: np.ndarray  # int64 [samples of an epoch]; 0 where a sample cannot be trained on
     n_steps: int
     packing: dict[str, float]
 
     @property
     def findings(self) -> list[Finding]:
-        return [finding for examined in self.by_source for finding in examined.findings]
+        return [finding for examined in (*self.by_source, *self.held_out) for finding in examined.findings]
 
     @property
     def would_lose(self) -> bool:
@@ -112,9 +116,11 @@ class Examiner:
         examined = Examined()
         for index in indices:
             notes: list[tuple[str, str]] = []
-            counts, name = (0, 0, 0), source.record_id(index)
+            counts, name = (0, 0, 0), str(index)
             try:
-                counts = self._counts(source, index, notes)
+                record = source.records[index]
+                name = record_id(record, name)
+                counts = self._counts(source.parse(record, index), notes)
             except SampleError as error:
                 notes.append((error.kind, str(error)))
             examined.indices.append(index)
@@ -130,9 +136,8 @@ class Examiner:
             ]
         return examined
 
-    def _counts(self, source: Source, index: int, notes: list[tuple[str, str]]) -> tuple[int, int, int]:
+    def _counts(self, sample: Sample, notes: list[tuple[str, str]]) -> tuple[int, int, int]:
         """Tokens, supervised tokens and images of a sample. Raises SampleError."""
-        sample = source[index]
         encoded = self.data.encoder.encode(sample)
         if encoded.truncated:
             notes.append(("truncated", f"cut to {encoded.n_tokens} tokens"))
@@ -142,10 +147,9 @@ class Examiner:
 
     def _look_at(self, picture: Picture) -> Iterator[tuple[str, str]]:
         with open_image(picture) as image:
-            found = list(picture_notes(image, str(picture)))
-        if self.decode:
-            self.data.preprocessor(decode_image(picture))
-        yield from found
+            yield from picture_notes(image, str(picture))
+            if self.decode:
+                self.data.preprocessor(decoded(image, picture))
 
 
 def picture_notes(image: Image.Image, name: str) -> Iterator[tuple[str, str]]:
@@ -186,7 +190,7 @@ def _n_frames(image: Image.Image) -> int:
 def check_data(
     config: StageConfig, data: StageData, decode: bool, n_workers: int, n_ranks: int, progress: Progress
 ) -> Checked:
-    """Examines every sample that an epoch has, once.
+    """Examines every sample that an epoch has, once, and the held-out ones.
 
     Args:
         decode: False reads of pictures the headers only.
@@ -195,54 +199,66 @@ def check_data(
     Raises:
         UserError: the system ended a worker process.
     """
-    by_source = tuple(Examined() for _ in data.mixture.sources)
-    chunks = list(_chunks(data))
-    task = progress.add_task("checking", total=sum(len(indices) for _, indices in chunks))
-    for number, examined in _examine_in_parallel(Examiner(data, decode), chunks, n_workers):
-        by_source[number].add(examined)
-        progress.advance(task, len(examined.indices))
-    for source, examined in zip(data.mixture.sources, by_source, strict=True):
-        examined.findings += _duplicates(source, examined)
-    lengths = _epoch_lengths(data, by_source)
+    mixtures = [data.mixture, data.held_out] if data.held_out else [data.mixture]
+    found = [tuple(Examined() for _ in mixture.sources) for mixture in mixtures]
+    chunks = [chunk for number, mixture in enumerate(mixtures) for chunk in _chunks(number, mixture)]
+    task = progress.add_task("checking", total=sum(len(chunk.indices) for chunk in chunks))
+    for chunk, examined in zip(chunks, _examine_in_parallel(Examiner(data, decode), chunks, n_workers), strict=True):
+        found[chunk.mixture_number][chunk.source_number].add(examined)
+        progress.advance(task, len(chunk.indices))
+    for mixture, by_source in zip(mixtures, found, strict=True):
+        for source, examined in zip(mixture.sources, by_source, strict=True):
+            examined.findings += _duplicates(source, examined)
+    lengths = _epoch_lengths(data, found[0])
     n_steps = n_steps_of(len(lengths), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
     packing = _expected_packing(config, lengths, n_steps, n_ranks, data.attention_cost)
-    return Checked(by_source, lengths, n_steps, packing)
+    return Checked(found[0], found[1] if data.held_out else (), lengths, n_steps, packing)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Samples that one worker examines in one go."""
+
+    mixture_number: int
+    """0 for what is trained on, 1 for the held-out samples."""
+    source: Source
+    source_number: int
+    indices: list[int]
 
 
 _examiner: Examiner
-"""Of a worker process."""
+_chunks_of_worker: list[Chunk]
+"""Of a worker process, which inherits them: sources are not sent."""
 
 
-def _examine_in_parallel(
-    examiner: Examiner, chunks: list[tuple[int, list[int]]], n_workers: int
-) -> Iterator[tuple[int, Examined]]:
+def _examine_in_parallel(examiner: Examiner, chunks: list[Chunk], n_workers: int) -> Iterator[Examined]:
     """What worker processes find in each chunk, in order. Raises UserError."""
     context = multiprocessing.get_context("fork")
     try:
-        with ProcessPoolExecutor(n_workers, context, initializer=_start_worker, initargs=(examiner,)) as pool:
-            yield from pool.map(_examine_chunk, chunks)
+        with ProcessPoolExecutor(n_workers, context, initializer=_start_worker, initargs=(examiner, chunks)) as pool:
+            yield from pool.map(_examine_chunk, range(len(chunks)))
     except BrokenProcessPool as error:
         raise UserError(
             "check: the system ended a worker process, short of memory perhaps; use fewer --workers"
         ) from error
 
 
-def _start_worker(examiner: Examiner) -> None:
-    global _examiner
-    _examiner = examiner
+def _start_worker(examiner: Examiner, chunks: list[Chunk]) -> None:
+    global _examiner, _chunks_of_worker
+    _examiner, _chunks_of_worker = examiner, chunks
     torch.set_num_threads(1)
 
 
-def _chunks(data: StageData) -> Iterator[tuple[int, list[int]]]:
-    for number in range(len(data.mixture.sources)):
-        taken = np.unique(data.mixture.taken_of(number)).tolist()
+def _chunks(mixture_number: int, mixture: Mixture) -> Iterator[Chunk]:
+    for number, source in enumerate(mixture.sources):
+        taken = np.unique(mixture.taken_of(number)).tolist()
         for start in range(0, len(taken), _CHUNK):
-            yield number, taken[start : start + _CHUNK]
+            yield Chunk(mixture_number, source, number, taken[start : start + _CHUNK])
 
 
-def _examine_chunk(chunk: tuple[int, list[int]]) -> tuple[int, Examined]:
-    number, indices = chunk
-    return number, _examiner.examine(_examiner.data.mixture.sources[number], indices)
+def _examine_chunk(number: int) -> Examined:
+    chunk = _chunks_of_worker[number]
+    return _examiner.examine(chunk.source, chunk.indices)
 
 
 def _duplicates(source: Source, examined: Examined) -> Iterator[Finding]:

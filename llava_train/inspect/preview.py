@@ -27,6 +27,7 @@ from llava_train.data.packing import plan_packs
 from llava_train.data.problems import SampleError
 from llava_train.data.samples import Sample
 from llava_train.inspect.opening import StageData
+from llava_train.inspect.report import printable
 
 
 @dataclass(frozen=True)
@@ -112,15 +113,16 @@ def _narrowed(ids: np.ndarray, encoder: ChatEncoder) -> list[int]:
 
 def print_seen(console: Console, seen: Seen) -> None:
     """A sample in the terminal: supervised text in colour, the rest dim."""
-    title = f"{seen.id}  [{seen.place.source.name} {seen.place.index}]"
+    title = printable(f"{seen.id}  [{seen.place.source.name} {seen.place.index}]")
     if seen.encoded is None:
-        console.print(Text(f"{title}  {seen.problem}", style="bold red"))
+        console.print(Text(f"{title}  {printable(seen.problem)}", style="bold red"))
         return
     n_supervised = int((seen.encoded.labels != IGNORED).sum())
     console.print(Text(f"{title}  {seen.encoded.n_tokens} tokens, {n_supervised} supervised", style="bold"))
     text = Text()
     for piece in seen.pieces:
-        text.append(piece.text, style="bold green" if piece.supervised else "cyan" if piece.is_image else "dim")
+        style = "bold green" if piece.supervised else "cyan" if piece.is_image else "dim"
+        text.append(printable(piece.text), style=style)
     console.print(text, end="\n\n")
 
 
@@ -142,14 +144,14 @@ def packs_of_first_step(config: StageConfig, data: StageData, n_ranks: int) -> l
     return [[[samples[i] for i in pack] for pack in packs] for packs in plan]
 
 
-def write_page(config: StageConfig, data: StageData, seen: list[Seen], n_ranks: int, path: Path) -> None:
-    """A self-contained HTML page."""
+def write_page(config: StageConfig, data: StageData, samples: list[dict[str, Any]], n_ranks: int, path: Path) -> None:
+    """A self-contained HTML page of samples that `for_page` prepared."""
     text = resources.files("llava_train.inspect").joinpath("preview.html.jinja").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(text)
     content = page.render(
         config=config,
         template=config.model.chat_template,
-        samples=[_for_page(one, data.preprocessor) for one in seen],
+        samples=samples,
         ranks=packs_of_first_step(config, data, n_ranks),
         size=data.preprocessor.size,
     )
@@ -157,7 +159,8 @@ def write_page(config: StageConfig, data: StageData, seen: list[Seen], n_ranks: 
     path.write_text(content, encoding="utf-8")
 
 
-def _for_page(seen: Seen, preprocessor: ImagePreprocessor) -> dict[str, Any]:
+def for_page(seen: Seen, preprocessor: ImagePreprocessor) -> dict[str, Any]:
+    """What the page shows of a sample, its pictures small again: an encoded one takes a tenth of its pixel values."""
     encoded = seen.encoded
     return {
         "id": seen.id,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from llava_train.config import StageConfig
+from llava_train.data.mixture import Mixture
 from llava_train.data.problems import KINDS
-from llava_train.inspect.check import NOTES, Checked
+from llava_train.inspect.check import NOTES, Checked, Examined
 from llava_train.inspect.opening import StageData
 
 _BAR = 40
@@ -41,14 +44,19 @@ def summary(config: StageConfig, data: StageData, checked: Checked) -> dict[str,
         "n_tokens": int(good.sum()),
         "share_supervised": total["n_supervised"] / max(1, int(good.sum())),
         "tokens": _distribution(good),
-        "sources": {
-            source.name: {"n_samples": len(e.indices), "n_bad": e.n_tokens.count(0), "n_tokens": sum(e.n_tokens)}
-            for source, e in zip(data.mixture.sources, checked.by_source, strict=True)
-        },
+        "sources": _by_source(data.mixture, checked.by_source),
+        "held_out": _by_source(data.held_out, checked.held_out) if data.held_out else {},
         "problems": {kind: found for kind, found in of_kinds.items() if kind not in NOTES},
         "notes": {kind: found for kind, found in of_kinds.items() if kind in NOTES},
         "n_steps": checked.n_steps,
         "packing": checked.packing,
+    }
+
+
+def _by_source(mixture: Mixture, examined: Sequence[Examined]) -> dict[str, dict[str, int]]:
+    return {
+        source.name: {"n_samples": len(e.indices), "n_bad": e.n_tokens.count(0), "n_tokens": sum(e.n_tokens)}
+        for source, e in zip(mixture.sources, examined, strict=True)
     }
 
 
@@ -63,6 +71,11 @@ def _distribution(n_tokens: np.ndarray) -> dict[str, Any]:
         "max": int(n_tokens.max()),
         "histogram": [[float(edge), int(height)] for edge, height in zip(edges, heights, strict=False)],
     }
+
+
+def printable(text: str) -> str:
+    """A text of the data for the terminal, which must not obey it: control characters as their symbols."""
+    return text.translate({code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421})
 
 
 def print_report(console: Console, found: dict[str, Any]) -> None:
@@ -83,9 +96,13 @@ def print_report(console: Console, found: dict[str, Any]) -> None:
         table.add_row(name, value)
     console.print(table)
     _print_histogram(console, tokens.get("histogram", []))
-    _print_sources(console, found["sources"])
+    _print_sources(console, found["sources"] | {f"held out: {name}": n for name, n in found["held_out"].items()})
     _print_findings(console, "What would be lost", found["problems"], KINDS, "red")
     _print_findings(console, "What is handled", found["notes"], NOTES, "yellow")
+    if found["clean"]:
+        console.print("What can be trained on was written; in the stage file it is", highlight=False)
+        for section in found["clean"]:
+            console.print(escape(f"  - {json.dumps(section, ensure_ascii=False)}"), highlight=False)
     if found["would_lose"]:
         console.print("[bold red]Something would be lost.[/] --write-clean OUT.jsonl writes the rest.")
     else:
@@ -114,4 +131,4 @@ def _print_findings(console: Console, title: str, findings: dict[str, Any], word
         for example in found["examples"]:
             line = f", line {example['line']}" if example["line"] else ""
             place = f"{example['source']}: {example['id']!r} (number {example['index']}{line})"
-            console.print(f"      {escape(place)}: {escape(example['reason'])}", style="dim", highlight=False)
+            console.print("      " + escape(printable(f"{place}: {example['reason']}")), style="dim", highlight=False)

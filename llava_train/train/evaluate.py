@@ -10,7 +10,7 @@ import deepspeed
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from llava_train.config import EvalSection
+from llava_train.config import StageConfig
 from llava_train.data.chat import ChatEncoder
 from llava_train.data.images import decode_image
 from llava_train.data.loader import StepDataset
@@ -19,29 +19,49 @@ from llava_train.data.samples import Turn
 from llava_train.model.attention import PACKED
 from llava_train.model.build import Llava
 from llava_train.train.engine import World
-from llava_train.train.loop import forward
+from llava_train.train.loop import BadSampleError, forward, refuse_bad
 
 
 def evaluate(
-    engine: deepspeed.DeepSpeedEngine, world: World, llava: Llava, dataset: StepDataset, section: EvalSection
-) -> tuple[float, list[dict[str, str]]]:
-    """Held-out loss and generated answers on a data set in its own order. Every rank must call it."""
-    loss = held_out_loss(engine, world, dataset, section.max_samples)
-    return loss, answers(engine, llava, dataset, section.generate, section.max_new_tokens)
+    engine: deepspeed.DeepSpeedEngine, world: World, llava: Llava, dataset: StepDataset, config: StageConfig
+) -> tuple[float, int, list[dict[str, str]]]:
+    """Held-out loss, samples that it leaves out, and generated answers, on a data set in its own order.
+
+    Every rank must call it.
+
+    Raises:
+        BadSampleError: a sample cannot be read, as the stage file says, or none can.
+    """
+    section = config.eval
+    assert section is not None
+    loss, n_bad = held_out_loss(engine, world, dataset, config)
+    return loss, n_bad, answers(engine, llava, dataset, section.generate, section.max_new_tokens)
 
 
 @torch.no_grad()
-def held_out_loss(engine: deepspeed.DeepSpeedEngine, world: World, dataset: StepDataset, n_samples: int) -> float:
-    """Mean cross entropy over the supervised tokens of the first `n_samples` samples, over all ranks."""
-    totals = torch.zeros(2, dtype=torch.float64, device=world.device)
-    n_steps = -(-min(n_samples, len(dataset.mixture)) // dataset.batch_size)
+def held_out_loss(
+    engine: deepspeed.DeepSpeedEngine, world: World, dataset: StepDataset, config: StageConfig
+) -> tuple[float, int]:
+    """Mean cross entropy over the supervised tokens of the first `eval.max_samples` samples, and how many are left out.
+
+    Over all ranks.
+    """
+    assert config.eval is not None
+    totals = torch.zeros(3, dtype=torch.float64, device=world.device)
+    n_steps = -(-min(config.eval.max_samples, len(dataset.mixture)) // dataset.batch_size)
     with evaluating(engine):
         for step in range(n_steps):
-            for micro_batch in dataset[step].micro_batches:
+            batch = dataset[step]
+            refuse_bad(batch, config)
+            totals[2] += sum(world.is_main or not bad.on_every_rank for bad in batch.bad_samples)
+            for micro_batch in batch.micro_batches:
                 totals[0] += forward(engine, micro_batch.to(world.device)).sum().double()
                 totals[1] += micro_batch.n_supervised
     torch.distributed.all_reduce(totals)
-    return float(totals[0] / totals[1].clamp(min=1))
+    loss_sum, n_supervised, n_bad = totals.tolist()
+    if not n_supervised:
+        raise BadSampleError("eval.data: none of its samples can be read; `llava-train check` says why")
+    return loss_sum / n_supervised, int(n_bad)
 
 
 @torch.no_grad()

@@ -33,10 +33,11 @@ class BadSampleError(UserError):
 class TooManyBadError(BadSampleError):
     """More samples cannot be trained on than the stage file allows."""
 
-    def __init__(self, n_bad: int, n_seen: int, config: StageConfig) -> None:
+    def __init__(self, n_bad: int, step: int, config: StageConfig) -> None:
         path = config.run_dir / QUARANTINE_FILE
         super().__init__(
-            f"max_bad_share: {n_bad} of {n_seen} samples cannot be trained on, more than {config.max_bad_share:.1%}: "
+            f"max_bad_share: {n_bad} samples of the first {step} steps ({step * config.batch.size} samples) were left "
+            f"out, more than {config.max_bad_share:.1%}: "
             f"{quarantine_summary(path)}. {path} has them all, and `llava-train check` looks through the data "
             "before a run; mend the data, or raise max_bad_share"
         )
@@ -57,11 +58,12 @@ def train(
     Raises:
         BadSampleError: a sample cannot be trained on, or too many, as the stage file says.
     """
-    window, first, n_bad = Window(source_names), tracker.start_step, 0
+    window = Window(source_names, n_bad=tracker.n_bad_before)
     asked = time.perf_counter()
     for batch in batches:
         window.data_wait_s += time.perf_counter() - asked
-        refuse_or_quarantine(batch, config, tracker)
+        refuse_bad(batch, config)
+        tracker.quarantine(batch.bad_samples)
         set_learning_rate(engine, lr_factor(batch.step, n_steps, config.schedule))
         torch.manual_seed(step_seed(config.seed, batch.step, world.rank))
         window.add(batch, world, *train_step(engine, world, batch))
@@ -69,17 +71,21 @@ def train(
         if step % config.logging.every == 0 or step in (1, n_steps):
             metrics = window.metrics(engine, world, step, n_steps)
             tracker.step(step, metrics)
-            n_bad += metrics["n_bad"]
-            n_seen, n_all = ((s - first) * config.batch.size for s in (step, n_steps))
-            if n_bad > config.max_bad_share * max(n_seen, min(n_all, _FEW_SAMPLES)):
-                raise TooManyBadError(n_bad, n_seen, config)
-            window = Window(source_names)
+            if too_many_bad(metrics["n_bad"], step, n_steps, config):
+                raise TooManyBadError(metrics["n_bad"], step, config)
+            window = Window(source_names, n_bad=window.n_bad)
         else:
             tracker.step(step)
         asked = time.perf_counter()
         after_step(step)
         window.started += time.perf_counter() - asked  # evaluation and checkpoints are not training time
         asked = time.perf_counter()
+
+
+def too_many_bad(n_bad: int, step: int, n_steps: int, config: StageConfig) -> bool:
+    """Whether the samples left out in the first `step` steps are more than the stage file allows."""
+    n_seen, n_all = step * config.batch.size, n_steps * config.batch.size
+    return n_bad > config.max_bad_share * max(n_seen, min(n_all, _FEW_SAMPLES))
 
 
 def train_step(
@@ -126,8 +132,8 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-def refuse_or_quarantine(batch: StepBatch, config: StageConfig, tracker: Tracker) -> None:
-    """Stops at a bad sample or records it, as the stage file says. Raises BadSampleError."""
+def refuse_bad(batch: StepBatch, config: StageConfig) -> None:
+    """Stops at a bad sample, if the stage file says so. Raises BadSampleError."""
     for bad in batch.bad_samples:
         key, policy = (
             ("batch.over_long", config.batch.over_long) if bad.over_long else ("on_bad_sample", config.on_bad_sample)
@@ -140,7 +146,6 @@ def refuse_or_quarantine(batch: StepBatch, config: StageConfig, tracker: Tracker
             )
             error.on_every_rank = bad.on_every_rank
             raise error
-    tracker.quarantine(batch.bad_samples)
 
 
 @dataclass
@@ -156,7 +161,7 @@ class Window:
     n_tokens: int = 0
     n_images: int = 0
     n_bad: int = 0
-    """Samples left out, but for over-long ones: those that this rank reports."""
+    """Samples left out since the run began, those that this rank reports."""
     by_source: torch.Tensor | None = None
     last: tuple[torch.Tensor, torch.Tensor | float] | None = None
 
@@ -168,8 +173,7 @@ class Window:
         self.n_samples = [total + n for total, n in zip(self.n_samples, batch.n_samples, strict=True)]
         self.n_tokens += batch.n_tokens
         self.n_images += batch.n_images
-        reported = (bad for bad in batch.bad_samples if world.is_main or not bad.on_every_rank)
-        self.n_bad += sum(not bad.over_long for bad in reported)
+        self.n_bad += sum(world.is_main or not bad.on_every_rank for bad in batch.bad_samples)
         self.by_source = sums if self.by_source is None else self.by_source + sums
         self.last = sums, norm
 

@@ -17,7 +17,7 @@ import yaml
 from llava_train import __version__
 from llava_train.config import StageConfig
 from llava_train.data.chat import ChatEncoder
-from llava_train.data.chat_templates import load_template
+from llava_train.data.chat_templates import load_template, unlike_own
 from llava_train.data.images import ImagePreprocessor
 from llava_train.data.loader import StepDataset, first_pictures, read_steps
 from llava_train.data.mixture import Mixture, open_mixture
@@ -87,6 +87,8 @@ def _train(config: StageConfig, world: World) -> State:
     _prepare_modes(llava, config)
 
     _write_card(config, world, mixture)
+    if note := unlike_own(config.model.chat_template, llava.processor.chat_template, llava.tokenizer):
+        _say(world, note)
     _say(world, f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}")
     if config.engine.precision == "bf16" and imitates_bf16(world.device):
         _say(world, "engine.precision: this CPU imitates bf16, tens of times slower than fp32; better set it to fp32")
@@ -103,7 +105,7 @@ def _train(config: StageConfig, world: World) -> State:
             if config.eval and held_out and (step % config.eval.every == 0 or step == n_steps):
                 batch_size = min(config.batch.size, config.eval.max_samples)
                 dataset = new_dataset(held_out, seed=None, batch_size=batch_size)
-                evaluation = evaluate(engine, world, llava, dataset, config.eval)
+                evaluation = evaluate(engine, world, llava, dataset, config)
                 tracker.evaluation(step, *evaluation)
             if config.checkpoint.every and (step % config.checkpoint.every == 0 or step == n_steps):
                 save_checkpoint(engine, world, checkpoints, step, config.checkpoint.keep)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,12 @@ class Tracker:
             disable=not self.console.is_terminal,
         )
         self._task = self._progress.add_task(config.name, total=n_steps, completed=start_step, line="")
+        self.n_bad_before = 0
+        """Samples left out before, on rank 0."""
         if world.is_main:
             for name in (METRICS_FILE, QUARANTINE_FILE, ANSWERS_FILE):
                 _drop_after(self.folder / name, start_step)
+            self.n_bad_before = len(_records(self.folder / QUARANTINE_FILE))
             self._start_wandb(config)
 
     def __enter__(self) -> Tracker:
@@ -82,10 +86,10 @@ class Tracker:
             if not self.console.is_terminal:
                 self.say(f"step {step}/{self.n_steps}  {line}")
 
-    def evaluation(self, step: int, loss: float, answers: Iterable[Mapping[str, str]]) -> None:
-        """Keeps and shows the held-out loss and the generated answers."""
-        self._keep({"step": step, "eval_loss": loss})
-        self.say(f"step {step}  held-out loss {loss:.4f}")
+    def evaluation(self, step: int, loss: float, n_bad: int, answers: Iterable[Mapping[str, str]]) -> None:
+        """Keeps and shows the held-out loss, how many samples it leaves out, and the generated answers."""
+        self._keep({"step": step, "eval_loss": loss, "eval_n_bad": n_bad})
+        self.say(f"step {step}  held-out loss {loss:.4f}" + (f", {n_bad} samples left out" if n_bad else ""))
         for answer in answers:
             self._append(ANSWERS_FILE, {"step": step, **answer})
             self.say(f"  {answer['prompt']!r} -> {answer['answer']!r} (expected {answer['expected']!r})")
@@ -107,7 +111,7 @@ class Tracker:
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         if self.world.is_main or name == QUARANTINE_FILE:
             with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(_line(record))
 
     def _start_wandb(self, config: StageConfig) -> None:
         section = config.logging.wandb
@@ -129,10 +133,7 @@ class Tracker:
 
 def quarantine_summary(path: Path) -> str:
     """How many samples of each kind stand in a quarantine file, the most frequent first."""
-    if not path.is_file():
-        return ""
-    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    counts = Counter(record["kind"] for record in records).most_common()
+    counts = Counter(record["kind"] for record in _records(path)).most_common()
     return ", ".join(f"{count} x {KINDS[kind]}" for kind, count in counts)
 
 
@@ -157,13 +158,19 @@ def _progress_line(metrics: Metrics) -> str:
 
 def _drop_after(path: Path, step: int) -> None:
     """Drops the records of steps after `step`, and a line that was cut off, from a JSONL file."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # a text may hold other line ends
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    path.write_text("".join(kept), encoding="utf-8")
+    if path.is_file():
+        kept = [record for record in _records(path) if record["step"] <= step]
+        path.write_text("".join(map(_line, kept)), encoding="utf-8")
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file, none if it is missing; a line that was cut off is left out."""
+    text, found = path.read_text(encoding="utf-8") if path.is_file() else "", []
+    for line in text.split("\n"):  # a text may hold other line ends
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from llava_train.config import CHAT_TEMPLATES
@@ -356,3 +356,40 @@ def test_truncation_never_cuts_an_image_nor_leaves_nothing_to_supervise(max_toke
     assert (encoded.labels != IGNORED).any()
     assert encoded.input_ids.tolist() == whole.input_ids[: encoded.n_tokens].tolist()
     assert encoded.truncated == (whole.n_tokens > max_tokens)
+
+
+def test_a_control_token_in_disguise_is_refused() -> None:
+    """A normalizer may make one of wide characters, which no search for its text finds."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    tokenizer.add_tokens(
+        [AddedToken("<|im_start|>", normalized=True), AddedToken("<|stop|>", special=True, normalized=True)]
+    )
+    chat = ChatEncoder(tokenizer, load_template("chatml", tokenizer), 1, 200)
+    assert chat.encode(sample_of("Hi |", "A")).n_tokens
+    with pytest.raises(SampleError, match="for a control token") as caught:
+        chat.encode(sample_of("Hi ＜｜stop｜＞", "A"))
+    assert caught.value.kind == "control_token"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("message.content", "message.content | replace('<image>\\n<image>', '<image>')"), "writes 1 <image>"),
+        (("message.role ==", "messages | length < 6 and message.role =="), "marks 0 of 3 answers"),
+        (("<|im_start|>", "{{ 1 / (4 - messages | length) }}<|im_start|>"), "fails: ZeroDivisionError"),
+    ],
+)
+def test_what_a_template_does_to_a_sample_that_it_was_not_tried_on_is_refused(change, message: str) -> None:
+    own = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}"
+        "{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}{% else %}{{ message.content }}<|im_end|>"
+        "{% endif %}{% endfor %}"
+    )
+    chat = ChatEncoder(TOKENIZERS["bytes"], own.replace(*change), 1, 400)
+    with pytest.raises(SampleError, match=message) as caught:
+        samples = [sample_of("<image>\n<image>\na", "b"), sample_of("a", "b", "c", "d"), sample_of(*"abcdef")]
+        for sample in samples:
+            chat.encode(sample)
+    assert caught.value.kind == "template_refuses"

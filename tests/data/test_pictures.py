@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from llava_train.data import archives
 from llava_train.data.images import decode_image
 from llava_train.data.pictures import EmbeddedPicture, PictureFolder, Pictures
 from llava_train.data.problems import DataError, SampleError
@@ -67,7 +68,7 @@ def test_the_same_pictures_are_found_in_folders_and_archives(
     pictures = pictures_of(images, tmp_path, tmp_path / "cache" if kept else None)
     for number, name in enumerate(NAMES):
         picture = pickle.loads(pickle.dumps(pictures.picture(name)))
-        assert picture.read_bytes() == encoded((number, 0, 0))
+        assert picture.open("rb").read() == encoded((number, 0, 0))
         assert decode_image(picture).getpixel((1, 1)) == (number, 0, 0)
         assert str(picture).endswith(name)
     with pytest.raises(SampleError) as caught:
@@ -97,6 +98,8 @@ def test_a_link_out_of_the_root_is_refused_until_its_target_is_declared(folder: 
     with pytest.raises(SampleError, match=r"is a link to .*elsewhere/x.png, outside .*declare that folder") as caught:
         decode_image(pictures.picture("coco/x.png"))
     assert caught.value.kind == "symlink_outside_root"
+    linked = pictures_of({"": str(folder), "other": str(other)}, tmp_path)
+    assert decode_image(linked.picture("coco/x.png")).size == (30, 20)
     declared = pictures_of({"": str(folder), "coco": str(other)}, tmp_path)
     assert decode_image(declared.picture("coco/x.png")).size == (30, 20)
     assert decode_image(declared.picture("a.png")).size == (30, 20)
@@ -114,6 +117,8 @@ def test_prefixes_choose_the_store_the_longest_first(folder: Path, tmp_path: Pat
     pictures = pictures_of(images, tmp_path)
     assert str(pictures.picture("coco/er/b.jpg")) == str(folder / "deep/er/b.jpg")
     assert str(pictures.picture("coco/zipped/a.png")).endswith("pictures:a.png")
+    by_absolute_path = pictures_of({str(folder): str(folder / "deep")}, tmp_path)
+    assert str(by_absolute_path.picture(f"{folder}/c.png")) == str(folder / "deep/c.png")
     with pytest.raises(SampleError, match="begins with none of the prefixes of `images:`: coco/zipped, coco"):
         pictures.picture("cocoa/a.png")
 
@@ -135,10 +140,10 @@ def test_a_damaged_archive_spoils_its_own_pictures_alone(kind: str, place: str, 
     content[offset + 300] ^= 0xFF
     path.write_bytes(content[: offset + 200] if place == "end" else content)
     with pytest.raises(SampleError) as caught:
-        pictures.picture("noise.bmp").read_bytes()
+        pictures.picture("noise.bmp").open("rb")
     assert caught.value.kind == ("image_truncated" if place == "end" else "image_damaged")
     if place == "middle":
-        assert pictures.picture("a.png").read_bytes() == (folder / "a.png").read_bytes()
+        assert pictures.picture("a.png").open("rb").read() == (folder / "a.png").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["tar.gz", "text", "empty"])
@@ -163,3 +168,28 @@ def test_an_encrypted_archive_is_refused(folder: Path, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(DataError, match="is encrypted or compressed unusually"):
         pictures_of(path, tmp_path)
+
+
+def test_a_link_to_itself_is_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    with pytest.raises(SampleError) as caught:
+        decode_image(pictures_of(folder, tmp_path).picture("loop.png"))
+    assert caught.value.kind == "image_unreadable"
+
+
+def test_a_member_too_large_for_a_picture_is_not_inflated(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = pictures_of(packed("zip deflated", folder), tmp_path)
+    monkeypatch.setattr(archives, "_LARGEST", 50)
+    with pytest.raises(SampleError) as caught:
+        decode_image(pictures.picture("a.png"))
+    assert caught.value.kind == "decompression_bomb"
+
+
+def test_hard_links_and_odd_names_in_a_tar_spoil_nothing(folder: Path, tmp_path: Path) -> None:
+    (folder / "same.png").hardlink_to(folder / "a.png")
+    (folder / "odd\udcff.png").write_bytes(encoded())
+    pictures = pictures_of(packed("tar", folder), tmp_path)
+    for name in ("same.png", "a.png"):
+        assert pictures.picture(name).open("rb").read() == (folder / "a.png").read_bytes()

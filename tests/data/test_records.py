@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import multiprocessing
 import random
 from pathlib import Path
 
@@ -148,3 +150,33 @@ def test_a_number_too_long_for_python_spoils_its_own_record_alone(tmp_path: Path
     with pytest.raises(SampleError) as caught:
         found[1]
     assert caught.value.kind == "not_json"
+
+
+@pytest.mark.parametrize("torn", [b"", b"ARROW1 and no more"])
+def test_a_torn_table_is_built_again(torn: bytes, tmp_path: Path) -> None:
+    path, cache = write(tmp_path / "data.json", json.dumps([ROW])), tmp_path / "cache"
+    assert JsonRecords(path, cache)[0] == ROW
+    [table] = cache.glob("*-records-*.arrow")
+    table.write_bytes(torn)
+    assert JsonRecords(path, cache)[0] == ROW
+
+
+def test_the_checksum_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cache = write(tmp_path / "data.json", json.dumps([ROW])), tmp_path / "cache"
+    first = JsonRecords(path, cache).fingerprint()
+    assert first == hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(records, "sha256", lambda path: pytest.fail("read again"))
+    assert JsonRecords(path, cache).fingerprint() == first
+
+
+def test_processes_that_open_a_file_at_once_read_the_same(tmp_path: Path) -> None:
+    path, cache = write(tmp_path / "data.json", json.dumps([{"id": i} for i in range(20_000)])), tmp_path / "cache"
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        found = pool.starmap(_last_record, [(path, cache)] * 4, chunksize=1)
+    assert found == [{"id": 19_999}] * 4
+    assert len(list(cache.glob("*.arrow"))) == 1
+
+
+def _last_record(path: Path, cache: Path) -> dict:
+    found = JsonRecords(path, cache)
+    return found[len(found) - 1]

@@ -19,7 +19,7 @@ def parse(**changes) -> Sample:
 
 def test_a_record_becomes_a_sample() -> None:
     assert parse(model="") == Sample(
-        "a", (PictureFile(ROOT / "b/c.jpg", ROOT),), (Turn("user", "<image>\nWhat?"), Turn("assistant", "A cat"))
+        "a", (PictureFile(ROOT / "b/c.jpg", (ROOT,)),), (Turn("user", "<image>\nWhat?"), Turn("assistant", "A cat"))
     )
 
 
@@ -32,8 +32,8 @@ def test_a_system_turn_several_images_and_no_image_are_understood() -> None:
     assert parse(conversations=system, image=[]).turns[0] == Turn("system", "Be brief.")
     two = [{"from": "human", "value": "<image><image> Which?"}, {"from": "gpt", "value": "B"}]
     assert parse(conversations=two, image=["a.png", "b.png"]).images == (
-        PictureFile(ROOT / "a.png", ROOT),
-        PictureFile(ROOT / "b.png", ROOT),
+        PictureFile(ROOT / "a.png", (ROOT,)),
+        PictureFile(ROOT / "b.png", (ROOT,)),
     )
 
 
@@ -106,7 +106,9 @@ TEXT, IMAGE = {"type": "text", "text": "Which?"}, {"type": "image"}
 )
 def test_chat_messages_hold_their_image_as_text_as_part_or_in_a_list(content, text: str) -> None:
     sample = chat(content, " A cat ", images=["a.png"])
-    assert sample == Sample("7", (PictureFile(ROOT / "a.png", ROOT),), (Turn("user", text), Turn("assistant", "A cat")))
+    assert sample == Sample(
+        "7", (PictureFile(ROOT / "a.png", (ROOT,)),), (Turn("user", text), Turn("assistant", "A cat"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -171,3 +173,27 @@ def test_chats_and_pairs_that_are_none_are_refused(record: dict, kind: str) -> N
     with pytest.raises(SampleError) as caught:
         parse_record(record, PICTURES, "0")
     assert caught.value.kind == kind
+
+
+def test_parts_may_name_their_image_by_its_index() -> None:
+    parts = [{"type": "image", "index": 1, "text": None}, {**TEXT, "index": None}, {"type": "image", "index": 0}]
+    sample = chat(parts, "A", images=["a.png", "b.png"])
+    assert [str(picture) for picture in sample.images] == ["images/b.png", "images/a.png"]
+    for index in (2, -1):
+        with pytest.raises(SampleError, match="2 image parts do not fit the 2 images"):
+            chat([{"type": "image", "index": index}, IMAGE | {"index": 0}, TEXT], "A", images=["a.png", "b.png"])
+
+
+def test_keys_that_arrow_adds_without_a_value_are_passed_over() -> None:
+    messages = [
+        {"from": None, "value": None, "role": "user", "content": "<image>Hi"},
+        {"from": "gpt", "value": "Hello", "role": None, "content": None},
+    ]
+    sample = parse_record({"conversations": messages, "image": [], "images": ["a.png"]}, PICTURES, "0")
+    assert [(turn.role, turn.text) for turn in sample.turns] == [("user", "<image>Hi"), ("assistant", "Hello")]
+    assert [str(picture) for picture in sample.images] == ["images/a.png"]
+
+
+def test_a_conversation_in_columns_is_read_by_rows() -> None:
+    columns = {"from": ["human", "gpt"], "value": ["<image>What?", "A cat"]}
+    assert parse(conversations=columns).turns == (Turn("user", "<image>What?"), Turn("assistant", "A cat"))

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from llava_train.data.images import decode_image
+from llava_train.data.pictures import EmbeddedPicture
 from llava_train.data.problems import DataError
 from llava_train.data.sources import Source, open_source
 
@@ -149,6 +151,22 @@ def test_a_hub_data_set_is_loaded_by_id_subset_and_split(monkeypatch: pytest.Mon
     assert read(source) == EXPECTED
     assert asked == [(("HuggingFaceM4/the_cauldron", "ai2d"), {"split": "validation"})]
     assert source.name == "the_cauldron"
+
+
+def test_a_hub_id_may_hold_dots_and_a_file_has_no_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows_of("llava", True))
+    assert read(open_source("lmms-lab/LLaVA-OneVision-1.5-Instruct-Data")) == EXPECTED
+    (tmp_path / "x.json").write_text("[{}]")
+    with pytest.raises(DataError, match="a file has no `subset:` or `split:`"):
+        open_source(tmp_path / "x.json", split="train")
+
+
+def test_of_an_embedded_picture_nothing_is_read_before_it_is_opened(tmp_path: Path) -> None:
+    rows_of("cauldron", True).to_parquet(tmp_path / "x")
+    (picture,) = open_source(tmp_path / "x", cache=tmp_path / "cache")[0].images
+    assert isinstance(picture, EmbeddedPicture)
+    assert isinstance(picture.content, pa.Buffer)
+    assert picture.open("rb").read() == PICTURES[0]["bytes"]
 
 
 @pytest.mark.parametrize(

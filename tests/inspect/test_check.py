@@ -147,6 +147,7 @@ CASES = {
     "damaged": with_file("damaged.png", damaged(), image_damaged="damaged.png"),
     "text-as-jpg": with_file("text.jpg", b"<html>404 not found</html>", not_an_image="none of JPEG, PNG"),
     "folder": with_file("folder.png", Path.mkdir, image_unreadable="Is a directory"),
+    "floats": with_file("floats.tiff", encoded(Image.new("F", (9, 9), 0.5), "TIFF"), image_mode="of mode F"),
     "bomb": with_file("bomb.png", bomb(), decompression_bomb="too large to decode"),
     "outside": Case(
         {"image": "../outside.png", "conversations": turns("<image>?")},
@@ -268,7 +269,7 @@ def checked(data: Path) -> Checked:
 
 def test_there_is_a_case_for_every_kind_of_problem() -> None:
     found = {kind for case in CASES.values() for kind in case.found}
-    assert found | set(LOSSES) == KINDS.keys() | NOTES.keys()
+    assert found | set(LOSSES) | {"template_refuses"} == KINDS.keys() | NOTES.keys()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -434,7 +435,7 @@ def test_the_notes_of_a_damaged_picture_never_stop_the_doctor(kind: str, tmp_pat
 
 def test_the_header_of_a_png_is_enough_for_its_notes(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(PNG[:200])
-    with open_image(PictureFile(tmp_path / "cut.png", tmp_path)) as image:
+    with open_image(PictureFile(tmp_path / "cut.png", (tmp_path,))) as image:
         assert list(picture_notes(image, "cut.png")) == []
 
 
@@ -524,10 +525,10 @@ def test_the_clean_file_has_the_good_records_as_they_are_and_passes(data: Path, 
     clean = tmp_path / "out" / "clean.jsonl"
     done = command(data, "--write-clean", clean, "--json")
     assert done.exit_code == 1
-    assert json.loads(done.stdout)["clean"] == {"data": str(clean)}
+    assert json.loads(done.stdout)["clean"] == [{"path": str(clean), "images": str(data.parent)}]
     expected = [{"id": name, **case.record} for name, case in good_cases().items() if isinstance(case.record, dict)]
     assert [json.loads(line) for line in clean.read_text(encoding="utf-8").splitlines()] == expected
-    again = command(clean, data=[{"path": str(clean), "images": str(data.parent)}])
+    again = command(clean, data=json.loads(done.stdout)["clean"])
     assert again.exit_code == 0, again.output
     lost = tuple(INDICES[name] for name, case in CASES.items() if case.is_lost)
     assert samples_of(clean, data.parent) == samples_of(data, without=lost)
@@ -538,7 +539,7 @@ def test_each_of_several_sources_has_a_clean_file(data: Path, tmp_path: Path) ->
     sources = [{"path": str(data), "name": "a"}, {"path": str(more), "name": "b"}]
     done = command(more, "--write-clean", tmp_path / "clean.jsonl", "--json", data=sources)
     found = json.loads(done.stdout)
-    assert found["clean"] == {name: str(tmp_path / f"clean.{name}.jsonl") for name in "ab"}
+    assert [section["path"] for section in found["clean"]] == [str(tmp_path / f"clean.{name}.jsonl") for name in "ab"]
     assert found["sources"]["b"] == {"n_samples": 2, "n_bad": 1, "n_tokens": n_tokens({"conversations": turns()})}
     assert len((tmp_path / "clean.a.jsonl").read_text().splitlines()) == len(good_cases())
     [line] = (tmp_path / "clean.b.jsonl").read_text().splitlines()
@@ -583,3 +584,48 @@ def test_embedded_pictures_become_files_beside_the_clean_file(tmp_path: Path) ->
     written = sorted(file.read_bytes() for file in (tmp_path / "out" / "clean-images").iterdir())
     assert written == sorted([PNG, JPEG, rotated()])
     assert command(clean).exit_code == 0
+
+
+def test_a_conversation_that_the_template_refuses_or_cuts_is_found(data: Path, tmp_path: Path) -> None:
+    conversations = {"system": [{"from": "system", "value": "Be kind."}, *turns()], "none": turns()}
+    path = write_cases(tmp_path, {name: text(turns_) for name, turns_ in conversations.items()})
+    template = tmp_path / "strict.jinja"
+    refusal = "{% if messages[0].role != 'system' %}{{ raise_exception('wants a system turn') }}{% endif %}"
+    template.write_text(refusal + TEMPLATE, encoding="utf-8")
+    content = content_of(path)
+    content["model"]["chat_template"] = str(template)
+    [finding] = examined(parse_stage(content, "test")).findings
+    assert (finding.id, finding.kind) == ("none", "template_refuses")
+    assert "wants a system turn" in finding.reason
+
+
+def test_held_out_samples_are_examined_too(data: Path, tmp_path: Path) -> None:
+    good = write_cases(tmp_path / "a", {"good": CASES["good"]})
+    held_out = write_cases(tmp_path / "b", {"good": CASES["good"], "missing": CASES["missing"]})
+    done = command(good, "--json", eval={"every": 1, "data": [{"path": str(held_out)}]})
+    found = json.loads(done.stdout)
+    assert done.exit_code == 1
+    assert found["n_samples"] == 1
+    assert found["held_out"]["data"]["n_bad"] == 1
+    assert found["problems"]["image_missing"]["examples"][0]["source"] == str(held_out)
+
+
+def test_the_headers_of_pictures_are_read_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all of a picture once, when it is decoded."""
+    content = encoded(noise(600, 600), "PNG")
+    path = write_cases(tmp_path, {"big": with_file("big.png", content)})
+    n_read = [0]
+
+    class Counting(io.BytesIO):
+        def read(self, *size: Any) -> bytes:
+            found = super().read(*size)
+            n_read[0] += len(found)
+            return found
+
+    monkeypatch.setattr(PictureFile, "open", lambda self, mode: Counting(self.path.read_bytes()))
+    config = parse_stage(content_of(path), "test")
+    for decode, least, most in ((False, 1, 20_000), (True, len(content), len(content) + 20_000)):
+        n_read[0] = 0
+        opened = open_stage_data(config)
+        assert not check.Examiner(opened, decode).examine(opened.mixture.sources[0], [0]).findings
+        assert least <= n_read[0] <= most

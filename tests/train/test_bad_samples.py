@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ BATCH = {"size": 4, "max_tokens": 400, "max_sample_tokens": 400}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
     write_samples(folder / "data.json", KINDS)
+    write_samples(folder / "fine.json", "ittt")
     for name, kinds in {"missing": "itx", "roles": "itr", "picture": "itb", "long": "itl", "all-bad": "xxrr"}.items():
         write_samples(folder / f"{name}.json", kinds)
     return folder
@@ -35,9 +37,14 @@ def stage(folder: Path, name: str, **changes: Any) -> list[Any]:
     return ["--config", write_stage(folder / f"{name}.yaml", **{**settings, **changes})]
 
 
+def held_out(path: str) -> dict[str, Any]:
+    return {"every": 99, "data": [{"path": path}], "generate": 0}
+
+
 @pytest.fixture(scope="module")
 def on_one_rank(folder: Path) -> dict[str, Outcome]:
     stops: dict[str, Any] = {"on_bad_sample": "error"}
+    fine = [{"path": "fine.json"}]
     error: dict[str, Any] = {"batch": {**BATCH, "over_long": "error"}}
     commands = {
         name: stage(folder, name, **stops, data=[{"path": f"{name}.json"}]) for name in ("missing", "roles", "picture")
@@ -47,6 +54,9 @@ def on_one_rank(folder: Path) -> dict[str, Outcome]:
         "alone": stage(folder, "alone"),
         "truncate": stage(folder, "truncate", batch={**BATCH, "over_long": "truncate"}),
         "all-bad": stage(folder, "all-bad", data=[{"path": "all-bad.json"}]),
+        "held-out": stage(folder, "held-out", eval=held_out("data.json")),
+        "held-out-stops": stage(folder, "held-out-stops", **stops, data=fine, eval=held_out("picture.json")),
+        "held-out-none": stage(folder, "held-out-none", data=fine, eval=held_out("all-bad.json")),
     }
     for name, kinds in SHARES.items():
         settings: dict[str, Any] = {
@@ -175,3 +185,34 @@ def test_few_bad_samples_do_not_stop_it(folder: Path, on_one_rank: dict[str, Out
     assert on_one_rank["few"].code == 0, on_one_rank["few"].stderr
     [line] = read_lines(folder / "runs/few/quarantine.jsonl")
     assert (line["index"], line["kind"]) == (23, "image_missing")
+
+
+def test_held_out_samples_are_left_out_and_counted_or_stop_the_run(
+    folder: Path, on_one_rank: dict[str, Outcome]
+) -> None:
+    assert on_one_rank["held-out"].code == 0, on_one_rank["held-out"].stderr
+    [line] = [line for line in read_lines(folder / "runs/held-out/metrics.jsonl") if "eval_loss" in line]
+    assert line["eval_n_bad"] == 4
+    assert "4 samples left out" in on_one_rank["held-out"].stdout
+    for name, words in {
+        "held-out-stops": "picture.json: sample 'picture-2-b'",
+        "held-out-none": "eval.data: none",
+    }.items():
+        assert on_one_rank[name].code == 2
+        assert words in on_one_rank[name].stderr
+
+
+def test_an_interruption_changes_nothing_in_what_is_too_many(folder: Path) -> None:
+    """One bad sample of 24 is not: neither at once nor after a restart just before it."""
+    stage(folder, "again", max_bad_share=0.05, data=[{"path": "few.json"}], checkpoint={"every": 1, "keep": 9})
+    first = run_many({"again": ["--config", "again.yaml"]}, folder)["again"][0]
+    assert first.code == 0, first.stderr
+    [line] = read_lines(folder / "runs/again/quarantine.jsonl")
+    shutil.rmtree(folder / "runs/again/model")
+    for path in (folder / "runs/again/checkpoints").iterdir():
+        if path.is_dir() and int(path.name.partition("-")[2] or 0) >= line["step"]:
+            shutil.rmtree(path)
+    second = run_many({"again": ["--config", "again.yaml"]}, folder)["again"][0]
+    assert second.code == 0, second.stderr
+    assert read_lines(folder / "runs/again/quarantine.jsonl") == [line]
+    assert read_lines(folder / "runs/again/metrics.jsonl")[-1]["n_bad"] == 1

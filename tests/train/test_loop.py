@@ -8,6 +8,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llava_train.data.loader import StepBatch
 from llava_train.train import loop
@@ -26,9 +28,17 @@ def test_evaluation_and_checkpoints_are_not_counted_as_training_time(
     config, world, tracker = (
         stage(Path("x"), logging={"every": log_every}),
         World(0, 1, torch.device("cpu")),
-        Mock(start_step=0),
+        Mock(n_bad_before=0),
     )
     loop.train(engine, world, config, batches, 4, tracker, ("x",), lambda step: time.sleep(0.3))
     logged = [call.args[1] for call in tracker.step.call_args_list if len(call.args) == 2]
     assert len(logged) == {1: 4, 2: 3}[log_every]
     assert all(metrics["step_s"] < 0.1 for metrics in logged)
+
+
+@given(n_bad=st.integers(0, 300), step=st.integers(1, 50), n_more=st.integers(0, 50), share=st.floats(0, 1))
+def test_too_many_are_a_share_of_all_so_far_or_of_the_first_thousand(n_bad, step, n_more, share) -> None:
+    config = stage(Path("x"), max_bad_share=share, batch={"size": 40, "max_tokens": 2048, "max_sample_tokens": 1024})
+    n_seen, n_all = 40 * step, 40 * (step + n_more)
+    of = n_seen if n_seen >= 1000 else min(n_all, 1000)
+    assert loop.too_many_bad(n_bad, step, step + n_more, config) == (n_bad > share * of)

@@ -10,7 +10,7 @@ import yaml
 
 from llava_train.config import StageConfig
 from llava_train.files import sha256
-from llava_train.train.tracking import _drop_after
+from llava_train.train.tracking import _drop_after, quarantine_summary
 from tests.train.helpers import Outcome, read_lines, run_many, write_samples, write_stage
 
 FIELDS = {
@@ -43,6 +43,7 @@ def outcome(folder: Path) -> Outcome:
     write_samples(folder / "held-out.json", "xititi")
     stage = write_stage(
         folder / "run.yaml",
+        on_bad_sample="skip",
         schedule={"warmup": 0.3},
         logging={"every": 3, "wandb": {"project": "llava", "mode": "offline"}},
         eval={"every": 4, "data": [{"path": "held-out.json"}], "generate": 2, "max_new_tokens": 3},
@@ -110,3 +111,11 @@ def test_records_after_the_resumed_step_and_a_cut_line_are_dropped(tmp_path: Pat
     assert read_lines(path) == kept
     _drop_after(tmp_path / "never-written.jsonl", 4)
     assert not (tmp_path / "never-written.jsonl").exists()
+
+
+def test_the_quarantine_is_counted_whatever_its_texts_hold(tmp_path: Path) -> None:
+    records = [{"step": 1, "id": "a\u2028b", "kind": "image_missing"}, {"step": 2, "id": "c", "kind": "over_long"}]
+    path = tmp_path / "quarantine.jsonl"
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in [*records, records[0]]), encoding="utf-8")
+    assert quarantine_summary(path) == "2 x an image that is missing, 1 x more tokens than batch.max_sample_tokens"
+    assert quarantine_summary(tmp_path / "none") == ""
