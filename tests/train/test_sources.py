@@ -75,7 +75,7 @@ def test_every_sample_and_supervised_token_is_counted_for_its_source(
         # Of two epochs; a picture that turns out bad when it is decoded leaves its sample in its pack, unsupervised.
         assert total(lines, source, "n_samples") == 2 * len(KINDS[file])
         assert total(lines, source, "n_supervised") == 2 * n_supervised_by_hand(folder / f"{file}.json", "xb")
-    assert sum(line["n_bad"] for line in lines) == 4
+    assert lines[-1]["n_bad"] == 4, "so far"
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
