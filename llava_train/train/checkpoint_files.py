@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 from typing import IO, Any, cast
 
+import deepspeed
 import torch
+from deepspeed.checkpoint import DS_VERSION, FP32_WEIGHT_KEY, OPTIMIZER_STATE_DICT, PARAM, PARAM_GROUPS, PARAM_SHAPES
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -100,6 +102,30 @@ def to_universal(checkpoint: Path, target: Path) -> None:
     one_process = {"num_extract_workers": 1, "num_merge_workers": 1}
     with torch.serialization.safe_globals(SAFE_CLASSES):
         main(Namespace(**folders, **one_process, keep_temp_folder=False, strict=True, inject_missing_state=True))
+        _fit_every_stage(target)
+    (target.parent / "latest_universal").unlink()  # the converter's, for people who load by hand
+
+
+def _fit_every_stage(universal: Path) -> None:
+    """Adds what DeepSpeed's converter leaves out between ZeRO 3 and the others: each looks elsewhere for the step.
+
+    And what ZeRO 3 wrote is flat, where the others want the shape of the parameter.
+    """
+    path = universal / "zero/optimizer_state.pt"
+    state = torch.load(path)
+    if OPTIMIZER_STATE_DICT in state:  # from ZeRO 3
+        step = state[OPTIMIZER_STATE_DICT]["state"][0]["step"]
+        shapes = torch.load(next(universal.glob("*model_states.pt")))[PARAM_SHAPES]
+        for name, shape in [item for group in shapes for item in group.items()]:
+            for key in (FP32_WEIGHT_KEY, "exp_avg", "exp_avg_sq"):
+                file = universal / "zero" / name / f"{key}.pt"
+                torch.save({PARAM: torch.load(file).view(shape)}, file)
+            torch.save(step, universal / "zero" / name / "step.pt")
+        state[DS_VERSION] = deepspeed.__version__
+    else:
+        step = torch.load(next(universal.glob("zero/**/step.pt")))
+        state[OPTIMIZER_STATE_DICT] = {"state": {0: {"step": step}}, PARAM_GROUPS: state[PARAM_GROUPS]}
+    torch.save(state, path)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ def run_stage(config: StageConfig, session: Session) -> Path:
 def _train(config: StageConfig, session: Session) -> State:
     """Trains the stage; returns the trained parameters by name, on rank 0."""
     world, clock = session.world, session.clock
+    clock.start()
     mixture = open_mixture(config.data, config.seed, config.cache_dir)
     held_out = open_mixture(config.eval.data, config.seed, config.cache_dir) if config.eval else None
     n_steps = n_steps_of(len(mixture), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
