@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 
 import deepspeed
 import torch
@@ -39,9 +40,9 @@ class DurableFiles(TorchCheckpointEngine):
         self.failure: str | None = None
         """Why a file since `start` could not be written."""
 
-    def start(self) -> None:
-        """Begins a checkpoint."""
-        self.written, self.failure = {}, None
+    def start(self, on_progress: Callable[[], None]) -> None:
+        """Begins a checkpoint. `on_progress` is called at every piece that is written."""
+        self.written, self.failure, self._on_progress = {}, None, on_progress
 
     def create(self, info: Any) -> None:
         """DeepSpeed announces a checkpoint. Its own writer would log here."""
@@ -57,7 +58,7 @@ class DurableFiles(TorchCheckpointEngine):
             return
         try:
             with Path(path).open("wb") as file:
-                watched = _ToldErrors(file)
+                watched = _Watched(file, self._on_progress)
                 torch.save(state_dict, cast(IO[bytes], watched))
                 watched.flush()
                 os.fsync(file.fileno())
@@ -74,12 +75,16 @@ class DurableFiles(TorchCheckpointEngine):
             return torch.load(path, map_location=map_location, weights_only=True, mmap=False)
 
 
-class _ToldErrors(ChecksummedFile):
-    """Remembers the error of the file system, which torch.save replaces by one of its own."""
+class _Watched(ChecksummedFile):
+    """Tells of its progress, and remembers the file system's error, which torch.save replaces by one of its own."""
 
-    error: OSError | None = None
+    def __init__(self, file: BinaryIO, on_progress: Callable[[], None]) -> None:
+        super().__init__(file)
+        self._on_progress = on_progress
+        self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
+        self._on_progress()
         try:
             return super().write(data)
         except OSError as error:
