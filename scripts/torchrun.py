@@ -15,22 +15,24 @@ PREEMPTED = 85
 """The exit code of `scripts/train.py` after it was asked to stop and has saved its state."""
 
 
-def exit_code(first: ProcessFailure, all_: list[ProcessFailure]) -> int:
-    """PREEMPTED when every rank said so, else the code of the rank that failed first; 128 + n after signal n.
+def exit_code(failures: list[ProcessFailure]) -> int:
+    """PREEMPTED when every failed rank said so, else the code of the first that said more; 128 + n after signal n.
 
     torchrun ends the other ranks of a node by SIGTERM as soon as one has exited, so those have no word of their own.
     """
-    codes = {failure.exitcode for failure in all_}
-    if PREEMPTED in codes and codes <= {PREEMPTED, -signal.SIGTERM}:
+    own = [failure for failure in failures if failure.exitcode != -signal.SIGTERM] or failures
+    failed = [failure for failure in own if failure.exitcode != PREEMPTED]
+    if not failed:
         return PREEMPTED
-    return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+    first = min(failed, key=lambda failure: failure.timestamp).exitcode
+    return first if first > 0 else 128 - first
 
 
 def main() -> int:
     try:
         run.main()
     except ChildFailedError as error:
-        code = exit_code(error.get_first_failure()[1], list(error.failures.values()))
+        code = exit_code(list(error.failures.values()))
         if code != PREEMPTED:
             print(error, file=sys.stderr)
         return code
