@@ -22,10 +22,14 @@ from llava_train.data.mixture import open_mixture
 from llava_train.model.loss import PackedLoss
 from llava_train.model.trainable import parameter_groups, set_trainable
 from llava_train.stage_file import load_stage
-from llava_train.train.engine import start_distributed, start_engine
-from llava_train.train.loop import train
+from llava_train.train.checkpoint import Checkpoints
+from llava_train.train.engine import start_engine
+from llava_train.train.loop import Loop
+from llava_train.train.session import Session
 from llava_train.train.stage import _dataset_maker, _prepare_modes, _starting_point
 from llava_train.train.tracking import Tracker
+from llava_train.train.window import Window
+from llava_train.train.world import start_distributed
 
 
 class TimedEngine:
@@ -75,8 +79,9 @@ def measure(config: StageConfig, n_steps: int, n_warmup: int = 2) -> dict[str, f
         def after_step(_: int) -> None:
             marks.append((time.perf_counter(), engine.busy_s))
 
-        names = tuple(source.name for source in mixture.sources)
-        train(engine, world, config, batches, total, tracker, names, after_step)
+        window = Window(tuple(source.name for source in mixture.sources))
+        checkpoints = Checkpoints(engine, world, config.run_dir, keep=1, facts={})
+        Loop(Session(world), config, engine, total, tracker, window, checkpoints, after_step).train(batches)
     (start, busy_start), (end, busy_end) = marks[n_warmup - 1], marks[-1]
     step_s = (end - start) / n_steps
     return {"step_s": step_s, "outside_engine": 1 - (busy_end - busy_start) / (end - start)}

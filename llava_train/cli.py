@@ -18,7 +18,7 @@ from llava_train.config import StageConfig
 from llava_train.errors import UserError
 from llava_train.many_values import ManyValues
 from llava_train.slurm import SCRIPT, Job, Launcher, SubmitError, prepare, submit, what_to_know
-from llava_train.stage_file import ConfigError, load_stage, stage_schema
+from llava_train.stage_file import ConfigError, load_stage, stage_schema, with_suffix
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train LLaVA models in two stages.")
 
@@ -28,9 +28,15 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, f
 
 
 @app.command(cls=ManyValues)
-def train(config: ConfigFiles, set_: Overrides = None) -> None:
+def train(
+    config: ConfigFiles,
+    set_: Overrides = None,
+    stop_file: Annotated[Path | None, typer.Option(help="Save and exit with code 85 when this file appears.")] = None,
+    suffix: Annotated[str, typer.Option(help="Name each run NAME-SUFFIX.")] = "",
+    allow_config_change: Annotated[bool, typer.Option(help="Go on though stage file or data changed.")] = False,
+) -> None:
     """Run stages in order; start, resume and finish are this same command."""
-    raise SystemExit(run(config, set_ or []))
+    raise SystemExit(run(config, set_ or [], stop_file, suffix, allow_config_change))
 
 
 @app.command(cls=ManyValues)
@@ -192,28 +198,49 @@ def _user_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def run(paths: list[Path], overrides: list[str]) -> int:
+def run(
+    paths: list[Path],
+    overrides: list[str],
+    stop_file: Path | None = None,
+    suffix: str = "",
+    allow_config_change: bool = False,
+) -> int:
     """Reads all stage files, then runs the stages.
 
     Returns:
-        The exit code: 2 for what the user can mend, 130 after Ctrl-C, as in a shell.
+        The exit code: 2 for what the user can mend, 85 after a request to stop (the same command goes on), 86 (by the
+        watchdog) when a rank hangs, 130 after Ctrl-C, as in a shell.
     """
+    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:
         stages = [load_stage(path, overrides) for path in paths]
+        if suffix:
+            stages = with_suffix(stages, suffix)
         _check_chain(stages)
         # Not before the files are known to be right: these imports take seconds.
-        from llava_train.train.engine import start_distributed
+        from llava_train.train.interrupt import EXIT_RESUBMIT, Preempted, StopRequests
+        from llava_train.train.session import Session, StartClock
         from llava_train.train.stage import run_stage
+        from llava_train.train.world import start_distributed
 
-        world = start_distributed()
-        for stage in stages:
-            run_stage(stage, world)
+        with StopRequests([stop_file] if stop_file else []) as stop:
+            clock = StartClock()
+            clock.mark("imports")
+            world = start_distributed()
+            clock.mark("processes")
+            session = Session(world, stop, allow_config_change, clock)
+            try:
+                for stage in stages:
+                    run_stage(stage, session)
+            except Preempted as preempted:
+                world.say(str(preempted))
+                return EXIT_RESUBMIT
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or not error.on_every_rank:
+        if is_main or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if is_main:
             print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
     return 0

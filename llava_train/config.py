@@ -240,6 +240,8 @@ class EngineSection(Section):
     offload_parameters: bool = False
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: bool = False
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """The run ends, and names the rank, when no rank has gone on for so long."""
     deepspeed: str | dict[str, Any] | None = None
     """A DeepSpeed JSON file (or its keys) for whatever this stage file does not own."""
 
@@ -295,6 +297,8 @@ class StageConfig(Section):
     """A sample that cannot be read: stop, or give it zero weight and a line in quarantine.jsonl."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Stop, with a summary, when more than this share of the samples so far was left out (by `skip`, or `drop`)."""
+    max_bad_steps: PositiveInt = 3
+    """Stop after so many steps in a row whose loss or gradient is not finite. Each of them is skipped."""
     image: ImageSection = ImageSection()
     batch: BatchSection
     schedule: ScheduleSection = ScheduleSection()

@@ -52,6 +52,7 @@ def deepspeed_conflicts(config: StageConfig) -> Iterator[str]:
         "optimizer": ("trainable.*.lr", None),
         "scheduler": ("schedule.lr", None),
         "bf16.enabled": ("engine.precision", config.engine.precision == "bf16"),
+        "bf16.check_grad_overflow": ("max_bad_steps", True),
         "fp16.enabled": ("engine.precision", False),
         "zero_optimization.stage": ("engine.zero", config.engine.zero),
         "zero_optimization.offload_optimizer.device": (
@@ -62,12 +63,14 @@ def deepspeed_conflicts(config: StageConfig) -> Iterator[str]:
             "engine.offload_parameters",
             offload[config.engine.offload_parameters],
         ),
+        "zero_optimization.compute_grad_norm": ("max_bad_steps", True),
         "zero_optimization.cpu_offload": ("engine.offload_optimizer", config.engine.offload_optimizer),
         "zero_optimization.cpu_offload_params": ("engine.offload_parameters", config.engine.offload_parameters),
         "zero_force_ds_cpu_optimizer": ("engine.offload_optimizer", False),
         "activation_checkpointing": ("engine.activation_checkpointing", None),
         "data_types.grad_accum_dtype": ("engine.precision", "fp32"),
         "steps_per_print": ("logging.every", None),
+        "checkpoint": ("checkpoint", None),
     }
     for name in sorted({key.split(".")[0] for key in owned if "." in key} & user.keys()):
         if not isinstance(user[name], dict):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from llava_train.config import StageConfig
 from llava_train.errors import UserError
-from llava_train.stage_file import load_stage
+from llava_train.stage_file import load_stage, with_suffix
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPT = REPO / "scripts" / "slurm" / "train.sbatch"
@@ -99,11 +99,11 @@ def prepare(job: Job, configs: Sequence[str], overrides: Sequence[str] = ()) -> 
         raise SubmitError(f"{TASK} is the number of a task of a job array: add --array, for example --array 0-3")
     tasks = array_tasks(job.array) if job.array is not None else [""]
     stages = [load_stages(task, configs, overrides) for task in tasks]
-    runs = [_of_task(stage.run_dir, task) for task, of_task in zip(tasks, stages, strict=True) for stage in of_task]
+    runs = [stage.run_dir for of_task in stages for stage in of_task]
     if len(set(runs)) < len(runs):
         raise SubmitError(f"two stages share a run folder: {', '.join(map(str, runs))}; give each its own name")
     first = stages[0]
-    name = job.name or first[0].name
+    name = job.name or first[0].name.removesuffix(f"-{tasks[0]}")
     log = Path(first[0].output).resolve() / "slurm" / ("%x-%j.log" if job.array is None else "%x-%A_%a.log")
     n_cpus = job.cpus_per_rank or 1 + max(stage.loader.workers for stage in first)
     arguments = ["--config", *configs, *(["--set", *overrides] if overrides else [])]
@@ -112,9 +112,10 @@ def prepare(job: Job, configs: Sequence[str], overrides: Sequence[str] = ()) -> 
 
 
 def load_stages(task: str, configs: Sequence[str], overrides: Sequence[str]) -> list[StageConfig]:
-    """The stages of one task of an array."""
+    """The stages of one task of an array, named as the batch script lets them be named; "" without an array."""
     of_task = [override.replace(TASK, task) for override in overrides]
-    return [load_stage(config.replace(TASK, task), of_task) for config in configs]
+    stages = [load_stage(config.replace(TASK, task), of_task) for config in configs]
+    return with_suffix(stages, task) if task else stages
 
 
 def array_tasks(array: str) -> list[str]:
@@ -218,7 +219,3 @@ def what_to_know(submission: Submission, job_id: str) -> str:
             f"end: scancel {job_id}; the same llava-train command goes on",
         ]
     )
-
-
-def _of_task(run: Path, task: str) -> Path:
-    return run.with_name(f"{run.name}-{task}") if task else run

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ class ConfigError(UserError):
     """A stage file says something that cannot be run. The message names the file, the key and the mend."""
 
 
-def load_stage(path: str | Path, overrides: typing.Sequence[str] = ()) -> StageConfig:
+def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
     """Reads a stage file.
 
     Args:
@@ -54,6 +55,23 @@ def parse_stage(content: dict[str, Any], origin: str) -> StageConfig:
     except ValidationError as error:
         lines = [line for problem in error.errors() for line in _explain(problem).splitlines()]
         raise ConfigError("\n".join(f"{origin}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def with_suffix(stages: Sequence[StageConfig], suffix: str) -> list[StageConfig]:
+    """The stages as runs of their own, `NAME-suffix`; an `init_from` that names one of them follows.
+
+    Raises:
+        ConfigError: no folder can be called so.
+    """
+    renamed = {stage.run_dir: stage.run_dir.with_name(f"{stage.name}-{suffix}") for stage in stages}
+    found = []
+    for stage in stages:
+        content = stage.model_dump(mode="json")
+        content["name"] = renamed[stage.run_dir].name
+        if stage.init_from is not None and Path(stage.init_from) in renamed:
+            content["init_from"] = str(renamed[Path(stage.init_from)])
+        found.append(parse_stage(content, f"--suffix {suffix}"))
+    return found
 
 
 def stage_schema() -> dict[str, Any]:

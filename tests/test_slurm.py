@@ -90,7 +90,7 @@ def test_tasks_of_an_array_are_checked_and_keep_apart() -> None:
     ]
     assert submission.command[-2:] == ["--set", "seed={task}"]
     assert option(submission.command, "array") == "1,4-6:2%1"
-    assert submission.log.name == "%x-%A_%a.log"
+    assert (submission.name, submission.log.name) == ("smoke-stage1", "%x-%A_%a.log")
 
 
 @pytest.mark.parametrize("array", ["", "x", "3-1", "1-2:0", "1,,2", "-1"])

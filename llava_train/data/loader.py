@@ -9,6 +9,7 @@ sample has no supervised token. Either way a `BadSample` says so.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -102,6 +103,8 @@ class StepBatch:
     n_samples: tuple[int, ...]
     """Samples of the step by source, over all ranks, less those that were bad before their images were decoded."""
     bad_samples: tuple[BadSample, ...]
+    samples: tuple[tuple[str, str], ...] = ()
+    """Path of the source and id of each of these samples."""
 
     @property
     def n_supervised(self) -> int:
@@ -171,7 +174,8 @@ class StepDataset(Dataset[StepBatch]):
             bad += bad_images
         from_sources = [item.place.source_number for item in encoded]
         n_samples = tuple(np.bincount(from_sources, minlength=len(self.mixture.sources)).tolist())
-        return StepBatch(step, tuple(micro_batches), n_samples, tuple(bad))
+        samples = tuple((item.place.source.path, item.sample.id) for item in encoded)
+        return StepBatch(step, tuple(micro_batches), n_samples, tuple(bad), samples)
 
     def _encode(self, step: int) -> tuple[list[Encoded], list[BadSample]]:
         """The readable samples of a step, and the others. The same on every rank."""
@@ -267,11 +271,17 @@ def read_steps(dataset: StepDataset, steps: range, n_workers: int, pin_memory: b
         sampler=steps,
         num_workers=min(n_workers, len(steps)),
         pin_memory=pin_memory,
-        worker_init_fn=_limit_threads,
+        worker_init_fn=_prepare_worker,
     )
     yield from loader
 
 
-def _limit_threads(worker: int) -> None:
-    """Workers are the parallelism; threads inside them would fight over the cores."""
+def _prepare_worker(worker: int) -> None:
+    """Workers are the parallelism: threads inside them would fight over the cores.
+
+    Launchers signal whole process groups, and a rank that shall save first needs its workers until then. They end with
+    it: when it closes the loader, or when they find it gone.
+    """
     torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

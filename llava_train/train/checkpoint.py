@@ -1,14 +1,21 @@
-"""Checkpoints of a run: written by DeepSpeed, complete only with a manifest, frozen parts left out.
+"""Saves checkpoints: complete with a manifest, or ignored. Frozen parts are left out.
 
-    checkpoints/step-00000500/     what DeepSpeed writes, every rank its share
-    checkpoints/step-00000500/COMPLETE     sizes, checksums and the step; written last, after all ranks
+    checkpoints/.step-00000500.saving/   where all ranks write; left behind by a run that was killed meanwhile
+    checkpoints/step-00000500/           its name once it is complete
+    checkpoints/step-00000500/COMPLETE   the manifest: step, ranks, ZeRO stage, and size and checksum of every file
 
-The step is all that a run needs beside tensors: data order, learning rate and seeds are functions of it.
+In order: rank 0 looks whether there is room, every rank writes its share to disk, all ranks tell what they wrote,
+rank 0 writes the manifest to disk, renames the folder, and only then deletes what `keep` leaves out. Killed at any
+point, a run finds either the new checkpoint whole or the old ones untouched.
+
+The step is all that a run needs beside tensors: data order, learning rate and seeds are functions of it. `Window`
+(loop) adds its sums over the steps since the last line of metrics.jsonl, so that the next line is whole too.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,84 +23,164 @@ import deepspeed
 import torch
 
 from llava_train.errors import UserError
-from llava_train.files import MANIFEST, damage, read_manifest, write_manifest
-from llava_train.train.engine import World
+from llava_train.files import MANIFEST, FileFacts, read_manifest, rename_durably, write_manifest
+from llava_train.train.checkpoint_files import DurableFiles
+from llava_train.train.world import World
+
+CHECKPOINTS_FOLDER = "checkpoints"
+_Told = tuple[dict[str, FileFacts], str | None]
+"""The files that a rank wrote, and why it could not write one."""
+_BYTES_A_PARAMETER = 16
+"""Of a trainable parameter in a checkpoint, at most: its value twice (training dtype, float32) and two moments."""
 
 
-class CheckpointError(UserError):
-    """A checkpoint that this run cannot continue."""
+class HarmedError(UserError):
+    """The weights are not finite any more: there is nothing worth saving."""
 
 
-def save_checkpoint(engine: deepspeed.DeepSpeedEngine, world: World, folder: Path, step: int, keep: int) -> Path:
-    """Saves the state after `step` optimizer steps and deletes all but the newest `keep` complete ones.
+class Checkpoints:
+    """The checkpoints of a run.
 
-    Every rank must call it.
+    Args:
+        facts: what the manifest of each says beside the step and its files.
+        keep: how many complete ones to keep.
     """
-    target = checkpoint_path(folder, step)
-    if world.is_main and target.exists():
-        (target / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(target)
-    torch.distributed.barrier()
-    engine.save_checkpoint(str(folder), tag=target.name, save_latest=False, exclude_frozen_parameters=True)
-    torch.distributed.barrier()
-    if world.is_main:
-        write_manifest(target, step=step, n_ranks=world.n_ranks, engine=_settings(engine))
-        for old in complete_checkpoints(folder)[keep:]:
-            (old / MANIFEST).unlink()  # first, so that a half-deleted folder is not taken for a checkpoint
-            shutil.rmtree(old)
-    torch.distributed.barrier()
-    return target
 
+    def __init__(
+        self, engine: deepspeed.DeepSpeedEngine, world: World, folder: Path, keep: int, facts: dict[str, Any]
+    ) -> None:
+        self.engine, self.world, self.folder, self.keep = engine, world, folder, keep
+        self.facts = facts
+        self.saved_step: int | None = None
+        """Of the newest checkpoint that this process saved or continued."""
 
-def load_newest(engine: deepspeed.DeepSpeedEngine, world: World, folder: Path) -> tuple[int, list[str]]:
-    """Loads the newest complete checkpoint.
+    def save(self, step: int, window: dict[str, Any]) -> None:
+        """Saves the state after `step` optimizer steps; says so when that fails, and training goes on.
 
-    Returns:
-        The number of optimizer steps done (0 when there is no checkpoint), and a line for each newer folder
-        that was passed over.
-    """
-    found: list[tuple[Path | None, list[str]]] = [newest_complete(folder) if world.is_main else (None, [])]
-    torch.distributed.broadcast_object_list(found, src=0)
-    newest, passed_over = found[0]
-    if newest is None:
-        return 0, passed_over
-    manifest = read_manifest(newest)
-    assert manifest is not None
-    for key, value in _settings(engine).items():
-        if manifest["engine"][key] != value:
-            raise CheckpointError(
-                f"{newest} was saved with engine.{key}: {manifest['engine'][key]}, this run has {value}; "
-                f"go on with --set engine.{key}={manifest['engine'][key]}, or give the run another name"
+        Every rank must call it.
+
+        Raises:
+            HarmedError: the weights are not finite.
+        """
+        if step == self.saved_step:
+            return
+        self.refuse_harmed(step)
+        problem = self.world.on_main(lambda: self._prepare(step)) or self._write(step, window)
+        if problem is None:
+            self.saved_step = step
+        else:
+            self.world.say(f"warning: no checkpoint of step {step}: {problem}. Training goes on; earlier ones are kept")
+
+    def refuse_harmed(self, step: int) -> None:
+        """Raises HarmedError when the weights of any rank are not finite. Every rank must call it."""
+        if any(self.world.gather(not is_finite(self.engine))):
+            raise HarmedError(
+                f"step {step}: trained weights are not finite (inf or nan), so nothing is saved; the same command goes "
+                "on from the newest checkpoint, and a lower learning rate or a look at the data may help"
             )
-    if manifest["n_ranks"] != world.n_ranks and engine.zero_optimization():
-        raise CheckpointError(
-            f"{newest} was saved by {manifest['n_ranks']} ranks, this run has {world.n_ranks}; "
-            f"start it again on {manifest['n_ranks']}"
-        )
-    engine.load_checkpoint(str(folder), tag=newest.name, load_module_strict=False, load_lr_scheduler_states=False)
-    return int(manifest["step"]), passed_over
+
+    def _write(self, step: int, window: dict[str, Any]) -> str | None:
+        """Every rank writes its share, rank 0 completes it. Returns why that failed."""
+        files = self.engine.checkpoint_engine
+        assert isinstance(files, DurableFiles)
+        files.start()
+        name = _unfinished(self.folder, step).name
+        self.engine.save_checkpoint(str(self.folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
+        told = self.world.gather((files.written, files.failure))
+        return self.world.on_main(lambda: self._complete(step, window, told))
+
+    def _prepare(self, step: int) -> str | None:
+        """Makes an empty folder to write to, if there is room. Returns why it cannot."""
+        try:
+            remove_unfinished(self.folder)
+            _unfinished(self.folder, step).mkdir(parents=True)
+            free, needed = shutil.disk_usage(self.folder).free, self._expected_bytes()
+            if free < needed:
+                return f"{self.folder} has {free / 1e9:.2f} GB left, and it takes about {needed / 1e9:.2f} GB"
+        except OSError as error:
+            return f"cannot write to {self.folder}: {error.strerror}"
+        return None
+
+    def _complete(self, step: int, window: dict[str, Any], told: list[_Told]) -> str | None:
+        """Declares what all ranks wrote a checkpoint, and deletes the oldest. Returns why it cannot."""
+        written, target = _unfinished(self.folder, step), checkpoint_path(self.folder, step)
+        try:
+            failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(told) if failure]
+            files = {name: facts for of_rank, _ in told for name, facts in of_rank.items()}
+            failures += list(_missing(written, files))
+            if failures:
+                remove_unfinished(self.folder)
+                return "; ".join(failures)
+            write_manifest(written, files, step=step, **self.facts, window=window)
+            forget(target)  # one that was found damaged
+            rename_durably(written, target)
+            for old in older(self.folder, step)[self.keep - 1 :]:
+                forget(old)
+        except OSError as error:
+            return f"cannot complete {target}: {error.strerror}"
+        return None
+
+    def _expected_bytes(self) -> int:
+        """About the size of the next checkpoint."""
+        for path in complete_checkpoints(self.folder):
+            manifest = read_manifest(path)
+            if manifest is not None:
+                return sum(facts["n_bytes"] for facts in manifest["files"].values())
+        n_trainable = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in _trained(self.engine))
+        return n_trainable * _BYTES_A_PARAMETER
 
 
-def _settings(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
-    """What DeepSpeed's own files depend on, as keys of the stage file's `engine`."""
-    return {"zero": engine.zero_optimization_stage(), "precision": "bf16" if engine.bfloat16_enabled() else "fp32"}
-
-
-def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is as its manifest says, and why newer folders are not."""
-    passed_over: list[str] = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        reason = damage(path)
-        if reason is None:
-            return path, passed_over
-        passed_over.append(f"{path}: {reason}")
-    return None, passed_over
+def is_finite(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Whether the trained weights of this rank are finite; under ZeRO 3 its share of them."""
+    own = [getattr(parameter, "ds_tensor", parameter) for parameter in _trained(engine)]
+    return not own or bool(torch.stack([tensor.detach().isfinite().all() for tensor in own]).all())
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints with a manifest, newest first. Their files are not read."""
-    return [path for path in sorted(folder.glob("step-*"), reverse=True) if read_manifest(path) is not None]
+    return [path for path in all_checkpoints(folder) if read_manifest(path) is not None]
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Complete or not, newest first."""
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def older(folder: Path, step: int) -> list[Path]:
+    """The complete checkpoints before `step`, newest first."""
+    return [path for path in complete_checkpoints(folder) if path.name < checkpoint_path(folder, step).name]
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
+
+
+def forget(checkpoint: Path) -> None:
+    """Deletes a checkpoint: its manifest first, so that a half-deleted one is not taken for a checkpoint."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    if checkpoint.exists():
+        shutil.rmtree(checkpoint)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Deletes what a run that was killed, or whose disk was full, left of a checkpoint."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path)
+
+
+def _unfinished(folder: Path, step: int) -> Path:
+    return folder / f".{checkpoint_path(folder, step).name}.saving"
+
+
+def _missing(folder: Path, files: dict[str, FileFacts]) -> Iterator[str]:
+    """Says which files are not where rank 0 sees them: every node must write to the same storage."""
+    for name, facts in files.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{path} was written on another machine and is not here: `output` must be on storage that all share"
+        elif path.stat().st_size != facts["n_bytes"]:
+            yield f"{path} has {path.stat().st_size} bytes, not {facts['n_bytes']}"
+
+
+def _trained(engine: deepspeed.DeepSpeedEngine) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in engine.module.parameters() if parameter.requires_grad]

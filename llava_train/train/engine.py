@@ -1,12 +1,9 @@
-"""DeepSpeed: the processes of a run, the engine's configuration, and its start."""
+"""DeepSpeed: the engine's configuration, its start, its steps."""
 
 from __future__ import annotations
 
 import copy
-import logging
 import os
-import socket
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -16,59 +13,10 @@ from torch import nn
 
 from llava_train.config import StageConfig
 from llava_train.contradictions import user_deepspeed
-from llava_train.errors import UserError
+from llava_train.train.checkpoint_files import DurableFiles
+from llava_train.train.world import World
 
 _BUCKET_ELEMENTS = 200_000_000
-
-
-class LaunchError(UserError):
-    """The processes of the run were started in a way that cannot work."""
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among those of the run."""
-
-    rank: int
-    n_ranks: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
-def start_distributed() -> World:
-    """Joins the processes that `deepspeed` or `torchrun` started; alone under plain `python`.
-
-    Raises:
-        LaunchError: one of several tasks of `srun`, each of which would take itself for the whole run.
-    """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    n_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if n_tasks > 1 and "RANK" not in os.environ:
-        raise LaunchError(
-            f"srun started {n_tasks} tasks without telling them their RANK, so each would train alone; start one task "
-            "a node, and torchrun in it"
-        )
-    for name, value in {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-    }.items():
-        os.environ.setdefault(name, value)
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # On CPUs DeepSpeed would compile a collective of its own. That takes a compiler, and a build that was killed
-    # leaves a lock on which every later run waits for ever. Gloo does the work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
-    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 
 def imitates_bf16(device: torch.device) -> bool:
@@ -76,10 +24,13 @@ def imitates_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def deepspeed_config(config: StageConfig, n_trainable: int) -> dict[str, Any]:
+def deepspeed_config(config: StageConfig, n_trainable: int, universal: bool = False) -> dict[str, Any]:
     """The DeepSpeed configuration of a stage; the user's own JSON adds keys that the stage file does not own.
 
     Batch keys are 1: the loop decides itself how many micro-steps a step has.
+
+    Args:
+        universal: the checkpoint to load is in DeepSpeed's universal format.
     """
     engine = config.engine
     bf16 = engine.precision == "bf16"
@@ -96,9 +47,10 @@ def deepspeed_config(config: StageConfig, n_trainable: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.schedule.clip or 0.0,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
+        "checkpoint": {"load_universal": universal},
         "steps_per_print": 2**62,
     }
     if bf16 and engine.zero:
@@ -107,11 +59,17 @@ def deepspeed_config(config: StageConfig, n_trainable: int) -> dict[str, Any]:
     return _merge(ours, user_deepspeed(engine))
 
 
-def start_engine(module: nn.Module, groups: list[dict[str, Any]], config: StageConfig) -> deepspeed.DeepSpeedEngine:
+def start_engine(
+    module: nn.Module, groups: list[dict[str, Any]], config: StageConfig, universal: bool = False
+) -> deepspeed.DeepSpeedEngine:
     """Wraps a module, whose parameters in `groups` AdamW trains. The module is moved to the device."""
     n_trainable = sum(parameter.numel() for group in groups for parameter in group["params"])
     optimizer = torch.optim.AdamW(groups, fused=True)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config, n_trainable))
+    settings = deepspeed_config(config, n_trainable, universal)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    engine.checkpoint_engine = DurableFiles()
+    # A script for people without plain weights: copying it may fail on one rank and leave the others waiting.
+    engine._copy_recovery_script = lambda save_path: None
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         _forget_first_step(engine.optimizer)
     return engine
@@ -132,15 +90,25 @@ def gathered(engine: deepspeed.DeepSpeedEngine, world: World, module: nn.Module)
     return state
 
 
-def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> torch.Tensor | float:
-    """Takes the optimizer step; returns the norm of the whole gradient before clipping."""
-    norm = None
+def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> tuple[torch.Tensor | float, bool]:
+    """Takes the optimizer step, unless the gradient is not finite.
+
+    DeepSpeed skips such a step in silence, apart from float32 without ZeRO, where it would ruin the weights.
+
+    Returns:
+        The norm of the whole gradient before clipping, and whether the step was taken.
+    """
+    norm, n_skipped = None, engine.skipped_steps
     if not engine.zero_optimization():  # DeepSpeed keeps no norm there
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
         norm = torch.linalg.vector_norm(torch.stack(norms))
+        if not norm.isfinite():
+            engine.zero_grad()
+            engine.skipped_steps += 1
+            return norm, False
     engine.step()
-    return engine.get_global_grad_norm() if norm is None else norm
+    return engine.get_global_grad_norm() if norm is None else norm, engine.skipped_steps == n_skipped
 
 
 def _merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
@@ -162,9 +130,3 @@ def _forget_first_step(optimizer: FP16_UnfusedOptimizer) -> None:
     for state in optimizer.optimizer.state.values():
         state["step"].zero_()
     optimizer.refresh_fp32_params()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -18,8 +18,8 @@ from llava_train.data.problems import SampleError
 from llava_train.data.samples import Turn
 from llava_train.model.attention import PACKED
 from llava_train.model.build import Llava
-from llava_train.train.engine import World
 from llava_train.train.loop import BadSampleError, forward, refuse_bad
+from llava_train.train.world import World
 
 
 def evaluate(

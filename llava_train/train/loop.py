@@ -4,13 +4,17 @@ An optimizer step is defined by its samples. Its loss is the sum of the cross en
 supervised tokens, divided by their number, over all ranks and micro-steps. DeepSpeed averages gradients over
 ranks, so each rank backpropagates `n_ranks * its sum / the number of all`, and the accumulation scaling of
 DeepSpeed stays off.
+
+Between two steps, at the *border*, the ranks add up the step's supervised tokens and the requests to stop, in one
+message between CPUs: all of them train on the step, or none does.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 import deepspeed
 import torch
@@ -18,9 +22,14 @@ import torch
 from llava_train.config import StageConfig
 from llava_train.data.loader import PackedBatch, StepBatch
 from llava_train.errors import UserError
-from llava_train.train.engine import World, optimizer_step
+from llava_train.train.checkpoint import Checkpoints
+from llava_train.train.engine import optimizer_step
+from llava_train.train.interrupt import Preempted
 from llava_train.train.schedule import lr_factor, step_seed
-from llava_train.train.tracking import QUARANTINE_FILE, Metrics, Tracker, quarantine_summary
+from llava_train.train.session import Session
+from llava_train.train.tracking import BAD_STEPS_FILE, QUARANTINE_FILE, Tracker, quarantine_summary
+from llava_train.train.window import Window
+from llava_train.train.world import World
 
 _FEW_SAMPLES = 1000
 """One bad sample in the first batch is not yet a share: of so many samples, or of the whole run, it must be one."""
@@ -43,43 +52,122 @@ class TooManyBadError(BadSampleError):
         )
 
 
-def train(
-    engine: deepspeed.DeepSpeedEngine,
-    world: World,
-    config: StageConfig,
-    batches: Iterable[StepBatch],
-    n_steps: int,
-    tracker: Tracker,
-    source_names: tuple[str, ...],
-    after_step: Callable[[int], None],
-) -> None:
-    """Trains on each batch in turn. `after_step(steps done)` is called after every optimizer step.
+class BadNumbersError(UserError):
+    """Too many steps in a row whose loss or gradient is not finite."""
 
-    Raises:
-        BadSampleError: a sample cannot be trained on, or too many, as the stage file says.
+
+class Loop:
+    """Trains on each batch in turn.
+
+    Args:
+        after_step: called with the number of steps done, after each.
     """
-    window = Window(source_names, n_bad=tracker.n_bad_before)
-    asked = time.perf_counter()
-    for batch in batches:
-        window.data_wait_s += time.perf_counter() - asked
-        refuse_bad(batch, config)
-        tracker.quarantine(batch.bad_samples)
-        set_learning_rate(engine, lr_factor(batch.step, n_steps, config.schedule))
-        torch.manual_seed(step_seed(config.seed, batch.step, world.rank))
-        window.add(batch, world, *train_step(engine, world, batch))
-        step = batch.step + 1
-        if step % config.logging.every == 0 or step in (1, n_steps):
-            metrics = window.metrics(engine, world, step, n_steps)
-            tracker.step(step, metrics)
-            if too_many_bad(metrics["n_bad"], step, n_steps, config):
-                raise TooManyBadError(metrics["n_bad"], step, config)
-            window = Window(source_names, n_bad=window.n_bad)
+
+    def __init__(
+        self,
+        session: Session,
+        config: StageConfig,
+        engine: deepspeed.DeepSpeedEngine,
+        n_steps: int,
+        tracker: Tracker,
+        window: Window,
+        checkpoints: Checkpoints,
+        after_step: Callable[[int], None],
+    ) -> None:
+        self.world, self.stop, self.config, self.engine = session.world, session.stop, config, engine
+        self.clock = session.clock
+        self.n_steps, self.tracker, self.window, self.checkpoints = n_steps, tracker, window, checkpoints
+        self.after_step = after_step
+        self.n_bad_in_row = 0
+
+    def train(self, batches: Iterable[StepBatch]) -> None:
+        """Trains on each batch in turn.
+
+        Raises:
+            BadSampleError: a sample cannot be trained on, or too many, as the stage file says.
+            BadNumbersError, HarmedError: the loss, the gradient or the weights are not finite.
+            Preempted: somebody asked to stop; the state is saved.
+        """
+        asked = time.perf_counter()
+        for batch in batches:
+            self.window.data_wait_s += time.perf_counter() - asked
+            self.clock.mark("first batch")
+            refuse_bad(batch, self.config)
+            n_supervised = self._meet_at_border(batch)
+            self.tracker.quarantine(batch.bad_samples)
+            set_learning_rate(self.engine, lr_factor(batch.step, self.n_steps, self.config.schedule))
+            torch.manual_seed(step_seed(self.config.seed, batch.step, self.world.rank))
+            sums, norm, taken = train_step(self.engine, self.world, batch, n_supervised)
+            self.clock.mark("first step")
+            self.window.add(batch, self.world, sums, norm, taken)
+            self._log(batch.step + 1)
+            self._count_bad(batch, sums, norm, taken)
+            asked = time.perf_counter()
+            self.after_step(batch.step + 1)
+            self._save_if_due(batch.step + 1)
+            self.window.started += time.perf_counter() - asked  # evaluation and checkpoints are not training time
+            asked = time.perf_counter()
+
+    def _meet_at_border(self, batch: StepBatch) -> float:
+        """The step's supervised tokens, over all ranks. Raises Preempted if any rank was asked to stop."""
+        reason = self.stop.reason(self.world.is_main)
+        n_supervised, n_requests = self.world.sum(batch.n_supervised, reason is not None)
+        if n_requests:
+            self._stop(batch.step, reason)
+        return n_supervised
+
+    def _stop(self, step: int, reason: str | None) -> NoReturn:
+        """Saves and raises Preempted. Every rank must call it, with the reason if it knows one."""
+        rank, why = next((rank, told) for rank, told in enumerate(self.world.gather(reason)) if told)
+        if step and not self.n_bad_in_row:
+            self._save(step)
+        self.stop.done()
+        saved = self.checkpoints.saved_step
+        where = "from the beginning" if saved is None else f"after step {saved}"
+        raise Preempted(
+            f"{self.config.name}: asked to stop by {why} (rank {rank}), stopped after step {step} of {self.n_steps}; "
+            f"the same command goes on {where}"
+        )
+
+    def _log(self, step: int) -> None:
+        if step % self.config.logging.every and step not in (1, self.n_steps):
+            self.tracker.step(step)
+            return
+        metrics = self.window.metrics(self.engine, self.world, step, self.n_steps)
+        self.tracker.step(step, metrics)
+        if too_many_bad(metrics["n_bad"], step, self.n_steps, self.config):
+            raise TooManyBadError(metrics["n_bad"], step, self.config)
+        self.window = self.window.next()
+
+    def _count_bad(self, batch: StepBatch, sums: torch.Tensor, norm: torch.Tensor | float, taken: bool) -> None:
+        """Records a skipped step with its samples. Raises BadNumbersError after too many in a row."""
+        if taken:
+            self.n_bad_in_row = 0
+            return
+        self.n_bad_in_row += 1
+        loss_sum, n_supervised = self.world.sum(*sums.sum(dim=0).tolist())
+        self.tracker.bad_step(batch, loss_sum / max(n_supervised, 1.0), float(norm))
+        if self.n_bad_in_row >= self.config.max_bad_steps:
+            step, saved = batch.step + 1, self.checkpoints.saved_step
+            raise BadNumbersError(
+                f"max_bad_steps: {self.n_bad_in_row} steps in a row, up to step {step}, had a loss or gradient that is "
+                f"not finite. None was taken. Their samples are in {self.config.run_dir / BAD_STEPS_FILE}; look at "
+                "them, or lower the learning rate. The same command goes on "
+                + ("from the beginning" if saved is None else f"after step {saved}")
+            )
+
+    def _save_if_due(self, step: int) -> None:
+        every = self.config.checkpoint.every
+        if not every or (step % every and step != self.n_steps):
+            return
+        if self.n_bad_in_row:
+            self.tracker.say(f"step {step}: no checkpoint, for the step was not taken")
         else:
-            tracker.step(step)
-        asked = time.perf_counter()
-        after_step(step)
-        window.started += time.perf_counter() - asked  # evaluation and checkpoints are not training time
-        asked = time.perf_counter()
+            self._save(step)
+
+    def _save(self, step: int) -> None:
+        self.tracker.sync()  # what is logged up to here must not be lost when the checkpoint is not
+        self.checkpoints.save(step, self.window.state(self.world))
 
 
 def too_many_bad(n_bad: int, step: int, n_steps: int, config: StageConfig) -> bool:
@@ -89,27 +177,31 @@ def too_many_bad(n_bad: int, step: int, n_steps: int, config: StageConfig) -> bo
 
 
 def train_step(
-    engine: deepspeed.DeepSpeedEngine, world: World, batch: StepBatch
-) -> tuple[torch.Tensor, torch.Tensor | float]:
+    engine: deepspeed.DeepSpeedEngine, world: World, batch: StepBatch, n_supervised: float
+) -> tuple[torch.Tensor, torch.Tensor | float, bool]:
     """One optimizer step.
+
+    Args:
+        n_supervised: supervised tokens of the step, over all ranks.
 
     Returns:
         float64 [sources, 2] on the device: this rank's summed cross entropy and number of supervised tokens by
-        source; and the norm of the whole gradient before clipping. Nothing of ours waits for the device here.
+        source; the norm of the whole gradient before clipping; and whether the step was taken: it is not when the
+        loss of any rank, or the gradient, is not finite.
     """
-    own_count = torch.full((), batch.n_supervised, dtype=torch.float64, device=world.device)  # a copy would wait
-    count = own_count.clone()
-    torch.distributed.all_reduce(count)
-    scale = (world.n_ranks / count.clamp(min=1)).float()
+    scale = world.n_ranks / max(n_supervised, 1.0)
     sums = torch.zeros(len(batch.n_samples), 2, dtype=torch.float64, device=world.device)
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         engine.set_gradient_accumulation_boundary(number == len(batch.micro_batches))
         micro_batch = micro_batch.to(world.device)
         losses = forward(engine, micro_batch)
-        engine.backward(losses.sum() * scale, scale_wrt_gas=False)
+        loss = losses.sum() * scale
+        # A loss may be infinite and its gradient finite. Then the gradient shall not be either, on any rank.
+        loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+        engine.backward(loss, scale_wrt_gas=False)
         counted = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1).double()
         sums.index_add_(0, micro_batch.sources, counted)
-    return sums, optimizer_step(engine)
+    return sums, *optimizer_step(engine)
 
 
 def forward(engine: deepspeed.DeepSpeedEngine, batch: PackedBatch) -> torch.Tensor:
@@ -146,69 +238,3 @@ def refuse_bad(batch: StepBatch, config: StageConfig) -> None:
             )
             error.on_every_rank = bad.on_every_rank
             raise error
-
-
-@dataclass
-class Window:
-    """Sums over the steps since the last logged one."""
-
-    source_names: tuple[str, ...]
-    started: float = field(default_factory=time.perf_counter)
-    data_wait_s: float = 0.0
-    n_steps: int = 0
-    n_samples: list[int] = field(init=False)
-    """By source, over all ranks."""
-    n_tokens: int = 0
-    n_images: int = 0
-    n_bad: int = 0
-    """Samples left out since the run began, those that this rank reports."""
-    by_source: torch.Tensor | None = None
-    last: tuple[torch.Tensor, torch.Tensor | float] | None = None
-
-    def __post_init__(self) -> None:
-        self.n_samples = [0] * len(self.source_names)
-
-    def add(self, batch: StepBatch, world: World, sums: torch.Tensor, norm: torch.Tensor | float) -> None:
-        self.n_steps += 1
-        self.n_samples = [total + n for total, n in zip(self.n_samples, batch.n_samples, strict=True)]
-        self.n_tokens += batch.n_tokens
-        self.n_images += batch.n_images
-        self.n_bad += sum(world.is_main or not bad.on_every_rank for bad in batch.bad_samples)
-        self.by_source = sums if self.by_source is None else self.by_source + sums
-        self.last = sums, norm
-
-    def metrics(self, engine: deepspeed.DeepSpeedEngine, world: World, step: int, n_steps: int) -> Metrics:
-        """The logged line, on every rank: loss and gradient norm of the last step, sources and rates of the window."""
-        assert self.last is not None and self.by_source is not None
-        sums, norm = self.last
-        of_ranks = torch.tensor([self.n_tokens, self.n_images, self.data_wait_s, self.n_bad], dtype=torch.float64)
-        totals = torch.cat([sums.sum(dim=0), of_ranks.to(world.device), self.by_source.flatten()])
-        torch.distributed.all_reduce(totals)
-        loss_sum, n_supervised, n_tokens, n_images, data_wait_s, n_bad, *by_source = totals.tolist()
-        elapsed_s = time.perf_counter() - self.started
-        lr = {group["name"]: group["lr"] for group in engine.optimizer.param_groups if "decay" not in group["name"]}
-        return {
-            "step": step,
-            "loss": loss_sum / max(n_supervised, 1.0),
-            "grad_norm": float(norm),
-            "lr": lr,
-            "n_supervised": int(n_supervised),
-            "sources": self._of_sources(by_source),
-            "n_bad": int(n_bad),
-            "step_s": elapsed_s / self.n_steps,
-            "data_wait_s": data_wait_s / world.n_ranks / self.n_steps,
-            "samples_per_s": sum(self.n_samples) / elapsed_s,
-            "tokens_per_s": n_tokens / elapsed_s,
-            "images_per_s": n_images / elapsed_s,
-            "time_left_s": (n_steps - step) * elapsed_s / self.n_steps,
-            "skipped_steps": engine.skipped_steps,
-        }
-
-    def _of_sources(self, by_source: Sequence[float]) -> dict[str, Metrics]:
-        """Mean loss, supervised tokens and samples of each source that had any."""
-        each = zip(self.source_names, by_source[::2], by_source[1::2], self.n_samples, strict=True)
-        return {
-            name: {"loss": loss_sum / max(count, 1.0), "n_supervised": int(count), "n_samples": n_samples}
-            for name, loss_sum, count, n_samples in each
-            if n_samples
-        }

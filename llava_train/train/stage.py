@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import subprocess
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
+import deepspeed
 import torch
-import yaml
 
-from llava_train import __version__
 from llava_train.config import StageConfig
 from llava_train.data.chat import ChatEncoder
 from llava_train.data.chat_templates import load_template, unlike_own
@@ -24,7 +20,7 @@ from llava_train.data.mixture import Mixture, open_mixture
 from llava_train.data.order import n_steps_of
 from llava_train.data.packing import attention_cost_of
 from llava_train.errors import UserError
-from llava_train.files import damage, write_durably, write_manifest
+from llava_train.files import damage, write_manifest
 from llava_train.model.build import Llava, build_llava
 from llava_train.model.loss import PackedLoss
 from llava_train.model.standardize import feature_statistics, fold, standardize
@@ -38,43 +34,60 @@ from llava_train.model.weights import (
     load_init,
     save_projector,
 )
-from llava_train.train.checkpoint import load_newest, save_checkpoint
-from llava_train.train.engine import World, gathered, imitates_bf16, start_engine
+from llava_train.train.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
+from llava_train.train.engine import gathered, imitates_bf16, start_engine
 from llava_train.train.evaluate import evaluate
-from llava_train.train.loop import train
+from llava_train.train.interrupt import STOP_FILE
+from llava_train.train.loop import Loop
+from llava_train.train.resume import Resumption, find_resumption, load
+from llava_train.train.run_folder import check_unchanged, config_hash, describe, held, write_card
+from llava_train.train.session import Session
 from llava_train.train.tracking import Tracker
+from llava_train.train.window import Window
+from llava_train.train.world import World
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _STATISTICS_PICTURES, _STATISTICS_STEPS = 64, 16
 """How many pictures decide the mean and deviation of the features, and in how many steps they are looked for."""
 
 
-def run_stage(config: StageConfig, world: World) -> Path:
+def run_stage(config: StageConfig, session: Session) -> Path:
     """Trains a stage from wherever it stands to its end; returns the folder of its result.
 
     A finished stage is passed over. Every rank of the run must call it.
 
     Raises:
         DataError, BuildError, HandOffError, BadSampleError: what the user gave cannot be used.
+        RunFolderError: another process works in the run's folder, or the folder is another run's.
+        CheckpointError: its newest checkpoint cannot be continued.
+        BadNumbersError, HarmedError: the loss, the gradient or the weights are not finite.
+        Preempted: somebody asked to stop; the run is saved.
     """
-    result = config.run_dir / RESULT_FOLDER
-    if damage(result) is None:
-        _say(world, f"{config.name}: complete, see {result}")
-        return result
+    world, result = session.world, config.run_dir / RESULT_FOLDER
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
-    trained = _train(config, world)
-    if world.is_main:
-        _write_result(config, trained, result)
-    torch.distributed.barrier()
-    _say(world, f"{config.name}: finished, result in {result}")
+    session.stop.stop_files.append(config.run_dir / STOP_FILE)
+    with ExitStack() as stack:
+        world.on_main(lambda: stack.enter_context(held(config.run_dir)))
+        world.say(f"{config.name}: run folder {config.run_dir}")
+        if world.on_main(lambda: damage(result) is None):
+            card, allowed = describe(config), session.allow_config_change
+            world.on_main(lambda: check_unchanged(config.run_dir, card, None, allowed))
+            world.say(f"{config.name}: complete, see {result}")
+            return result
+        trained = _train(config, session)
+        world.on_main(lambda: _write_result(config, trained, result))
+    world.say(f"{config.name}: finished, result in {result}")
     return result
 
 
-def _train(config: StageConfig, world: World) -> State:
+def _train(config: StageConfig, session: Session) -> State:
     """Trains the stage; returns the trained parameters by name, on rank 0."""
+    world, clock = session.world, session.clock
     mixture = open_mixture(config.data, config.seed, config.cache_dir)
     held_out = open_mixture(config.eval.data, config.seed, config.cache_dir) if config.eval else None
     n_steps = n_steps_of(len(mixture), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
+    resumption = _find_resumption(config, session, mixture)
+    clock.mark("data")
 
     if config.init_from not in (None, "random"):
         check_init(str(config.init_from), config.output)
@@ -85,39 +98,78 @@ def _train(config: StageConfig, world: World) -> State:
     if config.trainable.projector and config.trainable.projector.standardize:
         _standardize_features(config, world, llava, new_dataset(mixture, seed=config.seed, rank=0, n_ranks=1))
     _prepare_modes(llava, config)
+    clock.mark("model")
 
-    _write_card(config, world, mixture)
     if note := unlike_own(config.model.chat_template, llava.processor.chat_template, llava.tokenizer):
-        _say(world, note)
-    _say(world, f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}")
+        world.say(note)
+    world.say(f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}")
     if config.engine.precision == "bf16" and imitates_bf16(world.device):
-        _say(world, "engine.precision: this CPU imitates bf16, tens of times slower than fp32; better set it to fp32")
+        world.say("engine.precision: this CPU imitates bf16, tens of times slower than fp32; better set it to fp32")
 
     groups = parameter_groups(llava.model, config.trainable, config.schedule.weight_decay)
-    engine = start_engine(PackedLoss(llava.model), groups, config)
-    checkpoints = config.run_dir / "checkpoints"
-    start, passed_over = load_newest(engine, world, checkpoints)
+    changed = resumption.conversion(world.n_ranks, config.engine.zero)
+    engine = start_engine(PackedLoss(llava.model), groups, config, universal=changed is not None)
+    clock.mark("engine")
+    if changed:
+        world.say(f"{resumption.checkpoint}: {changed}; converting it with DeepSpeed's universal format")
+    checkpoints = _checkpoints(config, world, engine, mixture)
+    if resumption.checkpoint:
+        load(engine, world, resumption)
+        checkpoints.saved_step = resumption.step
+        clock.mark("checkpoint")
 
-    with Tracker(config, world, start, n_steps) as tracker:
-        tracker.started(parts, start, passed_over)
+    with Tracker(config, world, resumption.step, n_steps) as tracker:
+        tracker.started(parts, resumption.step, resumption.passed_over)
+        window = Window(tuple(source.name for source in mixture.sources), tracker.n_bad_before)
+        if resumption.checkpoint:
+            window.restore(resumption.manifest["window"], world)
 
         def after_step(step: int) -> None:
+            if line := clock.line():
+                tracker.say(line)
             if config.eval and held_out and (step % config.eval.every == 0 or step == n_steps):
                 batch_size = min(config.batch.size, config.eval.max_samples)
                 dataset = new_dataset(held_out, seed=None, batch_size=batch_size)
                 evaluation = evaluate(engine, world, llava, dataset, config)
                 tracker.evaluation(step, *evaluation)
-            if config.checkpoint.every and (step % config.checkpoint.every == 0 or step == n_steps):
-                save_checkpoint(engine, world, checkpoints, step, config.checkpoint.keep)
 
-        steps, on_cuda = range(start, n_steps), world.device.type == "cuda"
+        steps, on_cuda = range(resumption.step, n_steps), world.device.type == "cuda"
         batches = read_steps(new_dataset(mixture, seed=config.seed), steps, config.loader.workers, on_cuda)
-        names = tuple(source.name for source in mixture.sources)
-        train(engine, world, config, batches, n_steps, tracker, names, after_step)
+        Loop(session, config, engine, n_steps, tracker, window, checkpoints, after_step).train(batches)
+        checkpoints.refuse_harmed(n_steps)
         trained = gathered(engine, world, llava.model)
         trained = fold(llava.model, trained) if world.is_main else trained
     engine.destroy()
     return trained
+
+
+def _find_resumption(config: StageConfig, session: Session, mixture: Mixture) -> Resumption:
+    """Where the run goes on; its config.yaml is then that of this stage file. Every rank must call it."""
+    world, run_dir = session.world, config.run_dir
+    found = find_resumption(world, run_dir / CHECKPOINTS_FOLDER, config.engine)
+
+    def take_over() -> None:
+        card, changes = describe(config, mixture), []
+        if found.checkpoint:
+            saved_hash = found.manifest["config_hash"]
+            changes = check_unchanged(run_dir, card, saved_hash, session.allow_config_change)
+        for change in changes:
+            world.say(f"{config.name}: changed after step {found.step}: {change}")
+        write_card(run_dir, card, world.n_ranks, found.step, bool(changes))
+
+    world.on_main(take_over)
+    return found
+
+
+def _checkpoints(config: StageConfig, world: World, engine: deepspeed.DeepSpeedEngine, mixture: Mixture) -> Checkpoints:
+    """The checkpoints of the run."""
+    facts = {
+        "n_ranks": world.n_ranks,
+        "zero": config.engine.zero,
+        "precision": config.engine.precision,
+        "config_hash": config_hash(describe(config, mixture)),
+    }
+    return Checkpoints(engine, world, config.run_dir / CHECKPOINTS_FOLDER, config.checkpoint.keep, facts)
 
 
 def _starting_point(config: StageConfig) -> tuple[Llava, str]:
@@ -192,40 +244,3 @@ def _write_result(config: StageConfig, trained: State, folder: Path) -> None:
         end_of_turn_id = _encoder(config, llava).end_of_turn_id()
         export_model(llava.model, llava.processor, end_of_turn_id, folder, peft_model)
     write_manifest(folder, name=config.name)
-
-
-def _write_card(config: StageConfig, world: World, mixture: Mixture) -> None:
-    """config.yaml of the run: the resolved config, versions, git commit, data fingerprint."""
-    if not world.is_main:
-        return
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    packages = ("torch", "transformers", "deepspeed", "peft", "pillow")
-    about = {
-        "llava_train": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "git_commit": _git_commit(),
-        "n_ranks": world.n_ranks,
-        "data": [
-            {"path": s.path, "name": s.name, "n_samples": len(s), "fingerprint": s.fingerprint()}
-            for s in mixture.sources
-        ],
-    }
-    text = yaml.safe_dump({**json.loads(config.model_dump_json()), "about": about}, sort_keys=False, allow_unicode=True)
-    write_durably(config.run_dir / "config.yaml", text)
-
-
-def _git_commit() -> str | None:
-    """Commit of the code that runs, when it runs from a checkout."""
-    answer = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return answer.stdout.strip() or None
-
-
-def _say(world: World, text: str) -> None:
-    if world.is_main:
-        print(text, flush=True)

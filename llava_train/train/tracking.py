@@ -1,8 +1,10 @@
-"""What a run shows and keeps: progress bar, metrics.jsonl, quarantine.jsonl, answers.jsonl, wandb."""
+"""What a run shows and keeps: progress bar, metrics.jsonl, quarantine.jsonl, bad_steps.jsonl, answers.jsonl, wandb."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -14,14 +16,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from llava_train.config import StageConfig
-from llava_train.data.loader import BadSample
+from llava_train.data.loader import BadSample, StepBatch
 from llava_train.data.problems import KINDS
+from llava_train.files import write_durably
 from llava_train.model.trainable import PartSummary
-from llava_train.train.engine import World
+from llava_train.train.world import World
 
 METRICS_FILE = "metrics.jsonl"
 QUARANTINE_FILE = "quarantine.jsonl"
+BAD_STEPS_FILE = "bad_steps.jsonl"
 ANSWERS_FILE = "answers.jsonl"
+FILES = (METRICS_FILE, QUARANTINE_FILE, BAD_STEPS_FILE, ANSWERS_FILE)
 
 Metrics = dict[str, Any]
 
@@ -50,7 +55,7 @@ class Tracker:
         self.n_bad_before = 0
         """Samples left out before, on rank 0."""
         if world.is_main:
-            for name in (METRICS_FILE, QUARANTINE_FILE, ANSWERS_FILE):
+            for name in FILES:
                 _drop_after(self.folder / name, start_step)
             self.n_bad_before = len(_records(self.folder / QUARANTINE_FILE))
             self._start_wandb(config)
@@ -102,11 +107,28 @@ class Tracker:
                 record = {"step": bad.step + 1, **{name: getattr(bad, name) for name in names}}
                 self._append(QUARANTINE_FILE, record)
 
+    def bad_step(self, batch: StepBatch, loss: float, grad_norm: float) -> None:
+        """Records and shows a step that was not taken, with its samples."""
+        samples = [{"source": source, "id": id_} for source, id_ in batch.samples]
+        step = batch.step + 1
+        self._append(BAD_STEPS_FILE, {"step": step, "loss": loss, "grad_norm": grad_norm, "samples": samples})
+        self.say(
+            f"step {step} is skipped: its loss ({loss:g}) or gradient norm ({grad_norm:g}) is not finite; "
+            f"its {len(samples)} samples are in {self.folder / BAD_STEPS_FILE}"
+        )
+
+    def sync(self) -> None:
+        """Puts the records on disk."""
+        for name in FILES:
+            with suppress(FileNotFoundError), (self.folder / name).open("rb") as file:
+                os.fsync(file.fileno())
+
     def _keep(self, metrics: Metrics) -> None:
         if self.world.is_main:
             self._append(METRICS_FILE, metrics)
             if self._wandb is not None:
-                self._wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+                known = {key: value for key, value in metrics.items() if key != "step"}
+                self._wandb.log(known, step=metrics["step"])
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         if self.world.is_main or name == QUARANTINE_FILE:
@@ -160,7 +182,7 @@ def _drop_after(path: Path, step: int) -> None:
     """Drops the records of steps after `step`, and a line that was cut off, from a JSONL file."""
     if path.is_file():
         kept = [record for record in _records(path) if record["step"] <= step]
-        path.write_text("".join(map(_line, kept)), encoding="utf-8")
+        write_durably(path, "".join(map(_line, kept)))
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -173,4 +195,13 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    return json.dumps(_without_nan(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no word for numbers that are not finite: null."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -23,9 +23,10 @@ from llava_train.model.build import Llava, build_llava
 from llava_train.model.loss import PackedLoss
 from llava_train.model.trainable import parameter_groups, set_trainable
 from llava_train.stage_file import parse_stage
-from llava_train.train.engine import World, gathered, start_distributed, start_engine
+from llava_train.train.engine import gathered, start_engine
 from llava_train.train.loop import set_learning_rate, train_step
 from llava_train.train.stage import _prepare_modes
+from llava_train.train.world import World, start_distributed
 from tests.train.helpers import stage_content
 
 STEPS = ("itimti", "tttitt", "tttttt", "miitit", "i")
@@ -129,7 +130,8 @@ def train_case(case: Case, data: Path, world: World) -> dict[str, Any]:
     for step, factor in enumerate(FACTORS):
         batch = dataset[step]
         set_learning_rate(engine, factor)
-        sums, norm = train_step(engine, world, batch)
+        n_supervised = world.sum(batch.n_supervised)[0]
+        sums, norm, _ = train_step(engine, world, batch, n_supervised)
         sums = sums.sum(dim=0)
         torch.distributed.all_reduce(sums)
         losses.append(float(sums[0] / sums[1]))

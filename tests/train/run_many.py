@@ -13,18 +13,18 @@ import os
 import runpy
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 
-from llava_train.config import StageConfig
-from llava_train.train import stage
-from llava_train.train.engine import World
+from llava_train.data.loader import StepBatch
+from llava_train.train.loop import Loop
 from tests.train.helpers import TRAIN
 
-_train = stage.train
+_train = Loop.train
 
 
 def every_parameter(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
@@ -36,16 +36,16 @@ def every_parameter(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor
     return copies
 
 
-def watched_train(engine: deepspeed.DeepSpeedEngine, world: World, config: StageConfig, *rest: Any) -> None:
-    before = every_parameter(engine)
-    _train(engine, world, config, *rest)
-    after = every_parameter(engine)
+def watched_train(self: Loop, batches: Iterable[StepBatch]) -> None:
+    before = every_parameter(self.engine)
+    _train(self, batches)
+    after = every_parameter(self.engine)
     changes = {
         name: {"trainable": parameter.requires_grad, "changed": not torch.equal(before[name], after[name])}
-        for name, parameter in engine.module.llava.named_parameters()
+        for name, parameter in self.engine.module.llava.named_parameters()
     }
-    if world.is_main:
-        (config.run_dir / "changes.json").write_text(json.dumps(changes))
+    if self.world.is_main:
+        (self.config.run_dir / "changes.json").write_text(json.dumps(changes))
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     commands = Path(sys.argv[1])
-    stage.train = watched_train
+    Loop.train = watched_train
     outcomes = {name: run(arguments) for name, arguments in json.loads(commands.read_text()).items()}
     (commands.parent / f"outcomes-{os.environ['RANK']}.json").write_text(json.dumps(outcomes))
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from llava_train.data.loader import StepBatch
 from llava_train.train import loop
-from llava_train.train.engine import World
+from llava_train.train.session import Session
+from llava_train.train.window import Window
+from llava_train.train.world import World
 from tests.tiny import stage
 
 
@@ -21,16 +23,15 @@ from tests.tiny import stage
 def test_evaluation_and_checkpoints_are_not_counted_as_training_time(
     log_every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "train_step", lambda *_: (torch.ones(1, 2, dtype=torch.float64), 1.0))
+    monkeypatch.setattr(loop, "train_step", lambda *_: (torch.ones(1, 2, dtype=torch.float64), 1.0, True))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     engine: Any = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]), skipped_steps=0)
     batches = [StepBatch(step, (), (1,), ()) for step in range(4)]
-    config, world, tracker = (
-        stage(Path("x"), logging={"every": log_every}),
-        World(0, 1, torch.device("cpu")),
-        Mock(n_bad_before=0),
-    )
-    loop.train(engine, world, config, batches, 4, tracker, ("x",), lambda step: time.sleep(0.3))
+    config = stage(Path("x"), logging={"every": log_every}, checkpoint={"every": 1})
+    tracker, checkpoints = Mock(), Mock(save=lambda step, window: time.sleep(0.3))
+    session = Session(World(0, 1, torch.device("cpu")))
+    steps = loop.Loop(session, config, engine, 4, tracker, Window(("x",)), checkpoints, lambda step: time.sleep(0.3))
+    steps.train(batches)
     logged = [call.args[1] for call in tracker.step.call_args_list if len(call.args) == 2]
     assert len(logged) == {1: 4, 2: 3}[log_every]
     assert all(metrics["step_s"] < 0.1 for metrics in logged)

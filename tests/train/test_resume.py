@@ -17,8 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llava_train.config import EngineSection
 from llava_train.files import write_manifest
-from llava_train.train.checkpoint import newest_complete
+from llava_train.train.resume import find_resumption
+from llava_train.train.world import World
 from tests.train.helpers import (
     TRAIN,
     Outcome,
@@ -252,16 +254,19 @@ def test_checkpoints_hold_only_what_trains(name: str, folder: Path, on_two_ranks
 
 
 def test_the_newest_complete_checkpoint_is_found_whatever_lies_beside_it(tmp_path: Path) -> None:
-    assert newest_complete(tmp_path / "nothing") == (None, [])
+    def newest() -> tuple[Path | None, list[str]]:
+        found = find_resumption(World(0, 1, torch.device("cpu")), tmp_path, EngineSection(zero=0, precision="fp32"))
+        return found.checkpoint, [line.split(": ")[1] for line in found.passed_over]
+
+    assert newest() == (None, [])
     for step in (5, 50, 100, 9):
         (tmp_path / f"step-{step:08d}").mkdir()
         (tmp_path / f"step-{step:08d}" / "state.pt").write_bytes(bytes(100))
-        write_manifest(tmp_path / f"step-{step:08d}", step=step, n_ranks=1)
-    assert newest_complete(tmp_path) == (tmp_path / "step-00000100", [])
+        write_manifest(tmp_path / f"step-{step:08d}", step=step, n_ranks=1, zero=0, precision="fp32")
+    (tmp_path / ".step-00000200.saving").mkdir()
+    assert newest() == (tmp_path / "step-00000100", [])
     (tmp_path / "step-00000100/state.pt").write_bytes(bytes(99) + b"x")
     (tmp_path / "step-00000050/state.pt").unlink()
-    newest, passed_over = newest_complete(tmp_path)
-    assert newest == tmp_path / "step-00000009"
-    assert [line.split(": ")[1] for line in passed_over] == ["state.pt has another checksum", "state.pt is missing"]
+    assert newest() == (tmp_path / "step-00000009", ["state.pt has another checksum", "state.pt is missing"])
     (tmp_path / "step-00000009/COMPLETE").write_text('{"step": 9, "fi')
-    assert newest_complete(tmp_path)[0] == tmp_path / "step-00000005"
+    assert newest()[0] == tmp_path / "step-00000005"

@@ -1,0 +1,106 @@
+"""The files of a checkpoint, as DeepSpeed hands them over and wants them back.
+
+DeepSpeed gathers, cuts and names the state; `DurableFiles` puts it on disk. It differs from DeepSpeed's own writer:
+
+- when `save` returns, the file is on disk, and its size and checksum are known without reading it again;
+- a file that cannot be written ends the checkpoint, not the training: DeepSpeed synchronises its ranks while it
+  saves, so that an exception on one of them would leave the others waiting. The failure is told afterwards;
+- files are read as data, never as code: `torch.load(weights_only=True)` and the three classes of DeepSpeed below.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from llava_train.files import ChecksummedFile, FileFacts
+
+SAFE_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
+"""What DeepSpeed's files hold beside tensors and plain data. None of them does anything when it is made."""
+
+
+class DurableFiles(TorchCheckpointEngine):
+    """Writes and reads the files of checkpoints for a DeepSpeed engine."""
+
+    def __init__(self) -> None:
+        self.name = type(self).__name__
+        self.written: dict[str, FileFacts] = {}
+        """Size and checksum of each file since `start`, by name."""
+        self.failure: str | None = None
+        """Why a file since `start` could not be written."""
+
+    def start(self) -> None:
+        """Begins a checkpoint."""
+        self.written, self.failure = {}, None
+
+    def create(self, info: Any) -> None:
+        """DeepSpeed announces a checkpoint. Its own writer would log here."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        try:
+            Path(path).mkdir(parents=True, exist_ok=exist_ok)
+        except OSError as error:
+            self.failure = self.failure or f"cannot make {path}: {error.strerror}"
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        if self.failure:
+            return
+        try:
+            with Path(path).open("wb") as file:
+                watched = _ToldErrors(file)
+                torch.save(state_dict, cast(IO[bytes], watched))
+                watched.flush()
+                os.fsync(file.fileno())
+            self.written[Path(path).name] = watched.facts()
+        except OSError as error:
+            self.failure = f"cannot write {path}: {error.strerror}"
+        except RuntimeError:  # torch's, about the file that it could not go on with
+            if watched.error is None:
+                raise
+            self.failure = f"cannot write {path}: {watched.error.strerror}"
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(SAFE_CLASSES):
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=False)
+
+
+class _ToldErrors(ChecksummedFile):
+    """Remembers the error of the file system, which torch.save replaces by one of its own."""
+
+    error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def to_universal(checkpoint: Path, target: Path) -> None:
+    """Converts a checkpoint into DeepSpeed's universal format, which any number of ranks and ZeRO stage can load.
+
+    `python -m llava_train.train.checkpoint_files CHECKPOINT TARGET`: a process of its own, for DeepSpeed's converter
+    loads every pickle it meets, so it runs where torch.load is told not to.
+    """
+    from argparse import Namespace
+
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    folders = {"input_folder": str(checkpoint), "output_folder": str(target)}
+    one_process = {"num_extract_workers": 1, "num_merge_workers": 1}
+    with torch.serialization.safe_globals(SAFE_CLASSES):
+        main(Namespace(**folders, **one_process, keep_temp_folder=False, strict=True, inject_missing_state=True))
+
+
+if __name__ == "__main__":
+    to_universal(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,246 @@
+"""The folder of a run: who works in it, and whether it is still the run that the stage file describes.
+
+Two processes that write to one folder would ruin it, and a checkpoint continued with another learning rate or other
+data is another experiment under the name of the first. Both are refused. The keys that are only speed knobs (how many
+tokens fit a pack, ZeRO stage, workers, how often to log and save) may change freely.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import hashlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llava_train import __version__
+from llava_train.config import StageConfig
+from llava_train.data.mixture import Mixture
+from llava_train.errors import UserError
+from llava_train.files import rename_durably, write_durably
+
+CARD = "config.yaml"
+LOCK = ".lock"
+_LOCK_PATIENCE_S = 15.0
+"""A killed run's file server may hold its lock a moment longer."""
+
+FREE_KEYS = (
+    "name",
+    "output",
+    "max_bad_share",
+    "max_bad_steps",
+    "batch.max_tokens",
+    "batch.packing",
+    "engine.zero",
+    "engine.offload_optimizer",
+    "engine.offload_parameters",
+    "engine.activation_checkpointing",
+    "engine.deepspeed",
+    "engine.hang_timeout_s",
+    "loader",
+    "checkpoint",
+    "logging",
+    "eval",
+)
+"""Keys (and everything below them) that change neither what a step trains on nor what it learns."""
+
+_CONTENT = "content of data"
+
+POLICIES = ("on_bad_sample", "batch.over_long")
+"""Keys that the error of a run tells to change from `error`: no sample was left out so far."""
+
+
+class RunFolderError(UserError):
+    """The folder of a run is in use, or is another run's."""
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Keeps a run's folder to this process and says to others whose it is; on rank 0.
+
+    A lock of POSIX: unlike others it dies with the process at once, whoever it started, and works on NFS.
+
+    Raises:
+        RunFolderError: another process has it, named by machine, process and job.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(f"output: cannot write to {run_dir}: {error.strerror}") from error
+    with lock:
+        _take(lock.fileno(), run_dir)
+        lock.truncate(0)
+        lock.write(json.dumps(_this_process()))
+        lock.flush()
+        yield
+        lock.truncate(0)
+
+
+def _take(descriptor: int, run_dir: Path) -> None:
+    deadline = time.monotonic() + _LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise RunFolderError(
+                    f"{run_dir} is in use by {_owner(run_dir)}; wait for it, stop it, or give this run another name"
+                ) from None
+            time.sleep(0.2)
+        except OSError as error:
+            print(f"warning: {run_dir} cannot be locked ({error.strerror}); start no second run in it", flush=True)
+            return
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "user": getpass.getuser(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "since": datetime.now().isoformat(sep=" ", timespec="seconds"),
+    }
+
+
+def _owner(run_dir: Path) -> str:
+    """Who holds a folder, in words."""
+    with suppress(OSError, ValueError, KeyError):
+        owner = json.loads((run_dir / LOCK).read_text(encoding="utf-8"))
+        job = f", SLURM job {owner['job']}" if owner["job"] else ""
+        return f"process {owner['pid']} of {owner['user']} on {owner['host']}{job}, since {owner['since']}"
+    return "another process"
+
+
+def describe(config: StageConfig, mixture: Mixture | None = None) -> dict[str, Any]:
+    """What makes a run what it is: the resolved config, and what is in the data, where that is open."""
+    resolved = json.loads(config.model_dump_json())
+    if mixture is None:
+        return resolved
+    data = [
+        {"path": s.path, "name": s.name, "n_samples": len(s), "fingerprint": s.fingerprint()} for s in mixture.sources
+    ]
+    return {**resolved, "about": {"data": data}}
+
+
+def decisive(card: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a run's description that decide its result, flat: `{"batch.size": 128, ...}`."""
+    flat = dict(_flatten({key: value for key, value in card.items() if key != "about"}))
+    if "about" in card:
+        flat |= _flatten({_CONTENT: [source["fingerprint"] for source in card["about"]["data"]]})
+    return {key: value for key, value in flat.items() if not any(_below(key, free) for free in FREE_KEYS)}
+
+
+def config_hash(card: dict[str, Any]) -> str:
+    """One word for `decisive`."""
+    return hashlib.sha256(json.dumps(decisive(card), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What decides the result and is different, a line each: `batch.size: 64 -> 128`."""
+    old, new = decisive(before), decisive(now)
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        if "about" not in now and _below(key, _CONTENT):
+            continue
+        was, is_ = old.get(key, "not set"), new.get(key, "not set")
+        if was != is_ and not (key in POLICIES and was == "error"):
+            found.append(f"{key}: {_shown(was)} -> {_shown(is_)}")
+    return found
+
+
+def read_card(run_dir: Path) -> dict[str, Any] | None:
+    """The description that a run left, None when there is none that can be read."""
+    try:
+        card = yaml.safe_load((run_dir / CARD).read_text(encoding="utf-8"))
+        decisive(card)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return None
+    with suppress(ValueError):  # keys that are newer than the run have their defaults
+        config = StageConfig.model_validate({key: value for key, value in card.items() if key != "about"})
+        card |= json.loads(config.model_dump_json())
+    return card
+
+
+def check_unchanged(run_dir: Path, card: dict[str, Any], saved_hash: str | None, allowed: bool) -> list[str]:
+    """What has changed since the run in this folder began, and is allowed to.
+
+    Args:
+        saved_hash: `config_hash` when the newest checkpoint was saved; it speaks where config.yaml is lost.
+
+    Raises:
+        RunFolderError: something that decides the result has changed.
+    """
+    before = read_card(run_dir)
+    if before is not None:
+        found = changes(before, card)
+    else:
+        found = ["config.yaml is lost, and the checkpoint was saved with another one"]
+        found = found if saved_hash not in (None, config_hash(card)) else []
+    if found and not allowed:
+        listed = "\n  ".join(found)
+        raise RunFolderError(
+            f"{run_dir} was begun with another stage file or other data:\n  {listed}\n"
+            "Undo that, give the run another name, or go on all the same with --allow-config-change"
+        )
+    return found
+
+
+def write_card(run_dir: Path, card: dict[str, Any], n_ranks: int, step: int, changed: bool) -> None:
+    """Writes config.yaml: the resolved config, versions, git commit, data fingerprint.
+
+    Args:
+        changed: the one that is there described another run; it is kept, with the step up to which it held.
+    """
+    packages = ("torch", "transformers", "deepspeed", "peft", "pillow")
+    about = {
+        "llava_train": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "git_commit": _git_commit(),
+        "n_ranks": n_ranks,
+        **card["about"],
+    }
+    if changed and (run_dir / CARD).is_file():
+        rename_durably(run_dir / CARD, run_dir / f"config-until-step-{step:08d}.yaml")
+    text = yaml.safe_dump({**card, "about": about}, sort_keys=False, allow_unicode=True)
+    write_durably(run_dir / CARD, text)
+
+
+def _git_commit() -> str | None:
+    """Commit of the code that runs, when it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    return None
+
+
+def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": [1]}}` becomes `("a.b.0", 1)`."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, inner in items:
+            yield from _flatten(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
+
+
+def _below(key: str, parent: str) -> bool:
+    return key == parent or key.startswith(parent + ".")
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,107 @@
+"""What the steps since the last line of metrics.jsonl add up to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+import torch
+
+from llava_train.data.loader import StepBatch
+from llava_train.train.tracking import Metrics
+from llava_train.train.world import World
+
+
+@dataclass
+class Window:
+    """Sums over the steps since the last logged one."""
+
+    source_names: tuple[str, ...]
+    n_bad: int = 0
+    """Samples left out since the run began, those that this rank reports."""
+    started: float = field(default_factory=time.perf_counter)
+    data_wait_s: float = 0.0
+    n_steps: int = 0
+    n_tokens: int = 0
+    n_images: int = 0
+    n_samples: list[int] = field(init=False)
+    """By source, over all ranks."""
+    n_before: int = 0
+    """Samples from before an interruption: they count, but the time that they took is not known."""
+    by_source: torch.Tensor | None = None
+    """float64 [sources, 2]: this rank's summed cross entropy and supervised tokens, of the steps that were taken."""
+    last: tuple[torch.Tensor, torch.Tensor | float] | None = None
+
+    def __post_init__(self) -> None:
+        self.n_samples = [0] * len(self.source_names)
+
+    def next(self) -> Window:
+        """The window after this one."""
+        return Window(self.source_names, self.n_bad)
+
+    def state(self, world: World) -> dict[str, Any]:
+        """What a checkpoint keeps of it. Every rank must call it."""
+        sums = None if self.by_source is None else self.by_source.tolist()
+        return {"n_samples": self.n_samples, "sums": world.gather(sums)}
+
+    def restore(self, state: dict[str, Any], world: World) -> None:
+        """Goes on from a checkpoint's; on another number of ranks, rank 0 takes what all had."""
+        if len(state["n_samples"]) != len(self.source_names):
+            return  # other data, on purpose
+        nothing = [[0.0, 0.0]] * len(self.source_names)
+        sums = torch.tensor([own or nothing for own in state["sums"]], dtype=torch.float64)
+        if len(sums) != world.n_ranks:
+            sums = torch.stack([sums.sum(dim=0), *torch.zeros(world.n_ranks - 1, *sums.shape[1:])])
+        self.by_source = sums[world.rank].to(world.device)
+        self.n_samples = list(state["n_samples"])
+        self.n_before = sum(self.n_samples)
+
+    def add(self, batch: StepBatch, world: World, sums: torch.Tensor, norm: torch.Tensor | float, taken: bool) -> None:
+        self.n_steps += 1
+        self.n_samples = [total + n for total, n in zip(self.n_samples, batch.n_samples, strict=True)]
+        self.n_tokens += batch.n_tokens
+        self.n_images += batch.n_images
+        self.n_bad += sum(world.is_main or not bad.on_every_rank for bad in batch.bad_samples)
+        if taken:
+            self.by_source = sums if self.by_source is None else self.by_source + sums
+        self.last = sums, norm
+
+    def metrics(self, engine: deepspeed.DeepSpeedEngine, world: World, step: int, n_steps: int) -> Metrics:
+        """The logged line, on every rank: loss and gradient norm of the last step, sources and rates of the window."""
+        assert self.last is not None
+        sums, norm = self.last
+        by_source = torch.zeros_like(sums) if self.by_source is None else self.by_source
+        of_ranks = torch.tensor([self.n_tokens, self.n_images, self.data_wait_s, self.n_bad], dtype=torch.float64)
+        totals = torch.cat([sums.sum(dim=0), of_ranks.to(world.device), by_source.flatten()])
+        torch.distributed.all_reduce(totals)
+        loss_sum, n_supervised, n_tokens, n_images, data_wait_s, n_bad, *of_sources = totals.tolist()
+        elapsed_s = time.perf_counter() - self.started
+        lr = {group["name"]: group["lr"] for group in engine.optimizer.param_groups if "decay" not in group["name"]}
+        return {
+            "step": step,
+            "loss": loss_sum / max(n_supervised, 1.0),
+            "grad_norm": float(norm),
+            "lr": lr,
+            "n_supervised": int(n_supervised),
+            "sources": self._of_sources(of_sources),
+            "n_bad": int(n_bad),
+            "step_s": elapsed_s / self.n_steps,
+            "data_wait_s": data_wait_s / world.n_ranks / self.n_steps,
+            "samples_per_s": (sum(self.n_samples) - self.n_before) / elapsed_s,
+            "tokens_per_s": n_tokens / elapsed_s,
+            "images_per_s": n_images / elapsed_s,
+            "time_left_s": (n_steps - step) * elapsed_s / self.n_steps,
+            "skipped_steps": engine.skipped_steps,
+        }
+
+    def _of_sources(self, by_source: Sequence[float]) -> dict[str, Metrics]:
+        """Mean loss, supervised tokens and samples of each source that had any."""
+        each = zip(self.source_names, by_source[::2], by_source[1::2], self.n_samples, strict=True)
+        return {
+            name: {"loss": loss_sum / max(count, 1.0), "n_supervised": int(count), "n_samples": n_samples}
+            for name, loss_sum, count, n_samples in each
+            if n_samples
+        }

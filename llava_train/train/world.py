@@ -1,0 +1,161 @@
+"""The processes of a run: who this one is, how they start, and how they agree on things that no GPU needs to know.
+
+Beside the group of DeepSpeed, which moves tensors between devices, the processes have a *control group* on gloo: the
+stop flag, the number of supervised tokens and the state of a checkpoint go over it without a wait for the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+from torch import distributed
+
+from llava_train.errors import UserError
+
+T = TypeVar("T")
+
+_START_TIMEOUT_S = 1800
+"""The least time that a collective may take. Loading a large model takes minutes; the watchdog sees hangs sooner."""
+
+
+class LaunchError(UserError):
+    """The processes of the run were started in a way that cannot work."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run."""
+
+    rank: int
+    n_ranks: int
+    device: torch.device
+    control: distributed.ProcessGroup | None = None
+    """Process group on CPUs; None before there is one, or alone."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, on every rank. Every rank must call it, with something that can be pickled."""
+        if self.n_ranks == 1:
+            return [value]
+        values: list[Any] = [None] * self.n_ranks
+        distributed.all_gather_object(values, value, group=self.control)
+        return values
+
+    def on_main(self, decide: Callable[[], T]) -> T:
+        """What `decide` returns on rank 0, on every rank. Every rank must call it.
+
+        Raises:
+            UserError, RuntimeError: on every rank, what `decide` raised on rank 0.
+        """
+        if self.n_ranks == 1:
+            return decide()
+        answer: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                answer = [decide(), None]
+            except Exception as error:
+                told = error if isinstance(error, UserError) else RuntimeError(f"rank 0 failed: {error!r}")
+                distributed.broadcast_object_list([None, told], src=0, group=self.control)
+                raise
+        distributed.broadcast_object_list(answer, src=0, group=self.control)
+        value, raised = answer
+        if raised is not None:
+            raise raised
+        return value
+
+    def sum(self, *values: float) -> list[float]:
+        """The sums of each value over the ranks. Every rank must call it. No device is waited for."""
+        if self.n_ranks == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(sums, group=self.control)
+        return sums.tolist()
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        self.sum(0.0)
+
+    def say(self, text: str) -> None:
+        """Prints a line on rank 0."""
+        if self.is_main:
+            print(text, flush=True)
+
+
+def start_distributed(timeout_s: float = _START_TIMEOUT_S) -> World:
+    """Joins the processes that `deepspeed`, `torchrun` or `srun` started; alone under plain `python`.
+
+    Args:
+        timeout_s: after so long a collective gives up; not below half an hour, for it also covers the start.
+
+    Raises:
+        LaunchError: the environment does not say which of the processes this is.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for name, value in launch_environment(os.environ).items():
+        os.environ.setdefault(name, value)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # On CPUs DeepSpeed would compile a collective of its own. That takes a compiler, and a build that was killed
+    # leaves a lock on which every later run waits for ever. Gloo does the work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    timeout = timedelta(seconds=max(timeout_s, _START_TIMEOUT_S))
+    if not distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+    n_ranks = distributed.get_world_size()
+    control = distributed.new_group(backend="gloo", timeout=timeout) if n_ranks > 1 else None
+    return World(distributed.get_rank(), n_ranks, device, control)
+
+
+def launch_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, where no launcher set them: from srun, or of one process.
+
+    Raises:
+        LaunchError: srun started several tasks, and does not say on which hosts.
+    """
+    if "RANK" in environment:
+        return {}
+    n_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if n_tasks == 1:
+        places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        return {**places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    places = {"RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"]}
+    address = environment.get("MASTER_ADDR") or _first_host(environment)
+    # Of all ports below those that the system gives to others, one that another step of the machine hardly has.
+    port = 12000 + (int(environment.get("SLURM_JOB_ID", "0")) * 7 + int(environment.get("SLURM_STEP_ID", "0"))) % 18000
+    return {**places, "WORLD_SIZE": str(n_tasks), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+
+
+def _first_host(environment: Mapping[str, str]) -> str:
+    """The host of srun's first task."""
+    if environment.get("SLURM_STEP_NUM_NODES", "1") == "1":
+        return "127.0.0.1"
+    hosts = environment.get("SLURM_STEP_NODELIST", "")
+    try:
+        answer = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
+        return answer.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise LaunchError(
+            f"srun started tasks on several hosts ({hosts}), and `scontrol show hostnames` does not name them: {error}"
+            "; set MASTER_ADDR to the host of the first task"
+        ) from error
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
