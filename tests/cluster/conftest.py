@@ -23,10 +23,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory that all nodes see, with the data of the smoke recipe."""
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data of the smoke recipe: `data`, in a folder where runs can have folders of their own beside it."""
     folder = tmp_path_factory.mktemp("shared")
     counts = ["--captions", "48", "--conversations", "48", "--held-out", "9"]
     draw = [sys.executable, str(ROOT / "data/draw_scenes.py"), "--out", "data/smoke", "--seed", "0", *counts]
     subprocess.run(draw, cwd=folder, env=environment(), check=True, timeout=120)
-    return folder
+    return folder / "data"
