@@ -59,13 +59,6 @@ class Node:
         if self.process is not None:
             self.process.wait()
 
-    def pull_cable(self) -> None:
-        """Nothing arrives any more, not even that a connection is closed."""
-        _ip("-n", self.name, "link", "set", CABLE, "down")
-
-    def plug_cable(self) -> None:
-        _ip("-n", self.name, "link", "set", CABLE, "up")
-
 
 @contextmanager
 def start_nodes() -> Iterator[tuple[Node, Node]]:
@@ -89,7 +82,7 @@ def start_nodes() -> Iterator[tuple[Node, Node]]:
             _ip("-n", first.name, "link", "add", CABLE, *ends)
             for node in nodes:
                 _ip("-n", node.name, "address", "add", f"{node.address}/24", "dev", CABLE)
-                node.plug_cable()
+                _ip("-n", node.name, "link", "set", CABLE, "up")
         except subprocess.CalledProcessError as error:
             raise NodesUnavailable(f"{' '.join(error.cmd)}: {error.stderr.strip()}") from error
         yield first, second
