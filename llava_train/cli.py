@@ -221,20 +221,21 @@ def run(
         from llava_train.train.interrupt import EXIT_RESUBMIT, Preempted, StopRequests
         from llava_train.train.session import Session, StartClock
         from llava_train.train.stage import run_stage
-        from llava_train.train.world import start_distributed
+        from llava_train.train.world import guarded, start_distributed
 
+        timeout_s = max(stage.engine.hang_timeout_s for stage in stages)
         with StopRequests([stop_file] if stop_file else []) as stop:
             clock = StartClock()
             clock.mark("imports")
-            world = start_distributed()
-            clock.mark("processes")
-            session = Session(world, stop, allow_config_change, clock)
-            try:
-                for stage in stages:
-                    run_stage(stage, session)
-            except Preempted as preempted:
-                world.say(str(preempted))
-                return EXIT_RESUBMIT
+            with guarded(start_distributed(timeout_s), timeout_s) as world:
+                clock.mark("processes")
+                session = Session(world, stop, allow_config_change, clock)
+                try:
+                    for stage in stages:
+                        run_stage(stage, session)
+                except Preempted as preempted:
+                    world.say(str(preempted))
+                    return EXIT_RESUBMIT
     except UserError as error:
         if is_main or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr)

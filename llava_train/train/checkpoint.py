@@ -28,6 +28,8 @@ from llava_train.train.checkpoint_files import DurableFiles
 from llava_train.train.world import World
 
 CHECKPOINTS_FOLDER = "checkpoints"
+_PATIENCE = 3.0
+"""Storage that everybody writes to at once may stand still for a while."""
 _Told = tuple[dict[str, FileFacts], str | None]
 """The files that a rank wrote, and why it could not write one."""
 _BYTES_A_PARAMETER = 16
@@ -64,6 +66,7 @@ class Checkpoints:
         """
         if step == self.saved_step:
             return
+        self.world.beat(f"saving the checkpoint of step {step}", patience=_PATIENCE)
         self.refuse_harmed(step)
         problem = self.world.on_main(lambda: self._prepare(step)) or self._write(step, window)
         if problem is None:
@@ -83,7 +86,7 @@ class Checkpoints:
         """Every rank writes its share, rank 0 completes it. Returns why that failed."""
         files = self.engine.checkpoint_engine
         assert isinstance(files, DurableFiles)
-        files.start()
+        files.start(self.world.touch)
         name = _unfinished(self.folder, step).name
         self.engine.save_checkpoint(str(self.folder), tag=name, save_latest=False, exclude_frozen_parameters=True)
         told = self.world.gather((files.written, files.failure))

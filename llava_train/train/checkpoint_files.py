@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 
+import deepspeed
 import torch
+from deepspeed.checkpoint import DS_VERSION, FP32_WEIGHT_KEY, OPTIMIZER_STATE_DICT, PARAM, PARAM_GROUPS, PARAM_SHAPES
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -37,9 +40,9 @@ class DurableFiles(TorchCheckpointEngine):
         self.failure: str | None = None
         """Why a file since `start` could not be written."""
 
-    def start(self) -> None:
-        """Begins a checkpoint."""
-        self.written, self.failure = {}, None
+    def start(self, on_progress: Callable[[], None]) -> None:
+        """Begins a checkpoint. `on_progress` is called at every piece that is written."""
+        self.written, self.failure, self._on_progress = {}, None, on_progress
 
     def create(self, info: Any) -> None:
         """DeepSpeed announces a checkpoint. Its own writer would log here."""
@@ -55,7 +58,7 @@ class DurableFiles(TorchCheckpointEngine):
             return
         try:
             with Path(path).open("wb") as file:
-                watched = _ToldErrors(file)
+                watched = _Watched(file, self._on_progress)
                 torch.save(state_dict, cast(IO[bytes], watched))
                 watched.flush()
                 os.fsync(file.fileno())
@@ -72,12 +75,16 @@ class DurableFiles(TorchCheckpointEngine):
             return torch.load(path, map_location=map_location, weights_only=True, mmap=False)
 
 
-class _ToldErrors(ChecksummedFile):
-    """Remembers the error of the file system, which torch.save replaces by one of its own."""
+class _Watched(ChecksummedFile):
+    """Tells of its progress, and remembers the file system's error, which torch.save replaces by one of its own."""
 
-    error: OSError | None = None
+    def __init__(self, file: BinaryIO, on_progress: Callable[[], None]) -> None:
+        super().__init__(file)
+        self._on_progress = on_progress
+        self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
+        self._on_progress()
         try:
             return super().write(data)
         except OSError as error:
@@ -100,6 +107,30 @@ def to_universal(checkpoint: Path, target: Path) -> None:
     one_process = {"num_extract_workers": 1, "num_merge_workers": 1}
     with torch.serialization.safe_globals(SAFE_CLASSES):
         main(Namespace(**folders, **one_process, keep_temp_folder=False, strict=True, inject_missing_state=True))
+        _fit_every_stage(target)
+    (target.parent / "latest_universal").unlink()  # the converter's, for people who load by hand
+
+
+def _fit_every_stage(universal: Path) -> None:
+    """Adds what DeepSpeed's converter leaves out between ZeRO 3 and the others: each looks elsewhere for the step.
+
+    And what ZeRO 3 wrote is flat, where the others want the shape of the parameter.
+    """
+    path = universal / "zero/optimizer_state.pt"
+    state = torch.load(path)
+    if OPTIMIZER_STATE_DICT in state:  # from ZeRO 3
+        step = state[OPTIMIZER_STATE_DICT]["state"][0]["step"]
+        shapes = torch.load(next(universal.glob("*model_states.pt")))[PARAM_SHAPES]
+        for name, shape in [item for group in shapes for item in group.items()]:
+            for key in (FP32_WEIGHT_KEY, "exp_avg", "exp_avg_sq"):
+                file = universal / "zero" / name / f"{key}.pt"
+                torch.save({PARAM: torch.load(file).view(shape)}, file)
+            torch.save(step, universal / "zero" / name / "step.pt")
+        state[DS_VERSION] = deepspeed.__version__
+    else:
+        step = torch.load(next(universal.glob("zero/**/step.pt")))
+        state[OPTIMIZER_STATE_DICT] = {"state": {0: {"step": step}}, PARAM_GROUPS: state[PARAM_GROUPS]}
+    torch.save(state, path)
 
 
 if __name__ == "__main__":

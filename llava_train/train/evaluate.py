@@ -35,7 +35,7 @@ def evaluate(
     section = config.eval
     assert section is not None
     loss, n_bad = held_out_loss(engine, world, dataset, config)
-    return loss, n_bad, answers(engine, llava, dataset, section.generate, section.max_new_tokens)
+    return loss, n_bad, answers(engine, world, llava, dataset, section.generate, section.max_new_tokens)
 
 
 @torch.no_grad()
@@ -51,6 +51,7 @@ def held_out_loss(
     n_steps = -(-min(config.eval.max_samples, len(dataset.mixture)) // dataset.batch_size)
     with evaluating(engine):
         for step in range(n_steps):
+            world.beat(f"held-out loss, batch {step + 1} of {n_steps}")
             batch = dataset[step]
             refuse_bad(batch, config)
             totals[2] += sum(world.is_main or not bad.on_every_rank for bad in batch.bad_samples)
@@ -67,6 +68,7 @@ def held_out_loss(
 @torch.no_grad()
 def answers(
     engine: deepspeed.DeepSpeedEngine,
+    world: World,
     llava: Llava,
     dataset: StepDataset,
     n_answers: int,
@@ -81,6 +83,7 @@ def answers(
         for index in range(len(dataset.mixture)):
             if len(found) == n_answers:
                 break
+            world.beat("generating answers")
             try:
                 sample = dataset.mixture[index]
                 images = [decode_image(picture) for picture in sample.images]

@@ -89,11 +89,14 @@ class Loop:
             Preempted: somebody asked to stop; the state is saved.
         """
         asked = time.perf_counter()
+        self.world.beat("reading the first batch")
         for batch in batches:
             self.window.data_wait_s += time.perf_counter() - asked
             self.clock.mark("first batch")
             refuse_bad(batch, self.config)
+            self.world.beat(f"meeting the other ranks before step {batch.step + 1}")
             n_supervised = self._meet_at_border(batch)
+            self.world.beat(f"forward and backward of step {batch.step + 1}")
             self.tracker.quarantine(batch.bad_samples)
             set_learning_rate(self.engine, lr_factor(batch.step, self.n_steps, self.config.schedule))
             torch.manual_seed(step_seed(self.config.seed, batch.step, self.world.rank))
@@ -102,11 +105,13 @@ class Loop:
             self.window.add(batch, self.world, sums, norm, taken)
             self._log(batch.step + 1)
             self._count_bad(batch, sums, norm, taken)
+            self.world.beat(f"what follows step {batch.step + 1}")
             asked = time.perf_counter()
             self.after_step(batch.step + 1)
             self._save_if_due(batch.step + 1)
             self.window.started += time.perf_counter() - asked  # evaluation and checkpoints are not training time
             asked = time.perf_counter()
+            self.world.beat(f"reading the batch of step {batch.step + 2}")
 
     def _meet_at_border(self, batch: StepBatch) -> float:
         """The step's supervised tokens, over all ranks. Raises Preempted if any rank was asked to stop."""
@@ -193,6 +198,7 @@ def train_step(
     sums = torch.zeros(len(batch.n_samples), 2, dtype=torch.float64, device=world.device)
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         engine.set_gradient_accumulation_boundary(number == len(batch.micro_batches))
+        world.touch()
         micro_batch = micro_batch.to(world.device)
         losses = forward(engine, micro_batch)
         loss = losses.sum() * scale

@@ -78,10 +78,21 @@ def load(engine: deepspeed.DeepSpeedEngine, world: World, resumption: Resumption
     if changed:
         folder = _universal(folder)
         world.on_main(lambda: _convert(resumption, folder, zero))
+    # DeepSpeed would also bring back the learning rates, decay and clipping of then; ZeRO 3 those of the first group,
+    # for all.
+    settings = [
+        {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
+    ]
     engine.load_checkpoint(
         str(folder.parent), tag=folder.name, load_module_strict=False, load_lr_scheduler_states=False
     )
+    for group, of_group in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(of_group)
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = engine.gradient_clipping()
     if changed:
+        for state in engine.optimizer.optimizer.state.values():  # ZeRO 3 gives all of them one and the same step
+            state["step"] = state["step"].clone()
         world.barrier()
         world.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
 

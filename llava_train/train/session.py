@@ -12,22 +12,28 @@ from llava_train.train.world import World
 
 
 class StartClock:
-    """Seconds of each part of a start, from the start of the process to the first step."""
+    """Seconds of each part of a start, from the start of the process, or of a later stage, to the first step."""
 
     def __init__(self) -> None:
-        self._parts: dict[str, float] = {}
+        self._parts: dict[str, float] | None = {}
         self._last = psutil.Process().create_time()
+
+    def start(self) -> None:
+        """A stage begins."""
+        if self._parts is None:
+            self._parts, self._last = {}, time.time()
 
     def mark(self, part: str) -> None:
         """What ran since the mark before was `part`."""
-        now = time.time()
-        self._parts[part] = self._parts.get(part, 0.0) + now - self._last
-        self._last = now
+        if self._parts is not None:
+            now = time.time()
+            self._parts[part] = now - self._last
+            self._last = now
 
     def line(self) -> str | None:
-        """The parts in words, once; a later stage of the command counts from here."""
-        parts, self._parts = self._parts, {}
-        if not parts:
+        """The parts in words, once a start."""
+        parts, self._parts = self._parts, None
+        if parts is None:
             return None
         shares = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
         return f"first step after {sum(parts.values()):.1f} s: {shares}"

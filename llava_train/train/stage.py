@@ -49,6 +49,8 @@ from llava_train.train.world import World
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _STATISTICS_PICTURES, _STATISTICS_STEPS = 64, 16
 """How many pictures decide the mean and deviation of the features, and in how many steps they are looked for."""
+_START_PATIENCE = 6.0
+"""How many times `engine.hang_timeout_s` a part of the start may take: downloads and large models do."""
 
 
 def run_stage(config: StageConfig, session: Session) -> Path:
@@ -75,6 +77,7 @@ def run_stage(config: StageConfig, session: Session) -> Path:
             world.say(f"{config.name}: complete, see {result}")
             return result
         trained = _train(config, session)
+        world.beat("writing the result", patience=_START_PATIENCE)
         world.on_main(lambda: _write_result(config, trained, result))
     world.say(f"{config.name}: finished, result in {result}")
     return result
@@ -83,12 +86,15 @@ def run_stage(config: StageConfig, session: Session) -> Path:
 def _train(config: StageConfig, session: Session) -> State:
     """Trains the stage; returns the trained parameters by name, on rank 0."""
     world, clock = session.world, session.clock
+    clock.start()
+    world.beat("opening the data", patience=_START_PATIENCE)
     mixture = open_mixture(config.data, config.seed, config.cache_dir)
     held_out = open_mixture(config.eval.data, config.seed, config.cache_dir) if config.eval else None
     n_steps = n_steps_of(len(mixture), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
     resumption = _find_resumption(config, session, mixture)
     clock.mark("data")
 
+    world.beat("building the model", patience=_START_PATIENCE)
     if config.init_from not in (None, "random"):
         check_init(str(config.init_from), config.output)
     llava, came_from = _starting_point(config)
@@ -106,6 +112,7 @@ def _train(config: StageConfig, session: Session) -> State:
     if config.engine.precision == "bf16" and imitates_bf16(world.device):
         world.say("engine.precision: this CPU imitates bf16, tens of times slower than fp32; better set it to fp32")
 
+    world.beat("starting DeepSpeed", patience=_START_PATIENCE)
     groups = parameter_groups(llava.model, config.trainable, config.schedule.weight_decay)
     changed = resumption.conversion(world.n_ranks, config.engine.zero)
     engine = start_engine(PackedLoss(llava.model), groups, config, universal=changed is not None)
@@ -114,6 +121,7 @@ def _train(config: StageConfig, session: Session) -> State:
         world.say(f"{resumption.checkpoint}: {changed}; converting it with DeepSpeed's universal format")
     checkpoints = _checkpoints(config, world, engine, mixture)
     if resumption.checkpoint:
+        world.beat("loading the checkpoint", patience=_START_PATIENCE)
         load(engine, world, resumption)
         checkpoints.saved_step = resumption.step
         clock.mark("checkpoint")
@@ -136,6 +144,7 @@ def _train(config: StageConfig, session: Session) -> State:
         steps, on_cuda = range(resumption.step, n_steps), world.device.type == "cuda"
         batches = read_steps(new_dataset(mixture, seed=config.seed), steps, config.loader.workers, on_cuda)
         Loop(session, config, engine, n_steps, tracker, window, checkpoints, after_step).train(batches)
+        world.beat("gathering the result", patience=_START_PATIENCE)
         checkpoints.refuse_harmed(n_steps)
         trained = gathered(engine, world, llava.model)
         trained = fold(llava.model, trained) if world.is_main else trained

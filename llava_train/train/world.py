@@ -10,8 +10,9 @@ import logging
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,11 +21,12 @@ import torch
 from torch import distributed
 
 from llava_train.errors import UserError
+from llava_train.train.watchdog import Watchdog
 
 T = TypeVar("T")
 
-_START_TIMEOUT_S = 1800
-"""The least time that a collective may take. Loading a large model takes minutes; the watchdog sees hangs sooner."""
+_MANY, _LEAST_TIMEOUT_S = 10, 1800.0
+"""Time-outs of the watchdog, and at least so many seconds, that a collective may take: rank 0 may work alone."""
 
 
 class LaunchError(UserError):
@@ -40,6 +42,8 @@ class World:
     device: torch.device
     control: distributed.ProcessGroup | None = None
     """Process group on CPUs; None before there is one, or alone."""
+    watchdog: Watchdog | None = None
+    """Ends the job when a rank hangs; None before it is there."""
 
     @property
     def is_main(self) -> bool:
@@ -87,17 +91,27 @@ class World:
         """Waits for all ranks."""
         self.sum(0.0)
 
+    def beat(self, activity: str, patience: float = 1.0) -> None:
+        """Tells the watchdog what begins now, on every rank alike, and how many time-outs it may stand still."""
+        if self.watchdog:
+            self.watchdog.beat(activity, patience)
+
+    def touch(self) -> None:
+        """Tells the watchdog that this rank goes on in what it does."""
+        if self.watchdog:
+            self.watchdog.touch()
+
     def say(self, text: str) -> None:
         """Prints a line on rank 0."""
         if self.is_main:
             print(text, flush=True)
 
 
-def start_distributed(timeout_s: float = _START_TIMEOUT_S) -> World:
+def start_distributed(timeout_s: float = 600.0) -> World:
     """Joins the processes that `deepspeed`, `torchrun` or `srun` started; alone under plain `python`.
 
     Args:
-        timeout_s: after so long a collective gives up; not below half an hour, for it also covers the start.
+        timeout_s: of the watchdog, which knows who hangs; collectives give up much later, and know nothing.
 
     Raises:
         LaunchError: the environment does not say which of the processes this is.
@@ -112,13 +126,27 @@ def start_distributed(timeout_s: float = _START_TIMEOUT_S) -> World:
     # On CPUs DeepSpeed would compile a collective of its own. That takes a compiler, and a build that was killed
     # leaves a lock on which every later run waits for ever. Gloo does the work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    timeout = timedelta(seconds=max(timeout_s, _START_TIMEOUT_S))
+    timeout = timedelta(seconds=max(_MANY * timeout_s, _LEAST_TIMEOUT_S))
     if not distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     n_ranks = distributed.get_world_size()
     control = distributed.new_group(backend="gloo", timeout=timeout) if n_ranks > 1 else None
     return World(distributed.get_rank(), n_ranks, device, control)
+
+
+@contextmanager
+def guarded(world: World, timeout_s: float) -> Iterator[World]:
+    """The world with a watchdog that ends the job when no rank has gone on for `timeout_s`."""
+
+    def share_port(port: int | None) -> int:
+        found: list[Any] = [port]
+        distributed.broadcast_object_list(found, src=0, group=world.control)
+        return int(found[0])
+
+    host = os.environ["MASTER_ADDR"]
+    with Watchdog(world.rank, world.n_ranks, host, share_port, timeout_s) as watchdog:
+        yield replace(world, watchdog=watchdog)
 
 
 def launch_environment(environment: Mapping[str, str]) -> dict[str, str]:
