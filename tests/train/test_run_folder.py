@@ -22,7 +22,6 @@ from llava_train.data.mixture import open_mixture
 from llava_train.stage_file import load_stage, with_suffix
 from llava_train.train import run_folder
 from llava_train.train.run_folder import (
-    LOCK,
     RunFolderError,
     changes,
     check_unchanged,
@@ -38,15 +37,15 @@ HOLDS = """
 import sys, time
 from pathlib import Path
 from llava_train.train.run_folder import held
-with held(Path(sys.argv[1])):
+with held(Path("run"), Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
-def hold(run_dir: Path) -> subprocess.Popen[str]:
+def hold(lock_file: Path) -> subprocess.Popen[str]:
     """A process that works in a folder."""
-    command = [sys.executable, "-c", HOLDS, str(run_dir)]
+    command = [sys.executable, "-c", HOLDS, str(lock_file)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(SLURM_JOB_ID="4711"))
     assert process.stdout and process.stdout.readline() == "held\n"
     return process
@@ -56,23 +55,23 @@ def test_a_second_process_is_refused_and_told_whose_the_folder_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_folder, "_LOCK_PATIENCE_S", 0.5)
-    first = hold(tmp_path / "run")
+    first = hold(tmp_path / ".cache/run.lock")
     try:
         with pytest.raises(
-            RunFolderError, match=rf"in use by process {first.pid} of .* on .*, SLURM job 4711, since 2"
+            RunFolderError, match=rf"^run is in use by process {first.pid} of .* on .*, SLURM job 4711, since 2"
         ):
-            held(tmp_path / "run").__enter__()
+            held(Path("run"), tmp_path / ".cache/run.lock").__enter__()
     finally:
         first.kill()
         first.wait()
 
 
 def test_a_killed_owner_holds_nothing(tmp_path: Path) -> None:
-    first = hold(tmp_path / "run")
+    first = hold(tmp_path / ".cache/run.lock")
     first.send_signal(signal.SIGKILL)
     started = time.monotonic()
-    with held(tmp_path / "run"):
-        assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
+    with held(Path("run"), tmp_path / ".cache/run.lock"):
+        assert json.loads((tmp_path / ".cache/run.lock").read_text())["pid"] == os.getpid()
     assert time.monotonic() - started < 5
     first.wait()
 
@@ -84,14 +83,14 @@ def test_storage_without_locks_is_used_with_a_warning(
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "lockf", unsupported)
-    with held(tmp_path / "run"):
+    with held(Path("run"), tmp_path / "run.lock"):
         assert "cannot be locked (Function not implemented); start no second run in it" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match=r"output: cannot write to .*file/run"):
-        held(tmp_path / "file/run").__enter__()
+    with pytest.raises(RunFolderError, match=r"output: cannot write to .*file/.cache/run.lock: Not a directory"):
+        held(Path("run"), tmp_path / "file/.cache/run.lock").__enter__()
 
 
 @pytest.fixture(scope="module")
