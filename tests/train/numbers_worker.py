@@ -1,27 +1,33 @@
-"""`scripts/train.py`, with a loss or a gradient that is not finite in the steps that FAULTS names.
+"""`run_many`, with a loss or a gradient that is not finite in the steps that a run's `output` names.
 
-FAULTS is JSON: {"3": "nan"} has rank 1 (or the only one) compute a loss of nan in step 3. "inf" is a loss of inf with
-a finite gradient, "gradient" a finite loss with a gradient of inf, "weights" ruins a weight after the step.
+`2-nan.5-inf` has the last rank compute a loss of nan in step 2 and of inf in step 5. "inf" is a loss of inf with a
+finite gradient, "gradient" a finite loss with a gradient of inf, "weights" ruins a weight after the step.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import runpy
-import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from llava_train.data.loader import StepBatch
 from llava_train.train import loop
-from tests.train.helpers import TRAIN
+from tests.train import run_many
 
-FAULTS = {int(step): fault for step, fault in json.loads(os.environ["FAULTS"]).items()}
-_train_step, _forward = loop.train_step, loop.forward
+_train_step, _forward, _train = loop.train_step, loop.forward, loop.Loop.train
+faults: dict[int, str] = {}
 fault: str | None = None
+
+
+def planned_train(self: loop.Loop, batches: Iterable[StepBatch]) -> None:
+    faults.clear()
+    for word in self.config.output.split("."):
+        step, _, kind = word.partition("-")
+        if step.isdecimal():
+            faults[int(step)] = kind
+    _train(self, batches)
 
 
 class InfiniteGradient(torch.autograd.Function):
@@ -46,13 +52,13 @@ def faulty_forward(*arguments: Any) -> torch.Tensor:
 def faulty_step(engine: Any, world: Any, batch: StepBatch, n_supervised: float) -> Any:
     global fault
     mine = world.rank == world.n_ranks - 1
-    fault = FAULTS.get(batch.step + 1) if mine else None
+    fault = faults.get(batch.step + 1) if mine else None
     result = _train_step(engine, world, batch, n_supervised)
     if fault == "weights":
         next(p for p in engine.module.parameters() if p.requires_grad).data.view(-1)[0] = math.nan
     return result
 
 
-loop.train_step, loop.forward = faulty_step, faulty_forward
-sys.argv = [str(TRAIN), *sys.argv[1:]]
-runpy.run_path(str(TRAIN), run_name="__main__")
+if __name__ == "__main__":
+    loop.train_step, loop.forward, loop.Loop.train = faulty_step, faulty_forward, planned_train
+    run_many.main(watched=False)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.train.helpers import Finished, read_lines, run_ranks, write_samples, write_stage
+from tests.train.helpers import Outcome, read_lines, run_many, write_samples, write_stage
 from tests.train.test_resume import results
 
 N_STEPS = 7
@@ -36,69 +35,91 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, name: str, faults: dict[int, str], output: str, n_ranks: int, *more: str) -> Finished:
-    """Trains with faults, one call after another: the environment of the ranks says which."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FAULTS", json.dumps(faults))
-        overrides = ["--set", f"output={output}", *more]
-        return run_ranks(
-            ["-m", "tests.train.numbers_worker", "--config", folder / f"{name}.yaml", *overrides], folder, n_ranks
-        )
+ON_TWO_RANKS = ("zero2", "zero3")
+CONSTANT = ["schedule.lr=constant"]
+ONE_RANK: dict[str, list[str]] = {
+    **{f"some {name}": [name, "some.2-nan.3-inf.5-gradient"] for name in STAGES if name not in ON_TWO_RANKS},
+    "short": ["zero0", "short", *CONSTANT, "schedule.max_steps=4"],
+    "bad end": ["zero0", "end.5-nan.6-inf", *CONSTANT, "schedule.max_steps=6"],
+    "one": ["zero0", "one.2-nan", "max_bad_steps=1"],
+    "ruined": ["zero0", "ruined.3-weights"],
+}
+TWO_RANKS: dict[str, list[str]] = {
+    **{f"some {name}": [name, "some.2-nan.3-inf.5-gradient"] for name in ON_TWO_RANKS},
+    "stopped": ["zero2", "stopped.5-nan.6-gradient.7-inf"],
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[str, Outcome]:
+    """What rank 0 said, and the highest exit code of the ranks."""
+    found = {}
+    for n_ranks, runs in ((1, ONE_RANK), (2, TWO_RANKS)):
+        commands = {
+            what: ["--config", folder / f"{name}.yaml", "--set", f"output={output}", *more]
+            for what, (name, output, *more) in runs.items()
+        }
+        for what, of_ranks in run_many(commands, folder, n_ranks, "tests.train.numbers_worker").items():
+            assert len({outcome.code for outcome in of_ranks}) == 1, "all ranks agree"
+            found[what] = of_ranks[0]
+    return found
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_bad_steps_are_skipped_counted_and_recorded_with_their_samples(name: str, folder: Path) -> None:
-    faults = {2: "nan", 3: "inf", 5: "gradient"}
-    n_ranks = 2 if name in ("zero2", "zero3") else 1
-    finished = run(folder, name, faults, "some", n_ranks).check()
-    run_dir = folder / "some" / name
-    lines = read_lines(run_dir / "metrics.jsonl")
-    assert [line["step"] for line in lines] == list(range(1, N_STEPS + 1))
+def test_bad_steps_are_skipped_counted_and_recorded_with_their_samples(
+    name: str, folder: Path, outcomes: dict[str, Outcome]
+) -> None:
+    assert outcomes[f"some {name}"].code == 0, outcomes[f"some {name}"].stderr
+    run_dir, bad_steps = folder / "some.2-nan.3-inf.5-gradient" / name, (2, 3, 5)
+    lines, steps = read_lines(run_dir / "metrics.jsonl"), range(1, N_STEPS + 1)
+    assert [line["step"] for line in lines] == list(steps)
     assert [line["skipped_steps"] for line in lines] == [0, 1, 2, 2, 3, 3, 3]
-    assert [line["loss"] is None for line in lines] == [step in (2, 3) for step in range(1, N_STEPS + 1)]
-    assert [line["grad_norm"] is None for line in lines] == [step in faults for step in range(1, N_STEPS + 1)]
+    assert [line["loss"] is None for line in lines] == [step in (2, 3) for step in steps]
+    assert [line["grad_norm"] is None for line in lines] == [step in bad_steps for step in steps]
     bad = read_lines(run_dir / "bad_steps.jsonl")
-    assert [record["step"] for record in bad] == list(faults)
+    assert [record["step"] for record in bad] == list(bad_steps)
     for record in bad:
         assert len(record["samples"]) == 4
         assert all(sample["source"] == "data.json" and sample["id"].startswith("data-") for sample in record["samples"])
-    assert "step 3 is skipped: its loss (inf) or gradient norm (" in finished.stdout[0]
+    assert "step 3 is skipped: its loss (inf) or gradient norm (" in outcomes[f"some {name}"].stdout
     saved = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-    assert saved == [f"step-{step:08d}" for step in range(1, N_STEPS + 1) if step not in faults]
+    assert saved == [f"step-{step:08d}" for step in steps if step not in bad_steps]
     assert all(tensor.isfinite().all() for tensor in results(run_dir).values())
 
 
-def test_a_skipped_step_changes_no_weight(folder: Path) -> None:
-    """A run whose last three steps are bad ends with the weights of the one that ends before them."""
-    short = run(folder, "zero0", {}, "short", 1, "schedule.lr=constant", "schedule.max_steps=4").check()
-    bad = run(folder, "zero0", {5: "nan", 6: "inf"}, "bad", 1, "schedule.lr=constant", "schedule.max_steps=6").check()
-    assert short.codes == bad.codes == [0]
-    ended, wanted = results(folder / "bad/zero0"), results(folder / "short/zero0")
+def test_a_skipped_step_changes_no_weight(folder: Path, outcomes: dict[str, Outcome]) -> None:
+    """A run whose last two steps are bad ends with the weights of the one that ends before them."""
+    assert outcomes["short"].code == outcomes["bad end"].code == 0
+    ended, wanted = results(folder / "end.5-nan.6-inf/zero0"), results(folder / "short/zero0")
     assert all(ended[key].equal(wanted[key]) for key in wanted)
 
 
-def test_three_bad_steps_in_a_row_stop_the_run_before_harm_is_saved(folder: Path) -> None:
-    finished = run(folder, "zero2", {5: "nan", 6: "gradient", 7: "inf"}, "stopped", 2)
-    assert finished.codes == [2, 2]
-    message = finished.stderr[0].splitlines()[-1]
+def test_three_bad_steps_in_a_row_stop_the_run_before_harm_is_saved(folder: Path, outcomes: dict[str, Outcome]) -> None:
+    run_dir = folder / "stopped.5-nan.6-gradient.7-inf/zero2"
+    assert outcomes["stopped"].code == 2
+    message = outcomes["stopped"].stderr.splitlines()[-1]
     assert message.startswith(
         "error: max_bad_steps: 3 steps in a row, up to step 7, had a loss or gradient that is not"
     )
-    assert "stopped/zero2/bad_steps.jsonl" in message
+    assert "zero2/bad_steps.jsonl" in message
     assert message.endswith("The same command goes on after step 4")
-    assert sorted(path.name for path in (folder / "stopped/zero2/checkpoints").iterdir())[-1] == "step-00000004"
-    assert not (folder / "stopped/zero2/model").exists()
-    again = run(folder, "zero2", {}, "stopped", 2).check()  # as after mending the data
-    assert "resuming after step 4 of 7" in again.stdout[0]
-    assert (folder / "stopped/zero2/bad_steps.jsonl").read_text() == ""
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir())[-1] == "step-00000004"
+    assert not (run_dir / "model").exists()
+    run_dir.parent.rename(folder / "mended")
+    command = ["--config", folder / "zero2.yaml", "--set", "output=mended"]
+    again = run_many({"again": command}, folder, 2)["again"][0]
+    assert again.code == 0, again.stderr
+    assert "resuming after step 4 of 7" in again.stdout
+    assert (folder / "mended/zero2/bad_steps.jsonl").read_text() == ""
 
 
-def test_max_bad_steps_is_a_key(folder: Path) -> None:
-    assert run(folder, "zero0", {2: "nan"}, "one", 1, "max_bad_steps=1").codes == [2]
+def test_max_bad_steps_is_a_key(outcomes: dict[str, Outcome]) -> None:
+    assert outcomes["one"].code == 2
+    assert "1 steps in a row, up to step 2" in outcomes["one"].stderr
 
 
-def test_weights_that_are_not_finite_are_never_saved(folder: Path) -> None:
-    finished = run(folder, "zero0", {3: "weights"}, "ruined", 1)
-    assert finished.codes == [2]
-    assert "step 3: trained weights are not finite (inf or nan), so nothing is saved" in finished.stderr[0]
-    assert sorted(path.name for path in (folder / "ruined/zero0/checkpoints").iterdir())[-1] == "step-00000002"
+def test_weights_that_are_not_finite_are_never_saved(folder: Path, outcomes: dict[str, Outcome]) -> None:
+    assert outcomes["ruined"].code == 2
+    assert "step 3: trained weights are not finite (inf or nan), so nothing is saved" in outcomes["ruined"].stderr
+    saved = sorted(path.name for path in (folder / "ruined.3-weights/zero0/checkpoints").iterdir())
+    assert saved == ["step-00000001", "step-00000002"]
