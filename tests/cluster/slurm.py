@@ -16,7 +16,7 @@ from tests.train.helpers import environment, free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 NODE = "localhost"
-START_S, JOB_S = 30, 150
+START_S, JOB_S = 60, 300
 
 CONFIGURATION = """\
 ClusterName=test
