@@ -4,15 +4,21 @@ torchrun itself exits with 1 whatever its ranks said, so that a job script could
 and wants to go on (85) from one that failed.
 """
 
+import os
 import signal
 import sys
+import threading
+import time
 
+import psutil
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 PREEMPTED = 85
 """The exit code of `scripts/train.py` after it was asked to stop and has saved its state."""
+
+OUTLIVES_RANKS_S = 60
 
 
 def exit_code(failures: list[ProcessFailure]) -> int:
@@ -28,7 +34,23 @@ def exit_code(failures: list[ProcessFailure]) -> int:
     return first if first > 0 else 128 - first
 
 
+def leave_with_ranks() -> None:
+    """Ends this process a while after the last of its ranks.
+
+    torchrun then still talks to the host of the rendezvous, and when that has vanished it does so for ever.
+    """
+    had_ranks, last_seen = False, time.monotonic()
+    while True:
+        time.sleep(1)
+        if any(child.status() != psutil.STATUS_ZOMBIE for child in psutil.Process().children()):
+            had_ranks, last_seen = True, time.monotonic()
+        elif had_ranks and time.monotonic() - last_seen > OUTLIVES_RANKS_S:
+            print("torchrun: all ranks have ended, and the host of the rendezvous does not answer", file=sys.stderr)
+            os._exit(1)
+
+
 def main() -> int:
+    threading.Thread(target=leave_with_ranks, daemon=True).start()
     try:
         run.main()
     except ChildFailedError as error:

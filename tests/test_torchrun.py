@@ -57,3 +57,17 @@ def test_torchrun_ends_with_the_exit_code_of_its_ranks(story: str, tmp_path: Pat
 def test_preempted_means_that_no_rank_says_anything_else(codes: list[int], expected: int, tmp_path: Path) -> None:
     failures = [ProcessFailure(rank, 1, code, str(tmp_path / "none")) for rank, code in enumerate(codes)]
     assert torchrun.exit_code(failures) == expected
+
+
+def test_torchrun_does_not_outlive_its_ranks_when_it_hangs() -> None:
+    """As when the host of the rendezvous has vanished: torchrun then waits for it, and nothing ends that."""
+    hangs = (
+        "import subprocess, sys, threading, time; sys.path.insert(0, 'scripts'); import torchrun;"
+        "torchrun.OUTLIVES_RANKS_S = 1; threading.Thread(target=torchrun.leave_with_ranks, daemon=True).start();"
+        "rank = subprocess.Popen(['sleep', '2']); time.sleep(60)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", hangs], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "all ranks have ended" in done.stderr
