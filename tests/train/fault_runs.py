@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 
 from llava_train.files import damage
 from llava_train.train.checkpoint import all_checkpoints, complete_checkpoints
 from llava_train.train.checkpoint_files import SAFE_CLASSES
 from tests.train.helpers import Finished, environment, read_lines
-from tests.train.test_resume import results
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 Fault = tuple[str, dict[str, Any]]
@@ -198,11 +198,17 @@ def differences(run: Path, straight: Path, keep: int | None = None) -> list[str]
         found.append(f"metrics.jsonl has steps {steps}, and differs at {wrong}")
     if (reason := damage(run / "model")) is not None:
         return [*found, f"model: {reason}"]
-    weights, wanted = results(run), results(straight)
+    weights, wanted = weights_of(run), weights_of(straight)
     if weights.keys() != wanted.keys():
         found.append(f"weights: {weights.keys() ^ wanted.keys()}")
     found += [f"weight {name}" for name in weights if not torch.equal(weights[name], wanted[name])]
     return found + left_over(run, keep)
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a result, and of the adapter beside it, by file and name."""
+    files = [path for part in ("model", "adapter") for path in (run / part).glob("*.safetensors")]
+    return {f"{path.name}: {name}": tensor for path in files for name, tensor in load_file(path).items()}
 
 
 def left_over(run: Path, keep: int | None) -> list[str]:

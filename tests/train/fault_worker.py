@@ -116,7 +116,9 @@ def _newest(folder: str) -> str | None:
     return str(max(files, key=lambda path: path.stat().st_mtime_ns)) if files else None
 
 
-def around(owner: Any, name: str, when: Callable[..., bool], before: Callable[[], Any], after: Callable[[], Any]) -> None:
+def around(
+    owner: Any, name: str, when: Callable[..., bool], before: Callable[[], Any], after: Callable[[], Any]
+) -> None:
     """Calls `before` and `after` around those calls of `owner.name` that `when` picks."""
     original = getattr(owner, name)
 
