@@ -16,6 +16,8 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from llava_train.config import StageConfig
 from llava_train.errors import UserError
+from llava_train.many_values import ManyValues
+from llava_train.slurm import SCRIPT, Job, Launcher, SubmitError, prepare, submit, what_to_know
 from llava_train.stage_file import ConfigError, load_stage, stage_schema, with_suffix
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train LLaVA models in two stages.")
@@ -25,7 +27,7 @@ ConfigFiles = Annotated[list[Path], typer.Option("--config", help="Stage files, 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, for example batch.size=64.")]
 
 
-@app.command()
+@app.command(cls=ManyValues)
 def train(
     config: ConfigFiles,
     set_: Overrides = None,
@@ -35,6 +37,64 @@ def train(
 ) -> None:
     """Run stages in order; start, resume and finish are this same command."""
     raise SystemExit(run(config, set_ or [], stop_file, suffix, allow_config_change))
+
+
+@app.command(cls=ManyValues)
+def slurm(
+    config: Annotated[list[str], typer.Option("--config", help="Stage files, run in this order.")],
+    set_: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs a node, with one rank each.")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="For nodes without GPUs.")] = None,
+    cpus_per_rank: Annotated[int | None, typer.Option(min=1, help="Default: loader.workers + 1.")] = None,
+    time: Annotated[str | None, typer.Option(help="24:00:00; the job saves and requeues itself before.")] = None,
+    partition: str | None = None,
+    account: str | None = None,
+    qos: str | None = None,
+    array: Annotated[str | None, typer.Option(help="0-3: a run a task; {task} in --set is its number.")] = None,
+    launcher: Annotated[
+        Launcher, typer.Option(help="torchrun on each node, or one srun task a rank.")
+    ] = Launcher.torchrun,
+    setup: Annotated[str | None, typer.Option(help="Shell commands first. Default: this Python environment.")] = None,
+    container: Annotated[str | None, typer.Option(help="A .sif for apptainer, or an image for pyxis.")] = None,
+    signal_before: Annotated[int, typer.Option(min=1, help="Seconds before the end of the time to save.")] = 120,
+    max_requeues: Annotated[int, typer.Option(min=0, help="The job requeues itself so many times.")] = 100,
+    job_name: Annotated[str | None, typer.Option(help="Default: the name of the first stage.")] = None,
+    sbatch_arg: Annotated[list[str] | None, typer.Option(help="More for sbatch: --sbatch-arg=--exclusive")] = None,
+    srun_arg: Annotated[list[str] | None, typer.Option(help="More for srun.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job; submit nothing.")] = False,
+) -> None:
+    """Submit stages to SLURM, as a job that saves before it is preempted and requeues itself.
+
+    Example: llava-train slurm --config stage1.yaml stage2.yaml --nodes 4 --gpus 8 --time 24:00:00
+    """
+    with _user_errors():
+        job = Job(
+            nodes,
+            gpus,
+            ranks_per_node,
+            cpus_per_rank,
+            time,
+            partition,
+            account,
+            qos,
+            array,
+            launcher,
+            setup,
+            container,
+            signal_before,
+            max_requeues,
+            job_name,
+            tuple(sbatch_arg or ()),
+            tuple(srun_arg or ()),
+        )
+        if not SCRIPT.is_file():
+            raise SubmitError(f"{SCRIPT} is missing: install the package from a checkout, by pip install -e .")
+        submission = prepare(job, config, set_ or [])
+        if dry_run:
+            print(f"{submission}\n\n{SCRIPT.read_text(encoding='utf-8')}")
+        else:
+            print(what_to_know(submission, submit(submission)))
 
 
 @app.command()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from hypothesis import settings
 
@@ -10,3 +13,23 @@ torch.set_num_threads(1)
 
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-skips",
+        action="append",
+        default=[],
+        metavar="MARKER",
+        help="where a test with this marker is skipped, it has failed: for machines that have all it needs",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    wanted = [name for name in item.config.getoption("--no-skips") if item.get_closest_marker(name)]
+    if report.skipped and wanted and not hasattr(report, "wasxfail"):
+        *_, reason = report.longrepr
+        report.outcome, report.longrepr = "failed", f"{reason}; --no-skips {wanted[0]} forbids that"
+    return report

@@ -15,7 +15,9 @@ The step is all that a run needs beside tensors: data order, learning rate and s
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +70,13 @@ class Checkpoints:
             return
         self.world.beat(f"saving the checkpoint of step {step}", patience=_PATIENCE)
         self.refuse_harmed(step)
+        started = time.perf_counter()
         problem = self.world.on_main(lambda: self._prepare(step)) or self._write(step, window)
         if problem is None:
             self.saved_step = step
+            manifest = read_manifest(checkpoint_path(self.folder, step))
+            size, took_s = _bytes_of(manifest) / 1e6, time.perf_counter() - started
+            self.world.say(f"step {step}: checkpoint of {size:,.1f} MB saved in {took_s:.1f} s")
         else:
             self.world.say(f"warning: no checkpoint of step {step}: {problem}. Training goes on; earlier ones are kept")
 
@@ -95,11 +101,12 @@ class Checkpoints:
     def _prepare(self, step: int) -> str | None:
         """Makes an empty folder to write to, if there is room. Returns why it cannot."""
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             remove_unfinished(self.folder)
-            _unfinished(self.folder, step).mkdir(parents=True)
             free, needed = shutil.disk_usage(self.folder).free, self._expected_bytes()
             if free < needed:
                 return f"{self.folder} has {free / 1e9:.2f} GB left, and it takes about {needed / 1e9:.2f} GB"
+            _unfinished(self.folder, step).mkdir()
         except OSError as error:
             return f"cannot write to {self.folder}: {error.strerror}"
         return None
@@ -117,20 +124,27 @@ class Checkpoints:
             write_manifest(written, files, step=step, **self.facts, window=window)
             forget(target)  # one that was found damaged
             rename_durably(written, target)
-            for old in older(self.folder, step)[self.keep - 1 :]:
-                forget(old)
         except OSError as error:
+            with suppress(OSError):
+                remove_unfinished(self.folder)
             return f"cannot complete {target}: {error.strerror}"
+        for old in older(self.folder, step)[self.keep - 1 :]:
+            try:
+                forget(old)
+            except OSError as error:
+                self.world.say(f"warning: cannot delete {old}: {error.strerror}")
         return None
 
     def _expected_bytes(self) -> int:
         """About the size of the next checkpoint."""
         for path in complete_checkpoints(self.folder):
-            manifest = read_manifest(path)
-            if manifest is not None:
-                return sum(facts["n_bytes"] for facts in manifest["files"].values())
+            return _bytes_of(read_manifest(path))
         n_trainable = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in _trained(self.engine))
         return n_trainable * _BYTES_A_PARAMETER
+
+
+def _bytes_of(manifest: dict[str, Any] | None) -> int:
+    return sum(facts["n_bytes"] for facts in manifest["files"].values()) if manifest else 0
 
 
 def is_finite(engine: deepspeed.DeepSpeedEngine) -> bool:

@@ -31,10 +31,15 @@ SAFE_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
 
 
 class DurableFiles(TorchCheckpointEngine):
-    """Writes and reads the files of checkpoints for a DeepSpeed engine."""
+    """Writes and reads the files of checkpoints for a DeepSpeed engine.
 
-    def __init__(self) -> None:
-        self.name = type(self).__name__
+    Args:
+        frozen: names of parameters to leave out. DeepSpeed leaves frozen ones out under one of their names only, and
+            would write the embeddings of a language model whose output layer is tied to them.
+    """
+
+    def __init__(self, frozen: frozenset[str]) -> None:
+        self.name, self.frozen = type(self).__name__, frozen
         self.written: dict[str, FileFacts] = {}
         """Size and checksum of each file since `start`, by name."""
         self.failure: str | None = None
@@ -56,6 +61,9 @@ class DurableFiles(TorchCheckpointEngine):
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         if self.failure:
             return
+        if isinstance(state_dict.get("module"), dict):
+            module = {name: value for name, value in state_dict["module"].items() if name not in self.frozen}
+            state_dict = {**state_dict, "module": module}
         try:
             with Path(path).open("wb") as file:
                 watched = _Watched(file, self._on_progress)

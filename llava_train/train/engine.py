@@ -67,7 +67,8 @@ def start_engine(
     optimizer = torch.optim.AdamW(groups, fused=True)
     settings = deepspeed_config(config, n_trainable, universal)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-    engine.checkpoint_engine = DurableFiles()
+    every_name = module.named_parameters(remove_duplicate=False)
+    engine.checkpoint_engine = DurableFiles(frozenset(name for name, p in every_name if not p.requires_grad))
     # A script for people without plain weights: copying it may fail on one rank and leave the others waiting.
     engine._copy_recovery_script = lambda save_path: None
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):

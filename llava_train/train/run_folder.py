@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -32,7 +32,6 @@ from llava_train.errors import UserError
 from llava_train.files import rename_durably, write_durably
 
 CARD = "config.yaml"
-LOCK = ".lock"
 _LOCK_PATIENCE_S = 15.0
 """A killed run's file server may hold its lock a moment longer."""
 
@@ -67,8 +66,8 @@ class RunFolderError(UserError):
 
 
 @contextmanager
-def held(run_dir: Path) -> Iterator[None]:
-    """Keeps a run's folder to this process and says to others whose it is; on rank 0.
+def held(run_dir: Path, lock_file: Path) -> Iterator[None]:
+    """Keeps a run's folder to this process and says to others whose it is, in a file beside it; on rank 0.
 
     A lock of POSIX: unlike others it dies with the process at once, whoever it started, and works on NFS.
 
@@ -76,12 +75,12 @@ def held(run_dir: Path) -> Iterator[None]:
         RunFolderError: another process has it, named by machine, process and job.
     """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / LOCK).open("a+", encoding="utf-8")
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_file.open("a+", encoding="utf-8")
     except OSError as error:
-        raise RunFolderError(f"output: cannot write to {run_dir}: {error.strerror}") from error
+        raise RunFolderError(f"output: cannot write to {lock_file}: {error.strerror}") from error
     with lock:
-        _take(lock.fileno(), run_dir)
+        _take(lock, run_dir)
         lock.truncate(0)
         lock.write(json.dumps(_this_process()))
         lock.flush()
@@ -89,16 +88,16 @@ def held(run_dir: Path) -> Iterator[None]:
         lock.truncate(0)
 
 
-def _take(descriptor: int, run_dir: Path) -> None:
+def _take(lock: TextIO, run_dir: Path) -> None:
     deadline = time.monotonic() + _LOCK_PATIENCE_S
     while True:
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise RunFolderError(
-                    f"{run_dir} is in use by {_owner(run_dir)}; wait for it, stop it, or give this run another name"
+                    f"{run_dir} is in use by {_owner(lock)}; wait for it, stop it, or give this run another name"
                 ) from None
             time.sleep(0.2)
         except OSError as error:
@@ -116,10 +115,11 @@ def _this_process() -> dict[str, Any]:
     }
 
 
-def _owner(run_dir: Path) -> str:
+def _owner(lock: TextIO) -> str:
     """Who holds a folder, in words."""
     with suppress(OSError, ValueError, KeyError):
-        owner = json.loads((run_dir / LOCK).read_text(encoding="utf-8"))
+        lock.seek(0)
+        owner = json.loads(lock.read())
         job = f", SLURM job {owner['job']}" if owner["job"] else ""
         return f"process {owner['pid']} of {owner['user']} on {owner['host']}{job}, since {owner['since']}"
     return "another process"
@@ -214,6 +214,7 @@ def write_card(run_dir: Path, card: dict[str, Any], n_ranks: int, step: int, cha
         "n_ranks": n_ranks,
         **card["about"],
     }
+    run_dir.mkdir(parents=True, exist_ok=True)
     if changed and (run_dir / CARD).is_file():
         rename_durably(run_dir / CARD, run_dir / f"config-until-step-{step:08d}.yaml")
     text = yaml.safe_dump({**card, "about": about}, sort_keys=False, allow_unicode=True)

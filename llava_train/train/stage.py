@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -16,7 +17,7 @@ from llava_train.data.chat import ChatEncoder
 from llava_train.data.chat_templates import load_template, unlike_own
 from llava_train.data.images import ImagePreprocessor
 from llava_train.data.loader import StepDataset, first_pictures, read_steps
-from llava_train.data.mixture import Mixture, open_mixture
+from llava_train.data.mixture import open_mixture
 from llava_train.data.order import n_steps_of
 from llava_train.data.packing import attention_cost_of
 from llava_train.errors import UserError
@@ -69,13 +70,13 @@ def run_stage(config: StageConfig, session: Session) -> Path:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
     session.stop.stop_files.append(config.run_dir / STOP_FILE)
     with ExitStack() as stack:
-        world.on_main(lambda: stack.enter_context(held(config.run_dir)))
-        world.say(f"{config.name}: run folder {config.run_dir}")
+        world.on_main(lambda: stack.enter_context(held(config.run_dir, config.cache_dir / f"{config.name}.lock")))
         if world.on_main(lambda: damage(result) is None):
             card, allowed = describe(config), session.allow_config_change
             world.on_main(lambda: check_unchanged(config.run_dir, card, None, allowed))
             world.say(f"{config.name}: complete, see {result}")
             return result
+        world.say(f"{config.name}: run folder {config.run_dir}")
         trained = _train(config, session)
         world.beat("writing the result", patience=_START_PATIENCE)
         world.on_main(lambda: _write_result(config, trained, result))
@@ -91,7 +92,8 @@ def _train(config: StageConfig, session: Session) -> State:
     mixture = open_mixture(config.data, config.seed, config.cache_dir)
     held_out = open_mixture(config.eval.data, config.seed, config.cache_dir) if config.eval else None
     n_steps = n_steps_of(len(mixture), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
-    resumption = _find_resumption(config, session, mixture)
+    card = describe(config, mixture)
+    resumption, changes = _find_resumption(config, session, card)
     clock.mark("data")
 
     world.beat("building the model", patience=_START_PATIENCE)
@@ -106,6 +108,7 @@ def _train(config: StageConfig, session: Session) -> State:
     _prepare_modes(llava, config)
     clock.mark("model")
 
+    world.on_main(lambda: write_card(config.run_dir, card, world.n_ranks, resumption.step, bool(changes)))
     if note := unlike_own(config.model.chat_template, llava.processor.chat_template, llava.tokenizer):
         world.say(note)
     world.say(f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}")
@@ -119,7 +122,7 @@ def _train(config: StageConfig, session: Session) -> State:
     clock.mark("engine")
     if changed:
         world.say(f"{resumption.checkpoint}: {changed}; converting it with DeepSpeed's universal format")
-    checkpoints = _checkpoints(config, world, engine, mixture)
+    checkpoints = _checkpoints(config, world, engine, card)
     if resumption.checkpoint:
         world.beat("loading the checkpoint", patience=_START_PATIENCE)
         load(engine, world, resumption)
@@ -152,32 +155,24 @@ def _train(config: StageConfig, session: Session) -> State:
     return trained
 
 
-def _find_resumption(config: StageConfig, session: Session, mixture: Mixture) -> Resumption:
-    """Where the run goes on; its config.yaml is then that of this stage file. Every rank must call it."""
-    world, run_dir = session.world, config.run_dir
+def _find_resumption(config: StageConfig, session: Session, card: dict[str, Any]) -> tuple[Resumption, list[str]]:
+    """Where the run goes on, and what has changed since. Every rank must call it."""
+    world, run_dir, allowed = session.world, config.run_dir, session.allow_config_change
     found = find_resumption(world, run_dir / CHECKPOINTS_FOLDER, config.engine)
-
-    def take_over() -> None:
-        card, changes = describe(config, mixture), []
-        if found.checkpoint:
-            saved_hash = found.manifest["config_hash"]
-            changes = check_unchanged(run_dir, card, saved_hash, session.allow_config_change)
-        for change in changes:
-            world.say(f"{config.name}: changed after step {found.step}: {change}")
-        write_card(run_dir, card, world.n_ranks, found.step, bool(changes))
-
-    world.on_main(take_over)
-    return found
+    if found.checkpoint is None:
+        return found, []
+    changes = world.on_main(lambda: check_unchanged(run_dir, card, found.manifest["config_hash"], allowed))
+    for change in changes:
+        world.say(f"{config.name}: changed after step {found.step}: {change}")
+    return found, changes
 
 
-def _checkpoints(config: StageConfig, world: World, engine: deepspeed.DeepSpeedEngine, mixture: Mixture) -> Checkpoints:
+def _checkpoints(
+    config: StageConfig, world: World, engine: deepspeed.DeepSpeedEngine, card: dict[str, Any]
+) -> Checkpoints:
     """The checkpoints of the run."""
-    facts = {
-        "n_ranks": world.n_ranks,
-        "zero": config.engine.zero,
-        "precision": config.engine.precision,
-        "config_hash": config_hash(describe(config, mixture)),
-    }
+    engine_facts = {key: getattr(config.engine, key) for key in ("zero", "precision")}
+    facts = {"n_ranks": world.n_ranks, **engine_facts, "config_hash": config_hash(card)}
     return Checkpoints(engine, world, config.run_dir / CHECKPOINTS_FOLDER, config.checkpoint.keep, facts)
 
 

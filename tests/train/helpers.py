@@ -166,13 +166,15 @@ class Outcome:
     stderr: str
 
 
-def run_many(commands: dict[str, list[Any]], cwd: Path, n_ranks: int = 1) -> dict[str, list[Outcome]]:
+def run_many(
+    commands: dict[str, list[Any]], cwd: Path, n_ranks: int = 1, worker: str = "tests.train.run_many"
+) -> dict[str, list[Outcome]]:
     """Runs `scripts/train.py ARGUMENTS` for each command, one after another in the same processes.
 
     Starting a process takes longer than a small run. Returns the outcomes of each command by rank.
     """
     spec = {name: [str(argument) for argument in arguments] for name, arguments in commands.items()}
     (cwd / "commands.json").write_text(json.dumps(spec))
-    run_ranks(["-m", "tests.train.run_many", cwd / "commands.json"], cwd, n_ranks).check()
+    run_ranks(["-m", worker, cwd / "commands.json"], cwd, n_ranks).check()
     ranks = [json.loads((cwd / f"outcomes-{rank}.json").read_text()) for rank in range(n_ranks)]
     return {name: [Outcome(**outcomes[name]) for outcomes in ranks] for name in commands}

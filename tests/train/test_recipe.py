@@ -101,7 +101,7 @@ def draw_scenes(folder: Path) -> None:
 
 
 def fingerprint(folder: Path) -> dict[str, tuple[str, int]]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
     return {str(path.relative_to(folder)): (sha256(path), path.stat().st_mtime_ns) for path in files}
 
 

@@ -1,0 +1,32 @@
+"""The cluster that the tests of this folder share, and the data that their runs train on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm import Cluster, ClusterUnavailable, start_cluster
+from tests.train.helpers import ROOT, environment
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    try:
+        with start_cluster(tmp_path_factory.mktemp("slurm")) as started:
+            yield started
+    except ClusterUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data of the smoke recipe: `data`, in a folder where runs can have folders of their own beside it."""
+    folder = tmp_path_factory.mktemp("shared")
+    counts = ["--captions", "48", "--conversations", "48", "--held-out", "9"]
+    draw = [sys.executable, str(ROOT / "data/draw_scenes.py"), "--out", "data/smoke", "--seed", "0", *counts]
+    subprocess.run(draw, cwd=folder, env=environment(), check=True, timeout=120)
+    return folder / "data"

@@ -1,0 +1,252 @@
+"""A run's folder has one owner at a time, and one stage file."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llava_train.config import StageConfig
+from llava_train.data.mixture import open_mixture
+from llava_train.stage_file import load_stage, with_suffix
+from llava_train.train import run_folder
+from llava_train.train.run_folder import (
+    RunFolderError,
+    changes,
+    check_unchanged,
+    config_hash,
+    describe,
+    held,
+    read_card,
+    write_card,
+)
+from tests.train.helpers import Outcome, environment, read_lines, run_many, stage_content, write_samples, write_stage
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from llava_train.train.run_folder import held
+with held(Path("run"), Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(lock_file: Path) -> subprocess.Popen[str]:
+    """A process that works in a folder."""
+    command = [sys.executable, "-c", HOLDS, str(lock_file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(SLURM_JOB_ID="4711"))
+    assert process.stdout and process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_process_is_refused_and_told_whose_the_folder_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder, "_LOCK_PATIENCE_S", 0.5)
+    first = hold(tmp_path / ".cache/run.lock")
+    try:
+        with pytest.raises(
+            RunFolderError, match=rf"^run is in use by process {first.pid} of .* on .*, SLURM job 4711, since 2"
+        ):
+            held(Path("run"), tmp_path / ".cache/run.lock").__enter__()
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_a_killed_owner_holds_nothing(tmp_path: Path) -> None:
+    first = hold(tmp_path / ".cache/run.lock")
+    first.send_signal(signal.SIGKILL)
+    started = time.monotonic()
+    with held(Path("run"), tmp_path / ".cache/run.lock"):
+        assert json.loads((tmp_path / ".cache/run.lock").read_text())["pid"] == os.getpid()
+    assert time.monotonic() - started < 5
+    first.wait()
+
+
+def test_storage_without_locks_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unsupported(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    with held(Path("run"), tmp_path / "run.lock"):
+        assert "cannot be locked (Function not implemented); start no second run in it" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match=r"output: cannot write to .*file/.cache/run.lock: Not a directory"):
+        held(Path("run"), tmp_path / "file/.cache/run.lock").__enter__()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run-folder")
+    write_samples(folder / "data.json", "ittimt")
+    write_stage(folder / "tiny.yaml", data=[{"path": str(folder / "data.json")}], schedule={"epochs": 9})
+    return folder
+
+
+def card_of(folder: Path, *overrides: str) -> dict[str, Any]:
+    config = load_stage(folder / "tiny.yaml", overrides)
+    return describe(config, open_mixture(config.data, config.seed))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "batch.max_tokens=4096",
+        "batch.packing=false",
+        "engine.zero=3",
+        "engine.activation_checkpointing=true",
+        "engine.hang_timeout_s=60",
+        "loader.workers=3",
+        "checkpoint.every=7",
+        "logging.every=3",
+        "output=elsewhere",
+        "max_bad_steps=9",
+        "max_bad_share=0.9",
+        "on_bad_sample=skip",
+        "batch.over_long=drop",
+    ],
+)
+def test_speed_knobs_and_what_errors_tell_to_do_may_change(override: str, folder: Path) -> None:
+    assert changes(card_of(folder), card_of(folder, override)) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("batch.size=8", "batch.size: 4 -> 8"),
+        ("seed=1", "seed: 0 -> 1"),
+        ("schedule.max_steps=9", "schedule.max_steps: null -> 9"),
+        ("trainable.projector.lr=0.5", "trainable.projector.lr: 0.002 -> 0.5"),
+        ("engine.precision=bf16", "engine.precision: fp32 -> bf16"),
+        ("model.chat_template=vicuna_v1", "model.chat_template: chatml -> vicuna_v1"),
+        ("batch.max_sample_tokens=99", "batch.max_sample_tokens: 1024 -> 99"),
+    ],
+)
+def test_what_decides_the_result_is_told_key_by_key(override: str, line: str, folder: Path) -> None:
+    before = card_of(folder)
+    line = line.replace("0.002", str(before["trainable"]["projector"]["lr"]))
+    assert changes(before, card_of(folder, override)) == [line]
+    assert config_hash(before) != config_hash(card_of(folder, override))
+
+
+def test_policies_may_leave_error_but_not_change_otherwise(folder: Path) -> None:
+    dropped, cut = card_of(folder, "batch.over_long=drop"), card_of(folder, "batch.over_long=truncate")
+    assert changes(dropped, cut) == ["batch.over_long: drop -> truncate"]
+
+
+def test_other_content_of_the_data_under_the_same_name_is_a_change(folder: Path, tmp_path: Path) -> None:
+    write_samples(tmp_path / "data.json", "ittimt")
+    write_stage(tmp_path / "tiny.yaml", data=[{"path": str(tmp_path / "data.json")}])
+    before = card_of(tmp_path)
+    write_samples(tmp_path / "data.json", "ittimt", seed=1)
+    (found,) = changes(before, card_of(tmp_path))
+    assert found.startswith("content of data.0: ")
+    assert changes(before, describe(load_stage(tmp_path / "tiny.yaml"))) == []  # data of a finished run may be gone
+
+
+@given(st.sampled_from(sorted(set(StageConfig.model_fields) - {"model", "data"})))
+def test_a_card_that_was_read_back_is_the_same(tmp_path_factory: pytest.TempPathFactory, missing: str) -> None:
+    """Also when it is from before a key existed that has a default."""
+    folder = tmp_path_factory.mktemp("card")
+    card = describe(StageConfig.model_validate(stage_content()))
+    write_card(folder, {**card, "about": {"data": []}}, n_ranks=1, step=0, changed=False)
+    written = yaml.safe_load((folder / "config.yaml").read_text())
+    if not StageConfig.model_fields[missing].is_required() and missing in ("max_bad_steps", "eval", "loader", "seed"):
+        del written[missing]
+    (folder / "config.yaml").write_text(yaml.safe_dump(written))
+    read = read_card(folder)
+    assert read is not None and changes(read, {**card, "about": {"data": []}}) in ([], ["seed"])
+
+
+def test_a_lost_card_is_noticed_by_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+    card = card_of(folder)
+    assert check_unchanged(tmp_path, card, config_hash(card), allowed=False) == []
+    with pytest.raises(RunFolderError, match=r"config.yaml is lost"):
+        check_unchanged(tmp_path, card, config_hash(card_of(folder, "seed=5")), allowed=False)
+
+
+def test_suffixed_stages_are_runs_of_their_own_that_follow_each_other(folder: Path) -> None:
+    first = load_stage(folder / "tiny.yaml", ["name=one"])
+    second = load_stage(folder / "tiny.yaml", ["name=two", "init_from=runs/one"])
+    third = load_stage(folder / "tiny.yaml", ["name=three", "init_from=elsewhere/one"])
+    suffixed = with_suffix([first, second, third], "7")
+    assert [stage.name for stage in suffixed] == ["one-7", "two-7", "three-7"]
+    assert [stage.init_from for stage in suffixed] == ["random", "runs/one-7", "elsewhere/one"]
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[str, Outcome]:
+    """A run of 4 steps that was interrupted after step 2, continued in several ways."""
+    base: list[Any] = ["--config", folder / "tiny.yaml"]
+    short = [*base, "--set", "schedule.max_steps=2", "checkpoint.every=2"]
+    more = [*base, "--set", "schedule.max_steps=4", "checkpoint.every=2"]
+    told = run_many(
+        {
+            "begun": [*short, "output=one"],
+            "complete": [*short, "output=one", "loader.workers=1"],
+            "complete, changed": [*short, "output=one", "batch.size=3"],
+            "complete, allowed": [*short, "output=one", "batch.size=3", "--allow-config-change"],
+            "begun two": [*short, "output=two"],
+        },
+        folder,
+    )
+    (folder / "two/tiny/model/COMPLETE").unlink()
+    told |= run_many(
+        {
+            "changed": [*more, "output=two", "trainable.projector.lr=0.5"],
+            "allowed": [*more, "output=two", "trainable.projector.lr=0.5", "--allow-config-change"],
+            "afterwards": [*more, "output=two", "trainable.projector.lr=0.5"],
+        },
+        folder,
+    )
+    return {name: outcome[0] for name, outcome in told.items()}
+
+
+def test_a_changed_run_is_refused_with_the_keys(outcomes: dict[str, Outcome]) -> None:
+    for name in ("changed", "complete, changed"):
+        outcome = outcomes[name]
+        assert outcome.code == 2
+        assert "was begun with another stage file or other data:" in outcome.stderr
+        assert "or go on all the same with --allow-config-change" in outcome.stderr
+        assert "Traceback" not in outcome.stderr
+    assert "schedule.max_steps: 2 -> 4" in outcomes["changed"].stderr
+    assert "batch.size: 4 -> 3" in outcomes["complete, changed"].stderr
+
+
+def test_a_complete_run_is_passed_over(outcomes: dict[str, Outcome]) -> None:
+    for name in ("complete", "complete, allowed"):
+        assert outcomes[name].code == 0
+        assert "tiny: complete, see one/tiny/model" in outcomes[name].stdout
+
+
+def test_an_allowed_change_holds_from_then_on(folder: Path, outcomes: dict[str, Outcome]) -> None:
+    outcome, run = outcomes["allowed"], folder / "two/tiny"
+    assert outcome.code == 0, outcome.stderr
+    assert "tiny: changed after step 2: schedule.max_steps: 2 -> 4" in outcome.stdout
+    assert "resuming after step 2 of 4" in outcome.stdout
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    rates = [line["lr"]["projector"] for line in lines]
+    assert max(rates[:2]) < 0.01 < max(rates[2:])
+    assert yaml.safe_load((run / "config-until-step-00000002.yaml").read_text())["schedule"]["max_steps"] == 2
+    assert yaml.safe_load((run / "config.yaml").read_text())["schedule"]["max_steps"] == 4
+    assert outcomes["afterwards"].code == 0
+    assert "complete" in outcomes["afterwards"].stdout
