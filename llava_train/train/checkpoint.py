@@ -80,6 +80,17 @@ class Checkpoints:
         else:
             self.world.say(f"warning: no checkpoint of step {step}: {problem}. Training goes on; earlier ones are kept")
 
+    def go_on_from(self, step: int) -> None:
+        """The run goes on from the checkpoint of `step`: deletes what a kill left undeleted. Every rank must call it."""
+        self.saved_step = step
+
+        def tidy_up() -> None:
+            with suppress(OSError):
+                remove_unfinished(self.folder)
+            self._delete_old(step)
+
+        self.world.on_main(tidy_up)
+
     def refuse_harmed(self, step: int) -> None:
         """Raises HarmedError when the weights of any rank are not finite. Every rank must call it."""
         if any(self.world.gather(not is_finite(self.engine))):
@@ -128,12 +139,16 @@ class Checkpoints:
             with suppress(OSError):
                 remove_unfinished(self.folder)
             return f"cannot complete {target}: {error.strerror}"
+        self._delete_old(step)
+        return None
+
+    def _delete_old(self, step: int) -> None:
+        """Deletes what `keep` leaves out beside the checkpoint of `step`."""
         for old in older(self.folder, step)[self.keep - 1 :]:
             try:
                 forget(old)
             except OSError as error:
                 self.world.say(f"warning: cannot delete {old}: {error.strerror}")
-        return None
 
     def _expected_bytes(self) -> int:
         """About the size of the next checkpoint."""
@@ -173,14 +188,15 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def forget(checkpoint: Path) -> None:
-    """Deletes a checkpoint: its manifest first, so that a half-deleted one is not taken for a checkpoint."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    """Deletes a checkpoint: under a name that `remove_unfinished` knows, so that a kill leaves no half of it for ever."""
     if checkpoint.exists():
-        shutil.rmtree(checkpoint)
+        removed = checkpoint.with_name(f".{checkpoint.name}.removed")
+        rename_durably(checkpoint, removed)
+        shutil.rmtree(removed)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Deletes what a run that was killed, or whose disk was full, left of a checkpoint."""
+    """Deletes what a run that was killed, or whose disk was full, left of a checkpoint, new or old."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path)
 
