@@ -69,7 +69,7 @@ def damage(folder: Path, share: slice = slice(None)) -> str | None:
 
 def write_durably(path: Path, text: str) -> None:
     """Writes a file so that it is whole or absent, whenever the machine stops."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -124,4 +124,10 @@ def sha256(path: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    """All but the manifest, which may be half written by a process that was killed."""
+    manifests = (MANIFEST, _temporary(folder / MANIFEST).name)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in manifests)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
