@@ -174,8 +174,8 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """Complete or not, newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
+    """Complete or not, newest first. Copies that somebody made under other names are none."""
+    return sorted(folder.glob("step-" + 8 * "[0-9]"), reverse=True)
 
 
 def older(folder: Path, step: int) -> list[Path]:
