@@ -17,7 +17,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import deepspeed
 import torch
 
 from llava_train.errors import UserError
-from llava_train.files import MANIFEST, FileFacts, read_manifest, rename_durably, write_manifest
+from llava_train.files import FileFacts, read_manifest, rename_durably, write_manifest
 from llava_train.train.checkpoint_files import DurableFiles
 from llava_train.train.world import World
 
@@ -81,12 +80,11 @@ class Checkpoints:
             self.world.say(f"warning: no checkpoint of step {step}: {problem}. Training goes on; earlier ones are kept")
 
     def go_on_from(self, step: int) -> None:
-        """The run goes on from the checkpoint of `step`: deletes what a kill left undeleted. Every rank must call it."""
+        """The run goes on from the checkpoint of `step`: deletes what a kill left. Every rank must call it."""
         self.saved_step = step
 
         def tidy_up() -> None:
-            with suppress(OSError):
-                remove_unfinished(self.folder)
+            remove_unfinished(self.folder)
             self._delete_old(step)
 
         self.world.on_main(tidy_up)
@@ -136,8 +134,7 @@ class Checkpoints:
             forget(target)  # one that was found damaged
             rename_durably(written, target)
         except OSError as error:
-            with suppress(OSError):
-                remove_unfinished(self.folder)
+            remove_unfinished(self.folder)
             return f"cannot complete {target}: {error.strerror}"
         self._delete_old(step)
         return None
@@ -188,7 +185,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def forget(checkpoint: Path) -> None:
-    """Deletes a checkpoint: under a name that `remove_unfinished` knows, so that a kill leaves no half of it for ever."""
+    """Deletes a checkpoint: under a name that `remove_unfinished` knows, should a kill leave half of it."""
     if checkpoint.exists():
         removed = checkpoint.with_name(f".{checkpoint.name}.removed")
         rename_durably(checkpoint, removed)
@@ -196,9 +193,9 @@ def forget(checkpoint: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Deletes what a run that was killed, or whose disk was full, left of a checkpoint, new or old."""
+    """Deletes what a run that was killed, or whose disk was full, left of a checkpoint, new or old. It raises nothing."""
     for path in folder.glob(".step-*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted shall not keep the next one from being written
 
 
 def _unfinished(folder: Path, step: int) -> Path:

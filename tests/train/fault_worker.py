@@ -46,7 +46,7 @@ class Boundaries:
     """Counts what this process does to the files below `folder` while `armed`; keeps or kills."""
 
     def __init__(self, folder: Path, kill_at: int | None, torn: bool, record: Path | None) -> None:
-        self.folder, self.kill_at, self.torn, self.record = str(folder.resolve()), kill_at, torn, record
+        self.folder, self.kill_at, self.torn, self.record = folder.resolve(), kill_at, torn, record
         self.armed = False
         self.seen: list[str] = []
         self._fsync = os.fsync
@@ -76,24 +76,24 @@ class Boundaries:
 
     def _watch_fsync(self, descriptor: int) -> None:
         if self.armed:
-            path = os.readlink(f"/proc/self/fd/{descriptor}")
-            writes = not os.path.isdir(path) and bool(_flags(descriptor) & (os.O_WRONLY | os.O_RDWR))
+            path = _opened(descriptor)
+            writes = not path.is_dir() and bool(_flags(descriptor) & (os.O_WRONLY | os.O_RDWR))
             self._meet("fsync", path, half=path if writes else None)
         self._fsync(descriptor)
 
-    def _meet(self, kind: str, path: Any, folder: int = -1, target: Any = None, half: str | None = None) -> None:
+    def _meet(self, kind: str, path: Any, folder: int = -1, target: Any = None, half: Path | None = None) -> None:
         place = _absolute(path, folder)
-        if not place.startswith(self.folder + "/"):
+        if self.folder not in place.parents:
             return
         self.armed = False  # what follows is not the product's
-        name = f"{kind} {os.path.relpath(place, self.folder)}"
+        name = f"{kind} {place.relative_to(self.folder)}"
         if target is not None:
-            name += f" -> {os.path.relpath(_absolute(target, -1), self.folder)}"
+            name += f" -> {_absolute(target, -1).relative_to(self.folder)}"
         self.seen.append(name)
         if len(self.seen) == self.kill_at:
             half = _newest(self.folder) if self.torn else half
             if half:
-                os.truncate(half, os.path.getsize(half) // 2)
+                os.truncate(half, half.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         self.armed = True
 
@@ -103,17 +103,22 @@ def _flags(descriptor: int) -> int:
     return next(int(line.split()[1], 8) for line in lines if line.startswith("flags:"))
 
 
-def _absolute(path: Any, folder: int) -> str:
+def _opened(descriptor: int) -> Path:
+    return Path(f"/proc/self/fd/{descriptor}").readlink()
+
+
+def _absolute(path: Any, folder: int) -> Path:
+    """Where a path lies that is given relative to an opened folder."""
     if isinstance(path, int):
-        return os.readlink(f"/proc/self/fd/{path}")
-    within = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else os.getcwd()
-    return os.path.normpath(os.path.join(within, os.fsdecode(path)))
+        return _opened(path)
+    within = _opened(folder) if folder >= 0 else Path.cwd()
+    return within / os.fsdecode(path)
 
 
-def _newest(folder: str) -> str | None:
+def _newest(folder: Path) -> Path | None:
     """The file of a result that was written last."""
-    files = [path for part in ("model", "adapter") for path in Path(folder, part).rglob("*") if path.is_file()]
-    return str(max(files, key=lambda path: path.stat().st_mtime_ns)) if files else None
+    files = [path for part in ("model", "adapter") for path in (folder / part).rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_mtime_ns) if files else None
 
 
 def around(

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from llava_train.config import EngineSection
-from llava_train.files import read_manifest
+from llava_train.files import read_manifest, write_manifest
 from llava_train.train.resume import find_resumption
 from llava_train.train.world import World
 from tests.train.fault_runs import (
@@ -420,10 +420,11 @@ def empty(path: Path) -> None:
 
 def other_sizes(path: Path) -> None:
     """A manifest of another checkpoint of the same step."""
-    manifest = json.loads(path.read_text())
+    manifest = read_manifest(path)
+    assert manifest is not None
     for facts in manifest["files"].values():
         facts["n_bytes"] += 1
-    path.write_text(json.dumps(manifest))
+    write_manifest(path, **manifest)
 
 
 def copy_as_best(path: Path) -> None:
@@ -447,7 +448,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], int, str]] = {
     "half of the manifest": (lambda path: cut(path / "COMPLETE"), 4, "no readable COMPLETE manifest"),
     "a manifest that is no JSON": (lambda path: (path / "COMPLETE").write_text("yes"), 4, "no readable COMPLETE"),
     "a manifest without files": (lambda path: (path / "COMPLETE").write_text('{"files": null}'), 4, "COMPLETE"),
-    "a manifest of other sizes": (lambda path: other_sizes(path / "COMPLETE"), 4, "step-00000006: "),
+    "a manifest of other sizes": (other_sizes, 4, "bytes, not"),
     "a manifest alone": (empty, 4, "is missing"),
     "an older one under another name": (copy_as_best, 6, ""),
     "a file in the place of a checkpoint": (lambda path: path.with_name("step-00000008").touch(), 6, "step-00000008"),
@@ -578,7 +579,7 @@ def failures(folder: Path, workers: Workers, straight: dict[str, Path]) -> Itera
         runs = [folder / output / stage for output in outputs]
         if name in MOUNTED:
             for run in runs:
-                if not mount(run, n_bytes * 3 // 2):
+                if not mount(run, n_bytes * (3 if name == MOUNTED[0] else 30) // 2):
                     return None
                 mounted.append(run)
         faults = [failing(name, run, n_bytes) for run in runs]
@@ -622,3 +623,22 @@ def test_a_save_that_fails_keeps_the_last_good_checkpoint_and_leaves_no_half_one
     failure.resumed.check()
     assert step_after_resume(failure.resumed.stdout[0]) == FAILING - EVERY
     assert failure.after_resume == []
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_named_and_hinders_no_later_save(
+    folder: Path, workers: Workers, straight: dict[str, Path], count: Callable[..., None]
+) -> None:
+    checkpoints = folder / "immutable/one/checkpoints"
+    immutable = f"chattr +i {checkpoints}/step-{FIRST:08d}/{MODEL_STATES}"
+    fault: Fault = ("shell", {"step": FAILING, "before": f"{immutable} || touch cannot", "after": "true"})
+    [ended] = workers.map(lambda worker, _: worker.run("one", "immutable", fault), [None])
+    subprocess.run(["chattr", "-R", "-i", str(checkpoints)], check=False, stderr=subprocess.DEVNULL)
+    if (folder / "cannot").exists():
+        pytest.skip("no root, or a file system without immutable files")
+    ended.check()
+    warnings = [line for line in ended.stdout[0].splitlines() if line.startswith("warning: ")]
+    assert [line.rpartition(": ")[2] for line in warnings] == ["Operation not permitted"], warnings
+    assert f"cannot delete immutable/one/checkpoints/step-{FIRST:08d}" in warnings[0]
+    assert whole_steps(folder / "immutable/one") == [N_STEPS]
+    assert [line for line in differences(folder / "immutable/one", straight["one"]) if "left: .step" not in line] == []
+    count("an old checkpoint cannot be deleted", 1, 1)
