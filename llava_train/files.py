@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import xxhash
 
 MANIFEST = "COMPLETE"
+_CHECKSUM = "xxh128"
+"""Key of a manifest's own checksum: a flipped bit in it could send a run to another step in silence."""
 _CHUNK_BYTES = 1 << 20
 
 FileFacts = dict[str, Any]
@@ -31,16 +33,19 @@ def write_manifest(folder: Path, files: dict[str, FileFacts] | None = None, **fa
     """
     if files is None:
         files = {str(path.relative_to(folder)): file_facts(path) for path in _files(folder)}
-    write_durably(folder / MANIFEST, json.dumps({**facts, "files": files}, indent=2) + "\n")
+    manifest = {**facts, "files": files}
+    write_durably(folder / MANIFEST, json.dumps({**manifest, _CHECKSUM: _checksum(manifest)}, indent=2) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What `write_manifest` was told, or None when the folder was never completed."""
+    """What `write_manifest` was told, or None when the folder was never completed, or the manifest is damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return manifest if isinstance(manifest, dict) and "files" in manifest else None
+    if not isinstance(manifest, dict) or manifest.pop(_CHECKSUM, None) != _checksum(manifest):
+        return None
+    return manifest
 
 
 def damage(folder: Path, share: slice = slice(None)) -> str | None:
@@ -69,7 +74,7 @@ def damage(folder: Path, share: slice = slice(None)) -> str | None:
 
 def write_durably(path: Path, text: str) -> None:
     """Writes a file so that it is whole or absent, whenever the machine stops."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -123,5 +128,15 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _checksum(manifest: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+
+
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    """All but the manifest, which may be half written by a process that was killed."""
+    manifests = (MANIFEST, _temporary(folder / MANIFEST).name)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in manifests)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")

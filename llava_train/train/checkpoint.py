@@ -17,7 +17,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import deepspeed
 import torch
 
 from llava_train.errors import UserError
-from llava_train.files import MANIFEST, FileFacts, read_manifest, rename_durably, write_manifest
+from llava_train.files import FileFacts, read_manifest, rename_durably, write_manifest
 from llava_train.train.checkpoint_files import DurableFiles
 from llava_train.train.world import World
 
@@ -80,6 +79,16 @@ class Checkpoints:
         else:
             self.world.say(f"warning: no checkpoint of step {step}: {problem}. Training goes on; earlier ones are kept")
 
+    def go_on_from(self, step: int) -> None:
+        """The run goes on from the checkpoint of `step`: deletes what a kill left. Every rank must call it."""
+        self.saved_step = step
+
+        def tidy_up() -> None:
+            remove_unfinished(self.folder)
+            self._delete_old(step)
+
+        self.world.on_main(tidy_up)
+
     def refuse_harmed(self, step: int) -> None:
         """Raises HarmedError when the weights of any rank are not finite. Every rank must call it."""
         if any(self.world.gather(not is_finite(self.engine))):
@@ -125,15 +134,18 @@ class Checkpoints:
             forget(target)  # one that was found damaged
             rename_durably(written, target)
         except OSError as error:
-            with suppress(OSError):
-                remove_unfinished(self.folder)
+            remove_unfinished(self.folder)
             return f"cannot complete {target}: {error.strerror}"
+        self._delete_old(step)
+        return None
+
+    def _delete_old(self, step: int) -> None:
+        """Deletes what `keep` leaves out beside the checkpoint of `step`."""
         for old in older(self.folder, step)[self.keep - 1 :]:
             try:
                 forget(old)
             except OSError as error:
                 self.world.say(f"warning: cannot delete {old}: {error.strerror}")
-        return None
 
     def _expected_bytes(self) -> int:
         """About the size of the next checkpoint."""
@@ -159,8 +171,8 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """Complete or not, newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
+    """Complete or not, newest first. Copies that somebody made under other names are none."""
+    return sorted(folder.glob("step-" + 8 * "[0-9]"), reverse=True)
 
 
 def older(folder: Path, step: int) -> list[Path]:
@@ -173,16 +185,17 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def forget(checkpoint: Path) -> None:
-    """Deletes a checkpoint: its manifest first, so that a half-deleted one is not taken for a checkpoint."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    """Deletes a checkpoint: under a name that `remove_unfinished` knows, should a kill leave half of it."""
     if checkpoint.exists():
-        shutil.rmtree(checkpoint)
+        removed = checkpoint.with_name(f".{checkpoint.name}.removed")
+        rename_durably(checkpoint, removed)
+        shutil.rmtree(removed)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Deletes what a run that was killed, or whose disk was full, left of a checkpoint."""
+    """Deletes what a run that was killed, or whose disk was full, left of a checkpoint, new or old. It raises nothing."""
     for path in folder.glob(".step-*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted shall not keep the next one from being written
 
 
 def _unfinished(folder: Path, step: int) -> Path:

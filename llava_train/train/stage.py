@@ -126,7 +126,7 @@ def _train(config: StageConfig, session: Session) -> State:
     if resumption.checkpoint:
         world.beat("loading the checkpoint", patience=_START_PATIENCE)
         load(engine, world, resumption)
-        checkpoints.saved_step = resumption.step
+        checkpoints.go_on_from(resumption.step)
         clock.mark("checkpoint")
 
     with Tracker(config, world, resumption.step, n_steps) as tracker:

@@ -1,0 +1,308 @@
+"""Forks runs of `scripts/train.py` that something happens to.
+
+Imports take ten times as long as a tiny run, so one process imports everything once and forks the ranks of each run.
+It reads a job a line from standard input, `{"arguments": [...], "cwd": ..., "n_ranks": 2, "faults": {"1": [name,
+options]}, ...}`, and answers with a line once all ranks have ended. The product is not changed: a fault is installed
+in the forked rank, before the run begins, by an audit hook or around a function.
+
+The *boundaries* of a phase (a save, the start, the result) are what a rank does there to the files of the run: each
+opening for writing, renaming, making, removing, and each fsync. A rank can be killed at the n-th before it happens;
+at an fsync after half of the file is cut off, for what was not synced may not be on disk; or, torn, at any boundary
+after half of the file that was written last is cut off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import json
+import os
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import deepspeed.ops.op_builder.all_ops  # noqa: F401
+
+import llava_train.cli  # noqa: F401
+from llava_train.model.trainable import set_trainable
+from llava_train.stage_file import load_stage
+from llava_train.train import checkpoint, loop, stage
+from tests.train.helpers import TRAIN, free_port
+
+PATIENCE_S = 120.0
+
+
+class Boundaries:
+    """Counts what this process does to the files below `folder` while `armed`; keeps or kills."""
+
+    def __init__(self, folder: Path, kill_at: int | None, torn: bool, record: Path | None) -> None:
+        self.folder, self.kill_at, self.torn, self.record = folder.resolve(), kill_at, torn, record
+        self.armed = False
+        self.seen: list[str] = []
+        self._fsync = os.fsync
+        os.fsync = self._watch_fsync
+        sys.addaudithook(self._audit)
+
+    def disarm(self) -> None:
+        self.armed = False
+        if self.record:
+            self.record.write_text(json.dumps(self.seen))
+
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.armed:
+            return
+        if event == "open":
+            path, _, flags = arguments
+            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+                self._meet("open", path)
+        elif event == "os.rename":
+            self._meet("rename", arguments[0], arguments[2], arguments[1])
+        elif event in ("os.remove", "os.rmdir"):
+            self._meet(event.removeprefix("os."), arguments[0], arguments[1])
+        elif event == "os.mkdir":
+            self._meet("mkdir", arguments[0], arguments[2])
+        elif event in ("os.truncate", "shutil.rmtree"):
+            self._meet(event.split(".")[1], arguments[0])
+
+    def _watch_fsync(self, descriptor: int) -> None:
+        if self.armed:
+            path = _opened(descriptor)
+            writes = not path.is_dir() and bool(_flags(descriptor) & (os.O_WRONLY | os.O_RDWR))
+            self._meet("fsync", path, half=path if writes else None)
+        self._fsync(descriptor)
+
+    def _meet(self, kind: str, path: Any, folder: int = -1, target: Any = None, half: Path | None = None) -> None:
+        place = _absolute(path, folder)
+        if self.folder not in place.parents:
+            return
+        self.armed = False  # what follows is not the product's
+        name = f"{kind} {place.relative_to(self.folder)}"
+        if target is not None:
+            name += f" -> {_absolute(target, -1).relative_to(self.folder)}"
+        self.seen.append(name)
+        if len(self.seen) == self.kill_at:
+            half = _newest(self.folder) if self.torn else half
+            if half:
+                os.truncate(half, half.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.armed = True
+
+
+def _flags(descriptor: int) -> int:
+    lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
+    return next(int(line.split()[1], 8) for line in lines if line.startswith("flags:"))
+
+
+def _opened(descriptor: int) -> Path:
+    return Path(f"/proc/self/fd/{descriptor}").readlink()
+
+
+def _absolute(path: Any, folder: int) -> Path:
+    """Where a path lies that is given relative to an opened folder."""
+    if isinstance(path, int):
+        return _opened(path)
+    within = _opened(folder) if folder >= 0 else Path.cwd()
+    return within / os.fsdecode(path)
+
+
+def _newest(folder: Path) -> Path | None:
+    """The file of a result that was written last."""
+    files = [path for part in ("model", "adapter") for path in (folder / part).rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_mtime_ns) if files else None
+
+
+def around(
+    owner: Any, name: str, when: Callable[..., bool], before: Callable[[], Any], after: Callable[[], Any]
+) -> None:
+    """Calls `before` and `after` around those calls of `owner.name` that `when` picks."""
+    original = getattr(owner, name)
+
+    @wraps(original)
+    def watched(*arguments: Any, **named: Any) -> Any:
+        if not when(*arguments, **named):
+            return original(*arguments, **named)
+        before()
+        try:
+            return original(*arguments, **named)
+        finally:
+            after()
+
+    setattr(owner, name, watched)
+
+
+def at_save(step: int) -> tuple[Any, str, Callable[..., bool]]:
+    return loop.Loop, "_save", lambda self, saved: saved == step
+
+
+def boundaries(
+    folder: str, phase: str, step: int = 0, kill_at: int | None = None, torn: bool = False, record: str | None = None
+) -> None:
+    """Kills at a boundary of the run in `folder`, or records them all."""
+    found = Boundaries(Path(folder), kill_at, torn, Path(record) if record else None)
+
+    def arm() -> None:
+        found.armed = True
+
+    if phase == "save":
+        around(*at_save(step), arm, found.disarm)
+    elif phase == "result":
+        around(stage, "_write_result", lambda *_: True, arm, found.disarm)
+    else:
+        assert phase == "start"
+        arm()
+        around(loop.Loop, "train", lambda *_: True, found.disarm, lambda: None)
+
+
+def kill_in_step(step: int) -> None:
+    """Kills after the backward pass of a step, before the optimizer takes it."""
+
+    def kill(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def arm() -> None:
+        loop.optimizer_step = kill
+
+    around(loop, "train_step", lambda engine, world, batch, n: batch.step + 1 == step, arm, lambda: None)
+
+
+def limit_file_size(step: int, n_bytes: int) -> None:
+    """No file may become larger than so many bytes in the save of a step: EFBIG, as of a quota."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(n: int) -> Callable[[], None]:
+        return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
+
+    around(*at_save(step), limit(n_bytes), limit(resource.RLIM_INFINITY))
+
+
+def claim_room(step: int, n_bytes: int) -> None:
+    """The file system claims to have so many bytes left in the save of a step."""
+    true = shutil.disk_usage
+
+    def claim(path: Any) -> Any:
+        return true(path)._replace(free=n_bytes)
+
+    def put(function: Any) -> Callable[[], None]:
+        return lambda: setattr(shutil, "disk_usage", function)
+
+    around(*at_save(step), put(claim), put(true))
+
+
+def no_space_for_manifest(step: int) -> None:
+    """The disk is full when the manifest of a checkpoint is written."""
+    true = checkpoint.write_manifest
+
+    def fail(*_: Any, **named: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def put(function: Any) -> Callable[[], None]:
+        return lambda: setattr(checkpoint, "write_manifest", function)
+
+    around(*at_save(step), put(fail), put(true))
+
+
+def shell(step: int, before: str, after: str) -> None:
+    """Runs a command before the save of a step, and another one after it."""
+
+    def call(command: str) -> Callable[[], Any]:
+        return lambda: subprocess.run(command, shell=True, check=True)
+
+    around(*at_save(step), call(before), call(after))
+
+
+FAULTS: dict[str, Callable[..., None]] = {
+    function.__name__: function
+    for function in (boundaries, kill_in_step, limit_file_size, claim_room, no_space_for_manifest, shell)
+}
+
+
+def become_rank(job: dict[str, Any], rank: int, port: int) -> None:
+    """What a forked process does: it is one rank of the run, to its end."""
+    os.setsid()
+    os.chdir(job["cwd"])
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        log = os.open(f"{job['log']}-{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, descriptor)
+        os.close(log)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["n_ranks"], "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
+    for fault, options in job["faults"].get(str(rank), []):
+        FAULTS[fault](**options)
+    sys.argv = [str(TRAIN), *job["arguments"]]
+    code = 1
+    try:
+        runpy.run_path(str(TRAIN), run_name="__main__")
+    except SystemExit as ending:
+        code = int(ending.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not job["ends_as_ever"]:
+        os._exit(code)  # saves a second
+    raise SystemExit(code)
+
+
+def wait_for(ranks: dict[int, int], grace_s: float) -> tuple[list[int], float]:
+    """Waits for processes (rank by pid). Others get `grace_s` once one has failed, and are killed then.
+
+    Returns the exit codes by rank, and how long after the first failure the last one ended by itself.
+    """
+    codes, n_ranks = dict[int, int](), len(ranks)
+    deadline, failed = time.monotonic() + PATIENCE_S, 0.0
+    killed = False
+    while len(codes) < n_ranks:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            code = os.waitstatus_to_exitcode(status)
+            codes[ranks.pop(pid)] = code
+            if code and not failed:
+                failed = time.monotonic()
+                deadline = failed + grace_s
+        elif time.monotonic() > deadline and not killed:
+            for pid in ranks:
+                os.killpg(pid, signal.SIGKILL)
+            killed = True
+        else:
+            time.sleep(0.005)
+    return [codes[rank] for rank in range(n_ranks)], time.monotonic() - failed if failed else 0.0
+
+
+def warm_up(stage_file: Path) -> None:
+    """Imports and compiles what a run of the stage needs on its way, once for all of them."""
+    config = load_stage(stage_file, [])
+    llava, _ = stage._starting_point(config)
+    set_trainable(llava.model, config.trainable, config.seed)
+    with contextlib.suppress(ImportError):  # an optimizer that ZeRO asks for, with a compiler: the longest import
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
+def main() -> None:
+    answers = os.fdopen(int(sys.argv[2]), "w")
+    warm_up(Path(sys.argv[1]))
+    print(json.dumps("ready"), file=answers, flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        port, ranks = free_port(), dict[int, int]()
+        for rank in range(job["n_ranks"]):
+            pid = os.fork()
+            if pid == 0:
+                become_rank(job, rank, port)
+                return
+            ranks[pid] = rank
+        codes, ended_s = wait_for(ranks, job["grace_s"])
+        print(json.dumps({"codes": codes, "ended_s": ended_s}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
