@@ -195,7 +195,7 @@ def forget(checkpoint: Path) -> None:
 def remove_unfinished(folder: Path) -> None:
     """Deletes what a run that was killed, or whose disk was full, left of a checkpoint. It raises nothing."""
     for path in folder.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted shall not keep the next one from being written
+        shutil.rmtree(path, ignore_errors=True)  # it shall not keep the next one from being written
 
 
 def _unfinished(folder: Path, step: int) -> Path:

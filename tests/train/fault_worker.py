@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import importlib
 import json
 import os
@@ -290,6 +291,8 @@ def warm_up(stage_file: Path) -> None:
 def main() -> None:
     answers = os.fdopen(int(sys.argv[2]), "w")
     warm_up(Path(sys.argv[1]))
+    gc.collect()
+    gc.freeze()  # so that no fork copies what it only looks at
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         job = json.loads(line)

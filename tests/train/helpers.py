@@ -126,7 +126,15 @@ def start_ranks(arguments: list[Any], cwd: Path, n_ranks: int = 1) -> list[subpr
         with (cwd / f"stdout-{rank}").open("wb") as stdout, (cwd / f"stderr-{rank}").open("wb") as stderr:
             command = [sys.executable, *map(str, arguments)]
             started.append(
-                subprocess.Popen(command, cwd=cwd, env=env, stdout=stdout, stderr=stderr, start_new_session=True)
+                subprocess.Popen(
+                    command,
+                    cwd=cwd,
+                    env=env,
+                    stdout=stdout,
+                    stderr=stderr,
+                    start_new_session=True,
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                )
             )
     return started
 

@@ -52,10 +52,10 @@ STAGES: dict[str, dict[str, Any]] = {
     },
 }
 INTERRUPTED: dict[str, dict[str, Any]] = {
+    "lora-two": {"engine": {"zero": 2, "precision": "fp32"}, "trainable": LORA},
     "projector": {"engine": {"zero": 0, "precision": "fp32"}, "trainable": {"projector": {"lr": 1e-3}}},
     "full": {"engine": {"zero": 1, "precision": "fp32"}, "trainable": FULL},
     "lora": {"engine": {"zero": 0, "precision": "fp32"}, "trainable": LORA},
-    "lora-two": {"engine": {"zero": 2, "precision": "fp32"}, "trainable": LORA},
 }
 """Runs of 9 steps, which log every 3 steps and save every 2: their windows are interrupted as well."""
 N_RANKS = {"one": 1, "two": 2, "sharded": 1, "projector": 1, "full": 1, "lora": 1, "lora-two": 2}
@@ -317,7 +317,7 @@ def test_a_run_killed_at_any_boundary_of_its_result_goes_on_as_if_nothing_had_ha
     folder: Path, workers: Workers, straight: dict[str, Path], bases: dict[str, Path], count: Callable[..., None]
 ) -> None:
     """Some files are written by Rust, which raises no event: killed at the next one, half of them is cut off."""
-    points = points_of(folder, "one", 0, "result", torn=True)[1:]
+    points = [point for point in points_of(folder, "one", 0, "result", torn=True)[1:] if "mkdir" not in point.event]
     points += [point for point in points_of(folder, "one", 0, "result") if "COMPLETE" in point.event]
     events = {point.event for point in points}
     assert {"open model/config.json", "rename model/COMPLETE.tmp -> model/COMPLETE"} <= events, events
@@ -335,6 +335,8 @@ def test_resumed_from_an_older_checkpoint_a_run_always_has_a_whole_one(
     """`keep: 1` with two damaged checkpoints that are newer."""
     recorded(folder, workers, bases["kept"], "save", 4)
     points = points_of(folder, "one", 0, "save", 4)
+    complete = next(point.number for point in points if point.event.startswith("rename") and "COMPLETE" in point.event)
+    points = points[complete - 1 :]  # before, nothing is renamed or deleted
     assert whole_steps(bases["kept"]) == [2]
 
     survive(points, folder, workers, straight, least=2, base=bases["kept"])
@@ -361,7 +363,7 @@ def interruptions(folder: Path, workers: Workers) -> dict[str, list[Any]]:
         ended = []
         for step in KILLED_IN:
             kill: Fault = ("kill_in_step", {"step": step})
-            grace_s = 60 if n_ranks > 1 else None
+            grace_s = 60 if n_ranks > 1 and step == KILLED_IN[0] else None
             ended.append(worker.run(name, "interrupted", kill, n_ranks=n_ranks, rank=n_ranks - 1, grace_s=grace_s))
         return [*ended, worker.run(name, "interrupted", n_ranks=n_ranks)]
 
@@ -393,9 +395,9 @@ def test_the_interrupted_windows_of_the_log_hold_several_sources(folder: Path, i
 
 
 def test_when_one_rank_is_killed_the_other_ends_by_itself(interruptions: dict[str, list[Any]]) -> None:
-    for ended in interruptions["lora-two"][:-1]:
-        assert ended.codes[0] not in (0, -9), "it was killed after 60 s"
-        assert ended.ended_s < 30
+    ended = interruptions["lora-two"][0]
+    assert ended.codes[0] not in (0, -9), "it was killed after 60 s"
+    assert ended.ended_s < 30
 
 
 # --- Damaged checkpoints ----------------------------------------------------------------------------------------------
@@ -509,14 +511,14 @@ FAILING = 4
 MOUNTED = ("disk full", "read-only file system")
 """These take a file system of their own, and so root."""
 FAILURES: dict[str, tuple[str, int, str]] = {
+    "file too large on rank 0": ("two", 0, "rank 0: cannot write"),
+    "file too large on rank 1": ("two", 1, "rank 1: cannot write"),
     "file too large": ("one", 0, "File too large"),
     "disk full": ("one", 0, "No space left on device"),
     "read-only file system": ("one", 0, "Read-only file system"),
     "little room": ("one", 0, "GB left, and it takes about"),
     "a file in the place of the folder": ("one", 0, "checkpoints"),
     "disk full at the manifest": ("one", 0, "No space left on device"),
-    "file too large on rank 0": ("two", 0, "rank 0: cannot write"),
-    "file too large on rank 1": ("two", 1, "rank 1: cannot write"),
 }
 """Stage, rank, and what the warning says."""
 
