@@ -63,13 +63,13 @@ def with_suffix(stages: Sequence[StageConfig], suffix: str) -> list[StageConfig]
     Raises:
         ConfigError: no folder can be called so.
     """
-    renamed = {stage.run_dir: stage.run_dir.with_name(f"{stage.name}-{suffix}") for stage in stages}
+    renamed = {stage.run_dir.resolve(): stage.run_dir.with_name(f"{stage.name}-{suffix}") for stage in stages}
     found = []
     for stage in stages:
         content = stage.model_dump(mode="json")
-        content["name"] = renamed[stage.run_dir].name
-        if stage.init_from is not None and Path(stage.init_from) in renamed:
-            content["init_from"] = str(renamed[Path(stage.init_from)])
+        content["name"] = renamed[stage.run_dir.resolve()].name
+        if stage.init_from is not None and Path(stage.init_from).resolve() in renamed:
+            content["init_from"] = str(renamed[Path(stage.init_from).resolve()])
         found.append(parse_stage(content, f"--suffix {suffix}"))
     return found
 

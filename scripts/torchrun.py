@@ -26,12 +26,20 @@ def exit_code(failures: list[ProcessFailure]) -> int:
 
     torchrun ends the other ranks of a node by SIGTERM as soon as one has exited, so those have no word of their own.
     """
-    own = [failure for failure in failures if failure.exitcode != -signal.SIGTERM] or failures
+    by_torchrun = (-signal.SIGTERM, 128 + signal.SIGTERM)
+    own = [failure for failure in failures if failure.exitcode not in by_torchrun] or failures
     failed = [failure for failure in own if failure.exitcode != PREEMPTED]
     if not failed:
         return PREEMPTED
     first = min(failed, key=lambda failure: failure.timestamp).exitcode
     return first if first > 0 else 128 - first
+
+
+def is_running(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def leave_with_ranks() -> None:
@@ -42,7 +50,7 @@ def leave_with_ranks() -> None:
     had_ranks, last_seen = False, time.monotonic()
     while True:
         time.sleep(1)
-        if any(child.status() != psutil.STATUS_ZOMBIE for child in psutil.Process().children()):
+        if any(is_running(child) for child in psutil.Process().children()):
             had_ranks, last_seen = True, time.monotonic()
         elif had_ranks and time.monotonic() - last_seen > OUTLIVES_RANKS_S:
             print("torchrun: all ranks have ended, and the host of the rendezvous does not answer", file=sys.stderr)
@@ -50,6 +58,8 @@ def leave_with_ranks() -> None:
 
 
 def main() -> int:
+    # Schedulers send it to every process of a step. Ranks hear it; torchrun would die of it and leave them alone.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     threading.Thread(target=leave_with_ranks, daemon=True).start()
     try:
         run.main()

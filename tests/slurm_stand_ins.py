@@ -12,7 +12,7 @@ STAND_INS = {
     # What srun does: it starts the command that follows its options.
     "srun": 'echo "$@" >> srun.calls; while [[ $1 == --* ]]; do shift; done\n'
     'SLURM_NODEID=0 SLURMD_NODENAME=node1 exec "$@"',
-    "apptainer": 'echo "apptainer $*" >> apptainer.calls; shift 3; exec "$@"',
+    "apptainer": 'echo "apptainer $*" >> apptainer.calls; shift 7; exec "$@"',
     "python": 'printf "%s\\n" "$@" > python.arguments; env > python.environment; touch started\n'
     "if [[ -n ${UNTIL_STOPPED:-} ]]; then\n"
     '  until [[ -e stop-71 ]]; do sleep 0.02; done; sleep "$UNTIL_STOPPED"\nfi\n'

@@ -132,7 +132,9 @@ def test_an_image_file_runs_under_apptainer(folder: Path) -> None:
     code, said = run_script(folder, LLAVA_SLURM_CONTAINER="llava.sif")
     assert code == 0, said
     (call,) = lines(folder / "apptainer.calls")
-    assert call.startswith(f"apptainer exec --nv llava.sif python {ROOT}/scripts/torchrun.py --nnodes=2")
+    assert call.startswith(
+        f"apptainer exec --nv --bind {ROOT} --bind {folder} llava.sif python {ROOT}/scripts/torchrun.py"
+    )
 
 
 def test_another_image_is_given_to_pyxis_with_the_checkout_and_the_working_directory(folder: Path) -> None:

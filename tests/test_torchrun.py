@@ -19,6 +19,7 @@ RANKS = {
     "all ranks finish": ("0", 0),
     "all ranks were preempted": ("85", 85),
     "one was preempted first, the other is slow to end": ("85 if rank == 1 else time.sleep(60)", 85),
+    "torchrun itself gets SIGUSR1": ("os.kill(os.getppid(), 10) or time.sleep(1) or 85", 85),
     "one failed": ("3 if rank == 1 else time.sleep(60)", 3),
     "one was killed": ("os.kill(os.getpid(), 9) if rank == 1 else time.sleep(60)", 137),
 }
@@ -47,6 +48,7 @@ def test_torchrun_ends_with_the_exit_code_of_its_ranks(story: str, tmp_path: Pat
     [
         ([85, 85], 85),
         ([85, -signal.SIGTERM], 85),
+        ([85, 128 + signal.SIGTERM], 85),
         ([85, 1], 1),
         ([-signal.SIGTERM, 1], 1),
         ([-signal.SIGTERM, -signal.SIGTERM], 128 + signal.SIGTERM),

@@ -161,8 +161,17 @@ def _bytes_of(manifest: dict[str, Any] | None) -> int:
 
 def is_finite(engine: deepspeed.DeepSpeedEngine) -> bool:
     """Whether the trained weights of this rank are finite; under ZeRO 3 its share of them."""
-    own = [getattr(parameter, "ds_tensor", parameter) for parameter in _trained(engine)]
-    return not own or bool(torch.stack([tensor.detach().isfinite().all() for tensor in own]).all())
+    own = [_own_share(parameter) for parameter in _trained(engine)]
+    return not own or bool(torch.stack([tensor.isfinite().all() for tensor in own]).all())
+
+
+def _own_share(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """What this rank holds of a parameter, without the padding of ZeRO 3, which nobody ever fills."""
+    share = getattr(parameter, "ds_tensor", None)
+    if share is None:
+        return parameter.detach()
+    n_left = getattr(parameter, "ds_numel") - torch.distributed.get_rank() * share.numel()  # noqa: B009, DeepSpeed's own
+    return share.detach().view(-1)[: max(0, n_left)]
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 EXIT_RESUBMIT = 85
@@ -71,11 +72,12 @@ class StopRequests:
             self._looked = time.monotonic()
         return str(self._found) if self._found else None
 
-    def done(self) -> None:
+    def done(self, is_main: bool) -> None:
         """The run has saved: further signals change nothing, and the stop files have done their work."""
         self._ending = True
-        for path in self.stop_files:
-            path.unlink(missing_ok=True)
+        for path in self.stop_files if is_main else ():
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def _listen(self) -> None:
         with self._ears:

@@ -52,6 +52,10 @@ class TooManyBadError(BadSampleError):
         )
 
 
+class NotSavedError(UserError):
+    """The run was asked to stop, and could not save: submitting it again at once would not help."""
+
+
 class BadNumbersError(UserError):
     """Too many steps in a row whose loss or gradient is not finite."""
 
@@ -79,6 +83,7 @@ class Loop:
         self.n_steps, self.tracker, self.window, self.checkpoints = n_steps, tracker, window, checkpoints
         self.after_step = after_step
         self.n_bad_in_row = 0
+        self.owes_save = False
 
     def train(self, batches: Iterable[StepBatch]) -> None:
         """Trains on each batch in turn.
@@ -87,6 +92,7 @@ class Loop:
             BadSampleError: a sample cannot be trained on, or too many, as the stage file says.
             BadNumbersError, HarmedError: the loss, the gradient or the weights are not finite.
             Preempted: somebody asked to stop; the state is saved.
+            NotSavedError: somebody asked to stop, and the state could not be saved.
         """
         asked = time.perf_counter()
         self.world.beat("reading the first batch")
@@ -124,15 +130,19 @@ class Loop:
     def _stop(self, step: int, reason: str | None) -> NoReturn:
         """Saves and raises Preempted. Every rank must call it, with the reason if it knows one."""
         rank, why = next((rank, told) for rank, told in enumerate(self.world.gather(reason)) if told)
-        if step and not self.n_bad_in_row:
+        if step:
             self._save(step)
-        self.stop.done()
+        self.stop.done(self.world.is_main)
+        self.world.barrier()  # a launcher signals the others when the first rank has gone
         saved = self.checkpoints.saved_step
         where = "from the beginning" if saved is None else f"after step {saved}"
-        raise Preempted(
+        message = (
             f"{self.config.name}: asked to stop by {why} (rank {rank}), stopped after step {step} of {self.n_steps}; "
             f"the same command goes on {where}"
         )
+        if step and saved != step:
+            raise NotSavedError(f"{message}, for the last steps could not be saved")
+        raise Preempted(message)
 
     def _log(self, step: int) -> None:
         if step % self.config.logging.every and step not in (1, self.n_steps):
@@ -163,12 +173,10 @@ class Loop:
 
     def _save_if_due(self, step: int) -> None:
         every = self.config.checkpoint.every
-        if not every or (step % every and step != self.n_steps):
-            return
-        if self.n_bad_in_row:
-            self.tracker.say(f"step {step}: no checkpoint, for the step was not taken")
-        else:
+        self.owes_save |= bool(every) and (step % (every or 1) == 0 or step == self.n_steps)
+        if self.owes_save and not self.n_bad_in_row:  # else after the next step that is taken
             self._save(step)
+            self.owes_save = False
 
     def _save(self, step: int) -> None:
         self.tracker.sync()  # what is logged up to here must not be lost when the checkpoint is not

@@ -11,7 +11,7 @@ import socket
 import socketserver
 import threading
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any, Protocol, get_type_hints
 
 from llava_train.train.hang import IO_S, Heard, Report, Times, Verdict, verdict
 
@@ -121,7 +121,10 @@ class _Handler(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         assert isinstance(self.server, _Server)
-        report = Report(**json.loads(self.rfile.readline(_LONGEST_LINE_BYTES)))
+        told = json.loads(self.rfile.readline(_LONGEST_LINE_BYTES))
+        # Anybody may call: words of other types would end the thread that judges.
+        kinds = get_type_hints(Report)
+        report = Report(**{name: kinds[name](value) for name, value in told.items()})
         self.wfile.write(_encode(self.server.board.hear(report)))
 
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +59,8 @@ def find_resumption(world: World, folder: Path, engine: EngineSection) -> Resump
     Every rank must call it, before the engine is started.
 
     Raises:
-        CheckpointError: it was saved in another precision, or with ZeRO where there is none now, or the reverse.
+        CheckpointError: it was saved in another precision, or with ZeRO where there is none now, or the reverse; or
+            there are checkpoints, and none is whole.
     """
     passed_over: list[str] = []
     for path in world.on_main(lambda: all_checkpoints(folder)):
@@ -67,7 +71,13 @@ def find_resumption(world: World, folder: Path, engine: EngineSection) -> Resump
             _refuse(path, manifest, engine)
             return Resumption(path, manifest, tuple(passed_over))
         passed_over.append(f"{path}: {reasons[0]}")
-    return Resumption(None, {}, tuple(passed_over))
+    if passed_over:
+        listed = "\n  ".join(passed_over)
+        raise CheckpointError(
+            f"no checkpoint of this run can be used:\n  {listed}\n"
+            f"Bring one back, or move {folder.parent} away to begin anew"
+        )
+    return Resumption()
 
 
 def load(engine: deepspeed.DeepSpeedEngine, world: World, resumption: Resumption) -> None:
@@ -77,7 +87,7 @@ def load(engine: deepspeed.DeepSpeedEngine, world: World, resumption: Resumption
     changed = resumption.conversion(world.n_ranks, zero)
     if changed:
         folder = _universal(folder)
-        world.on_main(lambda: _convert(resumption, folder, zero))
+        world.on_main(lambda: _convert(resumption, folder, zero, world.touch))
     # DeepSpeed would also bring back the learning rates, decay and clipping of then; ZeRO 3 those of the first group,
     # for all.
     settings = [
@@ -97,17 +107,25 @@ def load(engine: deepspeed.DeepSpeedEngine, world: World, resumption: Resumption
         world.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-def _convert(resumption: Resumption, target: Path, zero: int) -> None:
+def _convert(resumption: Resumption, target: Path, zero: int, on_progress: Callable[[], None]) -> None:
     """Writes the checkpoint in the universal format. Raises CheckpointError."""
     assert resumption.checkpoint is not None
     remove_unfinished(target.parent)
     command = [sys.executable, "-m", "llava_train.train.checkpoint_files", str(resumption.checkpoint), str(target)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
+    # In a session of its own: signals to this rank's group ask the run to stop, not the converter.
+    with tempfile.TemporaryFile("w+") as said:
+        converter = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+        while converter.poll() is None:
+            on_progress()
+            with suppress(subprocess.TimeoutExpired):
+                converter.wait(timeout=1)
+        said.seek(0)
+        words = said.read()
+    if converter.returncode:
         raise CheckpointError(
             f"{resumption.checkpoint} cannot be converted for this number of ranks and ZeRO stage; start the run as it "
             f"was ({_in_words(resumption.manifest['n_ranks'], resumption.manifest['zero'])}). DeepSpeed's converter "
-            f"says:\n{done.stdout[-2000:]}"
+            f"says:\n{words[-2000:]}"
         )
     # The state that all ranks share has another name in each of DeepSpeed's layouts.
     name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if zero == 3 else "mp_rank_00_model_states.pt"

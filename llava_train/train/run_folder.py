@@ -29,11 +29,12 @@ from llava_train import __version__
 from llava_train.config import StageConfig
 from llava_train.data.mixture import Mixture
 from llava_train.errors import UserError
-from llava_train.files import rename_durably, write_durably
+from llava_train.files import MANIFEST, rename_durably, sha256, write_durably
+from llava_train.model.weights import RESULT_FOLDER
 
 CARD = "config.yaml"
-_LOCK_PATIENCE_S = 15.0
-"""A killed run's file server may hold its lock a moment longer."""
+_LOCK_PATIENCE_S, _FAR_LOCK_PATIENCE_S = 15.0, 120.0
+"""A launcher may still be ending the run before; of a machine that died, a file server holds the lock for a lease."""
 
 FREE_KEYS = (
     "name",
@@ -55,7 +56,7 @@ FREE_KEYS = (
 )
 """Keys (and everything below them) that change neither what a step trains on nor what it learns."""
 
-_CONTENT = "content of data"
+_CONTENT, _CONTENT_OF_START = "content of data", "content of init_from"
 
 POLICIES = ("on_bad_sample", "batch.over_long")
 """Keys that the error of a run tells to change from `error`: no sample was left out so far."""
@@ -89,15 +90,17 @@ def held(run_dir: Path, lock_file: Path) -> Iterator[None]:
 
 
 def _take(lock: TextIO, run_dir: Path) -> None:
-    deadline = time.monotonic() + _LOCK_PATIENCE_S
+    started = time.monotonic()
     while True:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            if time.monotonic() > deadline:
+            patience_s = _LOCK_PATIENCE_S if _is_here(lock) else _FAR_LOCK_PATIENCE_S
+            if time.monotonic() > started + patience_s:
                 raise RunFolderError(
-                    f"{run_dir} is in use by {_owner(lock)}; wait for it, stop it, or give this run another name"
+                    f"{run_dir} is in use by {_owner(lock)}; wait for it, stop it, or give this run another name (if "
+                    f"that machine is gone, delete {lock.name})"
                 ) from None
             time.sleep(0.2)
         except OSError as error:
@@ -113,6 +116,14 @@ def _this_process() -> dict[str, Any]:
         "job": os.environ.get("SLURM_JOB_ID"),
         "since": datetime.now().isoformat(sep=" ", timespec="seconds"),
     }
+
+
+def _is_here(lock: TextIO) -> bool:
+    """Whether the owner of a folder runs on this machine."""
+    with suppress(OSError, ValueError, KeyError):
+        lock.seek(0)
+        return bool(json.loads(lock.read())["host"] == socket.gethostname())
+    return True
 
 
 def _owner(lock: TextIO) -> str:
@@ -133,7 +144,10 @@ def describe(config: StageConfig, mixture: Mixture | None = None) -> dict[str, A
     data = [
         {"path": s.path, "name": s.name, "n_samples": len(s), "fingerprint": s.fingerprint()} for s in mixture.sources
     ]
-    return {**resolved, "about": {"data": data}}
+    about: dict[str, Any] = {"data": data}
+    with suppress(OSError, TypeError):
+        about["init_from"] = sha256(Path(config.init_from or "") / RESULT_FOLDER / MANIFEST)
+    return {**resolved, "about": about}
 
 
 def decisive(card: dict[str, Any]) -> dict[str, Any]:
@@ -141,6 +155,7 @@ def decisive(card: dict[str, Any]) -> dict[str, Any]:
     flat = dict(_flatten({key: value for key, value in card.items() if key != "about"}))
     if "about" in card:
         flat |= _flatten({_CONTENT: [source["fingerprint"] for source in card["about"]["data"]]})
+        flat |= _flatten({_CONTENT_OF_START: card["about"].get("init_from")})
     return {key: value for key, value in flat.items() if not any(_below(key, free) for free in FREE_KEYS)}
 
 
@@ -154,7 +169,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = decisive(before), decisive(now)
     found = []
     for key in sorted(old.keys() | new.keys()):
-        if "about" not in now and _below(key, _CONTENT):
+        if "about" not in now and (_below(key, _CONTENT) or key == _CONTENT_OF_START):
             continue
         was, is_ = old.get(key, "not set"), new.get(key, "not set")
         if was != is_ and not (key in POLICIES and was == "error"):

@@ -68,7 +68,6 @@ def run_stage(config: StageConfig, session: Session) -> Path:
     """
     world, result = session.world, config.run_dir / RESULT_FOLDER
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are the parallelism
-    session.stop.stop_files.append(config.run_dir / STOP_FILE)
     with ExitStack() as stack:
         world.on_main(lambda: stack.enter_context(held(config.run_dir, config.cache_dir / f"{config.name}.lock")))
         if world.on_main(lambda: damage(result) is None):
@@ -77,9 +76,12 @@ def run_stage(config: StageConfig, session: Session) -> Path:
             world.say(f"{config.name}: complete, see {result}")
             return result
         world.say(f"{config.name}: run folder {config.run_dir}")
+        stop_file = config.run_dir / STOP_FILE
+        session.stop.stop_files.append(stop_file)
         trained = _train(config, session)
         world.beat("writing the result", patience=_START_PATIENCE)
         world.on_main(lambda: _write_result(config, trained, result))
+        world.on_main(lambda: stop_file.unlink(missing_ok=True))  # asked too late, it shall not stop the next run
     world.say(f"{config.name}: finished, result in {result}")
     return result
 

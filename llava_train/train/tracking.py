@@ -42,6 +42,8 @@ class Tracker:
         self.folder, self.world, self.start_step, self.n_steps = config.run_dir, world, start_step, n_steps
         self.console = Console(quiet=not world.is_main, soft_wrap=True)
         self._wandb: Any = None
+        self._unwritten: dict[str, list[str]] = {}
+        self._warned = False
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -118,9 +120,11 @@ class Tracker:
         )
 
     def sync(self) -> None:
-        """Puts the records on disk."""
+        """Puts the records on disk, as far as there is room."""
+        for name in [name for name, lines in self._unwritten.items() if lines]:
+            self._write(name)
         for name in FILES:
-            with suppress(FileNotFoundError), (self.folder / name).open("rb") as file:
+            with suppress(OSError), (self.folder / name).open("rb") as file:
                 os.fsync(file.fileno())
 
     def _keep(self, metrics: Metrics) -> None:
@@ -132,8 +136,24 @@ class Tracker:
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         if self.world.is_main or name == QUARANTINE_FILE:
-            with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.write(_line(record))
+            self._unwritten.setdefault(name, []).append(_line(record))
+            self._write(name)
+
+    def _write(self, name: str) -> None:
+        """Appends what waits for a file; a full disk costs a warning, and the lines wait until there is room."""
+        path, n_bytes = self.folder / name, None
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                n_bytes = file.tell()
+                file.write("".join(self._unwritten[name]))
+        except OSError as error:
+            if n_bytes is not None and name != QUARANTINE_FILE:  # other ranks may have added to that one
+                os.truncate(path, n_bytes)  # a line that was half written
+            if not self._warned:
+                print(f"warning: cannot write {path}: {error.strerror}; its lines wait", flush=True)
+            self._warned = True
+        else:
+            self._unwritten[name], self._warned = [], False
 
     def _start_wandb(self, config: StageConfig) -> None:
         section = config.logging.wandb

@@ -61,19 +61,22 @@ class World:
         """What `decide` returns on rank 0, on every rank. Every rank must call it.
 
         Raises:
-            UserError, RuntimeError: on every rank, what `decide` raised on rank 0.
+            UserError, RuntimeError: on every rank, what `decide` raised on rank 0. An OSError becomes a UserError.
         """
-        if self.n_ranks == 1:
-            return decide()
         answer: list[Any] = [None, None]
         if self.is_main:
             try:
                 answer = [decide(), None]
+            except OSError as error:
+                answer = [None, UserError(f"{error.filename or 'a file'}: {error.strerror or error}")]
             except Exception as error:
+                if self.n_ranks == 1:
+                    raise
                 told = error if isinstance(error, UserError) else RuntimeError(f"rank 0 failed: {error!r}")
                 distributed.broadcast_object_list([None, told], src=0, group=self.control)
                 raise
-        distributed.broadcast_object_list(answer, src=0, group=self.control)
+        if self.n_ranks > 1:
+            distributed.broadcast_object_list(answer, src=0, group=self.control)
         value, raised = answer
         if raised is not None:
             raise raised
@@ -126,6 +129,9 @@ def start_distributed(timeout_s: float = 600.0) -> World:
     # On CPUs DeepSpeed would compile a collective of its own. That takes a compiler, and a build that was killed
     # leaves a lock on which every later run waits for ever. Gloo does the work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    interface = os.environ.get("NCCL_SOCKET_IFNAME", "^")
+    if interface[0] not in "^=" and "," not in interface:  # what NCCL is told of the network holds for gloo too
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     timeout = timedelta(seconds=max(_MANY * timeout_s, _LEAST_TIMEOUT_S))
     if not distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"

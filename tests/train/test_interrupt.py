@@ -44,7 +44,7 @@ def test_a_stop_file_is_seen_by_rank_0_and_deleted_when_the_run_has_saved(tmp_pa
         files[1].touch()
         assert soon(requests, is_main=False) is None
         assert soon(requests, is_main=True) == str(files[1])
-        requests.done()
+        requests.done(is_main=True)
     assert not files[1].exists()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)  # a process that has saved ignores them; this one goes on

@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from llava_train.train.world import LaunchError, launch_environment
+from llava_train.errors import UserError
+from llava_train.train.world import LaunchError, World, launch_environment
 
 SRUN = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77"}
 SEVERAL_NODES = {**SRUN, "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "node[07-08]"}
@@ -41,3 +43,8 @@ def test_hosts_that_slurm_does_not_name_are_an_error_with_the_mend(monkeypatch: 
     monkeypatch.setenv("PATH", "")
     with pytest.raises(LaunchError, match=r"node\[07-08\].* set MASTER_ADDR to the host of the first task"):
         launch_environment(SEVERAL_NODES)
+
+
+def test_a_file_that_rank_0_cannot_write_is_a_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path}/none/file: No such file or directory"):
+        World(0, 1, torch.device("cpu")).on_main(lambda: (tmp_path / "none/file").write_text(""))
