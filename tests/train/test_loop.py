@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +37,60 @@ def test_evaluation_and_checkpoints_are_not_counted_as_training_time(
     logged = [call.args[1] for call in tracker.step.call_args_list if len(call.args) == 2]
     assert len(logged) == {1: 4, 2: 3}[log_every]
     assert all(metrics["step_s"] < 0.1 for metrics in logged)
+
+
+def trained(
+    taken: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    saves: bool = True,
+    stop_before: int | None = None,
+) -> tuple[loop.Loop, list[int]]:
+    """A loop that saves every 2 steps, whose steps are taken or not, and the steps that it saved."""
+    answers = iter(taken)
+    monkeypatch.setattr(loop, "train_step", lambda *_: (torch.ones(1, 2, dtype=torch.float64), 1.0, next(answers)))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    engine: Any = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]), skipped_steps=0)
+    checkpoints, saved = Mock(saved_step=None), []
+
+    def save(step: int, window: Any) -> None:
+        saved.append(step)
+        checkpoints.saved_step = step if saves else None
+
+    checkpoints.save = save
+    config = stage(Path("x"), checkpoint={"every": 2}, output=str(tmp_path))
+    session = Session(World(0, 1, torch.device("cpu")))
+    steps = loop.Loop(session, config, engine, 6, Mock(), Window(("x",)), checkpoints, lambda step: None)
+
+    def batches() -> Iterator[StepBatch]:
+        for step in range(len(taken)):
+            if step == stop_before:
+                session.stop.stop_files.append(tmp_path)  # exists
+            yield StepBatch(step, (), (1,), ())
+
+    monkeypatch.setattr("llava_train.train.interrupt._LOOK_EVERY_S", 0.0)
+    with suppress(loop.Preempted):
+        steps.train(batches())
+    return steps, saved
+
+
+def test_a_checkpoint_that_falls_on_a_bad_step_follows_the_next_good_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert trained([True, False, False, True, True, True], monkeypatch, tmp_path)[1] == [4, 6]
+
+
+def test_a_run_that_is_stopped_after_a_bad_step_loses_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert trained([True, True, False, True], monkeypatch, tmp_path, stop_before=3)[1] == [2, 3]
+
+
+def test_a_run_that_cannot_save_when_asked_to_stop_does_not_ask_to_be_submitted_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        loop.NotSavedError, match=r"stopped after step 1 of 6; the same command goes on from the beginni"
+    ):
+        trained([True, True], monkeypatch, tmp_path, saves=False, stop_before=1)
 
 
 @given(n_bad=st.integers(0, 300), step=st.integers(1, 50), n_more=st.integers(0, 50), share=st.floats(0, 1))
