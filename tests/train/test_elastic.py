@@ -27,19 +27,10 @@ STAGES: dict[str, dict[str, Any]] = {
     "zero3-bf16": {"engine": {"zero": 3, "precision": "bf16"}, "trainable": FULL},
 }
 """Without dropout: its random numbers are drawn by rank."""
-FROM_TWO_TO_ONE = [
-    ("zero0", 0),
-    ("zero1", 1),
-    ("zero2", 2),
-    ("zero3", 3),
-    ("offload", 2),
-    ("zero1-bf16", 1),
-    ("zero3-bf16", 3),
-    ("zero2", 3),
-    ("zero3", 1),
-]
-FROM_ONE_TO_TWO = [("zero0", 0), ("zero1", 1), ("zero2", 2), ("zero3", 3), ("zero2", 3), ("zero1-bf16", 3)]
-ON_TWO = [("zero2", 3), ("zero3", 2), ("zero1", 2)]
+FROM_TWO_TO_ONE = [("zero0", 0), ("zero1", 1), ("zero3", 3), ("offload", 2), ("zero1-bf16", 1), ("zero2", 3)]
+FROM_ONE_TO_TWO = [("zero0", 0), ("zero2", 2), ("zero3", 3), ("zero1-bf16", 3)]
+ON_TWO = [("zero2", 3), ("zero3", 2), ("zero3-bf16", 1)]
+"""Stage, and the ZeRO stage that it ends with: every kind of conversion, each in one direction at least."""
 
 
 def begun(run: Path, target: Path) -> None:
