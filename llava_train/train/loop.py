@@ -108,6 +108,8 @@ class Loop:
             torch.manual_seed(step_seed(self.config.seed, batch.step, self.world.rank))
             sums, norm, taken = train_step(self.engine, self.world, batch, n_supervised)
             self.clock.mark("first step")
+            if line := self.clock.line():
+                self.tracker.say(line)
             self.window.add(batch, self.world, sums, norm, taken)
             self._log(batch.step + 1)
             self._count_bad(batch, sums, norm, taken)

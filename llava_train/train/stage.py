@@ -17,7 +17,7 @@ from llava_train.data.chat import ChatEncoder
 from llava_train.data.chat_templates import load_template, unlike_own
 from llava_train.data.images import ImagePreprocessor
 from llava_train.data.loader import StepDataset, first_pictures, read_steps
-from llava_train.data.mixture import open_mixture
+from llava_train.data.mixture import Mixture, open_mixture
 from llava_train.data.order import n_steps_of
 from llava_train.data.packing import attention_cost_of
 from llava_train.errors import UserError
@@ -98,63 +98,97 @@ def _train(config: StageConfig, session: Session) -> State:
     resumption, changes = _find_resumption(config, session, card)
     clock.mark("data")
 
-    world.beat("building the model", patience=_START_PATIENCE)
-    if config.init_from not in (None, "random"):
-        check_init(str(config.init_from), config.output)
-    llava, came_from = _starting_point(config)
-    set_trainable(llava.model, config.trainable, config.seed)
+    llava, came_from, new_dataset = _build(config, world, mixture)
     parts = list(summarize(llava.model, config.trainable))
-    new_dataset = _dataset_maker(config, world, llava)
-    if config.trainable.projector and config.trainable.projector.standardize:
-        _standardize_features(config, world, llava, new_dataset(mixture, seed=config.seed, rank=0, n_ranks=1))
-    _prepare_modes(llava, config)
     clock.mark("model")
-
     world.on_main(lambda: write_card(config.run_dir, card, world.n_ranks, resumption.step, bool(changes)))
-    if note := unlike_own(config.model.chat_template, llava.processor.chat_template, llava.tokenizer):
-        world.say(note)
     world.say(f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}")
-    if config.engine.precision == "bf16" and imitates_bf16(world.device):
-        world.say("engine.precision: this CPU imitates bf16, tens of times slower than fp32; better set it to fp32")
-
-    world.beat("starting DeepSpeed", patience=_START_PATIENCE)
-    groups = parameter_groups(llava.model, config.trainable, config.schedule.weight_decay)
-    changed = resumption.conversion(world.n_ranks, config.engine.zero)
-    engine = start_engine(PackedLoss(llava.model), groups, config, universal=changed is not None)
-    clock.mark("engine")
-    if changed:
-        world.say(f"{resumption.checkpoint}: {changed}; converting it with DeepSpeed's universal format")
-    checkpoints = _checkpoints(config, world, engine, card)
-    if resumption.checkpoint:
-        world.beat("loading the checkpoint", patience=_START_PATIENCE)
-        load(engine, world, resumption)
-        checkpoints.go_on_from(resumption.step)
-        clock.mark("checkpoint")
+    _say_notes(config, world, llava)
+    engine, checkpoints = _start_engine(config, session, llava, resumption, config_hash(card))
 
     with Tracker(config, world, resumption.step, n_steps) as tracker:
         tracker.started(parts, resumption.step, resumption.passed_over)
         window = Window(tuple(source.name for source in mixture.sources), tracker.n_bad_before)
         if resumption.checkpoint:
             window.restore(resumption.manifest["window"], world)
-
-        def after_step(step: int) -> None:
-            if line := clock.line():
-                tracker.say(line)
-            if config.eval and held_out and (step % config.eval.every == 0 or step == n_steps):
-                batch_size = min(config.batch.size, config.eval.max_samples)
-                dataset = new_dataset(held_out, seed=None, batch_size=batch_size)
-                evaluation = evaluate(engine, world, llava, dataset, config)
-                tracker.evaluation(step, *evaluation)
-
         steps, on_cuda = range(resumption.step, n_steps), world.device.type == "cuda"
         batches = read_steps(new_dataset(mixture, seed=config.seed), steps, config.loader.workers, on_cuda)
-        Loop(session, config, engine, n_steps, tracker, window, checkpoints, after_step).train(batches)
+        evaluate_after = _evaluation(config, world, engine, llava, new_dataset, held_out, n_steps, tracker)
+        Loop(session, config, engine, n_steps, tracker, window, checkpoints, evaluate_after).train(batches)
         world.beat("gathering the result", patience=_START_PATIENCE)
         checkpoints.refuse_harmed(n_steps)
         trained = gathered(engine, world, llava.model)
         trained = fold(llava.model, trained) if world.is_main else trained
     engine.destroy()
     return trained
+
+
+def _build(config: StageConfig, world: World, mixture: Mixture) -> tuple[Llava, str, Callable[..., StepDataset]]:
+    """The model, ready to train; where its trained parts came from; and what makes data sets of mixtures for it."""
+    world.beat("building the model", patience=_START_PATIENCE)
+    if config.init_from not in (None, "random"):
+        check_init(str(config.init_from), config.output)
+    llava, came_from = _starting_point(config)
+    set_trainable(llava.model, config.trainable, config.seed)
+    new_dataset = _dataset_maker(config, world, llava)
+    if config.trainable.projector and config.trainable.projector.standardize:
+        _standardize_features(config, world, llava, new_dataset(mixture, seed=config.seed, rank=0, n_ranks=1))
+    _prepare_modes(llava, config)
+    return llava, came_from, new_dataset
+
+
+def _say_notes(config: StageConfig, world: World, llava: Llava) -> None:
+    """What a user may not have meant."""
+    if note := unlike_own(config.model.chat_template, llava.processor.chat_template, llava.tokenizer):
+        world.say(note)
+    if config.engine.precision == "bf16" and imitates_bf16(world.device):
+        world.say("engine.precision: this CPU imitates bf16, tens of times slower than fp32; better set it to fp32")
+
+
+def _start_engine(
+    config: StageConfig, session: Session, llava: Llava, resumption: Resumption, hash_: str
+) -> tuple[deepspeed.DeepSpeedEngine, Checkpoints]:
+    """DeepSpeed, in the state of the checkpoint that the run goes on from, and the run's checkpoints."""
+    world, clock = session.world, session.clock
+    world.beat("starting DeepSpeed", patience=_START_PATIENCE)
+    groups = parameter_groups(llava.model, config.trainable, config.schedule.weight_decay)
+    changed = resumption.conversion(world.n_ranks, config.engine.zero)
+    engine = start_engine(PackedLoss(llava.model), groups, config, universal=changed is not None)
+    clock.mark("engine")
+    engine_facts = {key: getattr(config.engine, key) for key in ("zero", "precision")}
+    facts = {"n_ranks": world.n_ranks, **engine_facts, "config_hash": hash_}
+    checkpoints = Checkpoints(engine, world, config.run_dir / CHECKPOINTS_FOLDER, config.checkpoint.keep, facts)
+    if resumption.checkpoint:
+        if changed:
+            world.say(f"{resumption.checkpoint}: {changed}; converting it with DeepSpeed's universal format")
+        world.beat("loading the checkpoint", patience=_START_PATIENCE)
+        load(engine, world, resumption)
+        checkpoints.go_on_from(resumption.step)
+        clock.mark("checkpoint")
+    return engine, checkpoints
+
+
+def _evaluation(
+    config: StageConfig,
+    world: World,
+    engine: deepspeed.DeepSpeedEngine,
+    llava: Llava,
+    new_dataset: Callable[..., StepDataset],
+    held_out: Mixture | None,
+    n_steps: int,
+    tracker: Tracker,
+) -> Callable[[int], None]:
+    """What evaluates after a step, where the stage file says so."""
+    section = config.eval
+    if section is None or held_out is None:
+        return lambda step: None
+    dataset = new_dataset(held_out, seed=None, batch_size=min(config.batch.size, section.max_samples))
+
+    def evaluate_after(step: int) -> None:
+        if step % section.every == 0 or step == n_steps:
+            tracker.evaluation(step, *evaluate(engine, world, llava, dataset, config))
+
+    return evaluate_after
 
 
 def _find_resumption(config: StageConfig, session: Session, card: dict[str, Any]) -> tuple[Resumption, list[str]]:
@@ -167,15 +201,6 @@ def _find_resumption(config: StageConfig, session: Session, card: dict[str, Any]
     for change in changes:
         world.say(f"{config.name}: changed after step {found.step}: {change}")
     return found, changes
-
-
-def _checkpoints(
-    config: StageConfig, world: World, engine: deepspeed.DeepSpeedEngine, card: dict[str, Any]
-) -> Checkpoints:
-    """The checkpoints of the run."""
-    engine_facts = {key: getattr(config.engine, key) for key in ("zero", "precision")}
-    facts = {"n_ranks": world.n_ranks, **engine_facts, "config_hash": config_hash(card)}
-    return Checkpoints(engine, world, config.run_dir / CHECKPOINTS_FOLDER, config.checkpoint.keep, facts)
 
 
 def _starting_point(config: StageConfig) -> tuple[Llava, str]:

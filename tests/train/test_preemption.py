@@ -25,6 +25,7 @@ from tests.train.helpers import (
     Outcome,
     environment,
     free_port,
+    kill,
     read_lines,
     run_many,
     start_ranks,
@@ -181,3 +182,25 @@ def test_a_run_that_is_asked_before_its_first_step_ends_with_85_too(folder: Path
     finished = wait(ranks, folder)
     assert finished.codes == [85, 85], finished.stderr
     assert "the same command goes on" in finished.stdout[0]
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_told_whose_it_is(folder: Path) -> None:
+    line = [TRAIN, *command(folder, "run", "twice"), "schedule.max_steps=9999", "schedule.epochs=9999"]
+    first = start_ranks(line, folder)
+    try:
+        wait_until(is_midway(folder, "twice"), lambda: first[0].poll() is None)
+        second = subprocess.run(
+            [sys.executable, *map(str, line)],
+            cwd=folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert first[0].poll() is None, "the first run ended before the second was refused"
+    finally:
+        kill(first)
+    assert second.returncode == 2
+    assert f"twice/run is in use by process {first[0].pid} of " in second.stderr
+    assert "wait for it, stop it, or give this run another name" in second.stderr
+    assert "Traceback" not in second.stderr

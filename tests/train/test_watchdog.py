@@ -180,7 +180,7 @@ def run(cwd: Path, *scripts: list, frozen: tuple[int, ...] = (), timeout_s: floa
     return end(start(cwd, *scripts, timeout_s=timeout_s), cwd, frozen)
 
 
-def check_quiet(finished: Finished) -> None:
+def assert_quiet(finished: Finished) -> None:
     assert finished.codes == [0] * len(finished.codes)
     assert finished.stdout == finished.stderr == [""] * len(finished.codes)
 
@@ -268,18 +268,18 @@ def test_a_process_that_hangs_on_its_own_output_ends(tmp_path):
 def test_one_rank_may_work_for_long_while_it_says_so(tmp_path):
     saves = [*GOES_ON, ["beat", "saving"], ["touch", 2.5]]
     waits = [*GOES_ON, ["beat", "saving"], ["sleep", 2.5]]
-    check_quiet(run(tmp_path, waits, saves, waits, timeout_s=1.0))
+    assert_quiet(run(tmp_path, waits, saves, waits, timeout_s=1.0))
 
 
 def test_a_slow_activity_within_its_patience_is_not_ended(tmp_path):
     slow = [["beat", "loading", 5.0], ["sleep", 2.5], ["beat", "step 1"]]
-    check_quiet(run(tmp_path, slow, slow, timeout_s=1.0))
+    assert_quiet(run(tmp_path, slow, slow, timeout_s=1.0))
 
 
 @pytest.mark.parametrize("last", [0, 1, 2])
 def test_ranks_that_leave_in_any_order_leave_nothing_behind(tmp_path, last):
     scripts = [[*GOES_ON, ["sleep", 0.4 * ((rank - last - 1) % 3)]] for rank in range(3)]
-    check_quiet(run(tmp_path, *scripts))
+    assert_quiet(run(tmp_path, *scripts))
 
 
 def test_a_rank_that_failed_is_named_with_its_error(tmp_path):
@@ -302,4 +302,4 @@ def test_a_job_that_was_suspended_for_long_goes_on(tmp_path):
     time.sleep(timeout_s + 0.5)
     for process in processes:
         process.send_signal(signal.SIGCONT)
-    check_quiet(end(processes, tmp_path))
+    assert_quiet(end(processes, tmp_path))
