@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -170,7 +170,7 @@ def _own_share(parameter: torch.nn.Parameter) -> torch.Tensor:
     share = getattr(parameter, "ds_tensor", None)
     if share is None:
         return parameter.detach()
-    n_left = getattr(parameter, "ds_numel") - torch.distributed.get_rank() * share.numel()  # noqa: B009, DeepSpeed's own
+    n_left = cast(Any, parameter).ds_numel - torch.distributed.get_rank() * share.numel()
     return share.detach().view(-1)[: max(0, n_left)]
 
 
