@@ -27,10 +27,10 @@ STAGES: dict[str, dict[str, Any]] = {
     "zero3-bf16": {"engine": {"zero": 3, "precision": "bf16"}, "trainable": FULL},
 }
 """Without dropout: its random numbers are drawn by rank."""
-FROM_TWO_TO_ONE = [("zero0", 0), ("zero1", 1), ("zero3", 3), ("offload", 2), ("zero1-bf16", 1), ("zero2", 3)]
-FROM_ONE_TO_TWO = [("zero0", 0), ("zero2", 2), ("zero3", 3), ("zero1-bf16", 3)]
-ON_TWO = [("zero2", 3), ("zero3", 2), ("zero3-bf16", 1)]
-"""Stage, and the ZeRO stage that it ends with: every kind of conversion, each in one direction at least."""
+FROM_TWO_TO_ONE = [("zero0", 0), ("zero1", 1), ("offload", 2), ("zero2", 3), ("zero3-bf16", 3)]
+FROM_ONE_TO_TWO = [("zero2", 2), ("zero3", 3)]
+ON_TWO = [("zero3", 2), ("zero1-bf16", 3)]
+"""Stage, and the ZeRO stage that it ends with: every kind of conversion in one direction."""
 
 
 def begun(run: Path, target: Path) -> None:
@@ -61,8 +61,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             schedule={"max_steps": N_STEPS, "epochs": 9, "weight_decay": 0.1},
             checkpoint={"every": SAVED, "keep": 9},
         )
-    for n_ranks in (1, 2):
-        run_many({name: command(folder, name, f"straight-{n_ranks}") for name in STAGES}, folder, n_ranks)
+    begun_on_one = [name for name, _ in FROM_ONE_TO_TWO]
+    run_many({name: command(folder, name, "straight-1") for name in begun_on_one}, folder, n_ranks=1)
+    run_many({name: command(folder, name, "straight-2") for name in STAGES}, folder, n_ranks=2)
     return folder
 
 

@@ -14,7 +14,7 @@ from tests.train.helpers import TRAIN, Outcome, kill, run_many, start_ranks, wai
 from tests.train.test_preemption import is_midway, wait_until
 from tests.train.test_resume import FULL, assert_same_run, command
 
-N_STEPS, TIMEOUT_S = 150, 4.0
+N_STEPS, TIMEOUT_S = 50, 4.0
 
 
 @pytest.fixture(scope="module")

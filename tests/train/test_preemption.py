@@ -25,7 +25,6 @@ from tests.train.helpers import (
     Outcome,
     environment,
     free_port,
-    kill,
     read_lines,
     run_many,
     start_ranks,
@@ -35,7 +34,7 @@ from tests.train.helpers import (
 )
 from tests.train.test_resume import LORA, assert_same_run, command
 
-N_STEPS, ASKED_AFTER = 120, 4
+N_STEPS, ASKED_AFTER = 50, 4
 BIN = Path(sys.executable).parent
 
 
@@ -155,7 +154,7 @@ def test_the_log_says_who_asked_and_where_it_goes_on(folder: Path, codes: dict[s
     assert f"asked to stop by {folder / 'stop-7'} (rank 0)" in said["given"]
     for line in said.values():
         stopped, goes_on = re.search(
-            r"after step (\d+) of 120; the same command goes on after step (\d+)$", line
+            r"after step (\d+) of 50; the same command goes on after step (\d+)$", line
         ).groups()
         assert stopped == goes_on
 
@@ -182,25 +181,3 @@ def test_a_run_that_is_asked_before_its_first_step_ends_with_85_too(folder: Path
     finished = wait(ranks, folder)
     assert finished.codes == [85, 85], finished.stderr
     assert "the same command goes on" in finished.stdout[0]
-
-
-def test_a_second_run_in_the_same_folder_is_refused_and_told_whose_it_is(folder: Path) -> None:
-    line = [TRAIN, *command(folder, "run", "twice"), "schedule.max_steps=9999", "schedule.epochs=9999"]
-    first = start_ranks(line, folder)
-    try:
-        wait_until(is_midway(folder, "twice"), lambda: first[0].poll() is None)
-        second = subprocess.run(
-            [sys.executable, *map(str, line)],
-            cwd=folder,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert first[0].poll() is None, "the first run ended before the second was refused"
-    finally:
-        kill(first)
-    assert second.returncode == 2
-    assert f"twice/run is in use by process {first[0].pid} of " in second.stderr
-    assert "wait for it, stop it, or give this run another name" in second.stderr
-    assert "Traceback" not in second.stderr

@@ -220,14 +220,18 @@ def outcomes(folder: Path) -> dict[str, Outcome]:
         folder,
     )
     (folder / "two/tiny/model/COMPLETE").unlink()
+    first = hold(folder / "taken/.cache/tiny.lock")
     told |= run_many(
         {
+            "taken": [*short, "output=taken"],
             "changed": [*more, "output=two", "trainable.projector.lr=0.5"],
             "allowed": [*more, "output=two", "trainable.projector.lr=0.5", "--allow-config-change"],
             "afterwards": [*more, "output=two", "trainable.projector.lr=0.5"],
         },
         folder,
     )
+    first.kill()
+    first.wait()
     return {name: outcome[0] for name, outcome in told.items()}
 
 
@@ -240,6 +244,18 @@ def test_a_changed_run_is_refused_with_the_keys(outcomes: dict[str, Outcome]) ->
         assert "Traceback" not in outcome.stderr
     assert "schedule.max_steps: 2 -> 4" in outcomes["changed"].stderr
     assert "batch.size: 4 -> 3" in outcomes["complete, changed"].stderr
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_told_whose_it_is(
+    folder: Path, outcomes: dict[str, Outcome]
+) -> None:
+    outcome = outcomes["taken"]
+    assert outcome.code == 2
+    assert "taken/tiny is in use by process " in outcome.stderr
+    assert ", SLURM job 4711, since " in outcome.stderr
+    assert "wait for it, stop it, or give this run another name" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    assert not (folder / "taken/tiny").exists()
 
 
 def test_a_complete_run_is_passed_over(outcomes: dict[str, Outcome]) -> None:

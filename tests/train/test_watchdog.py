@@ -1,7 +1,6 @@
 """A hang ends the job in time, and names the rank; nothing else does."""
 
 import json
-import os
 import re
 import signal
 import socket
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from llava_train.train.hang import Heard, Report, Times, describe, judge
 from llava_train.train.reports import Board, Caller
 from llava_train.train.watchdog import EXIT_HUNG
-from tests.train.helpers import Finished, kill, start_ranks
+from tests.train.helpers import Finished, environment, kill, start_ranks
 
 TIMEOUT_S = 2.0
 TIMES = Times.of(TIMEOUT_S)
@@ -257,7 +256,7 @@ def test_a_single_process_is_guarded_too(tmp_path):
 def test_a_process_that_hangs_on_its_own_output_ends(tmp_path):
     script = json.dumps([[["beat", "step 1"], ["fill stderr"]]])
     command = [sys.executable, "-m", "tests.train.watchdog_worker", "1.0", script]
-    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    env = environment(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
     with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE) as process:
         try:
             assert process.wait(20) == EXIT_HUNG
