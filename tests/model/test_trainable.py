@@ -55,7 +55,11 @@ def test_adapters_are_on_the_language_model_alone_and_in_its_dtype() -> None:
     assert not any("lora" in name for name, _ in model.model.vision_tower.named_modules())
 
 
-@pytest.mark.parametrize("others", [set(), {"projector"}, {"vision_tower"}, {"projector", "vision_tower"}], ids=str)
+@pytest.mark.parametrize(
+    "others",
+    [set(), {"projector"}, {"vision_tower"}, {"projector", "vision_tower"}],
+    ids=lambda parts: "+".join(sorted(parts)) or "none",
+)
 @pytest.mark.parametrize("projector", ["mlp2x_gelu", "linear"])
 def test_adapters_change_nothing_about_what_else_trains(others: set[str], projector: str) -> None:
     plain, adapted = (tiny_llava(model_section(projector=projector)).model for _ in range(2))
