@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from llava_train.files import damage
 from llava_train.train.checkpoint import all_checkpoints, complete_checkpoints
 from llava_train.train.checkpoint_files import SAFE_CLASSES
-from tests.train.helpers import Finished, environment, read_lines
+from tests.train.helpers import NO_THREADS, Finished, environment, read_lines
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 Fault = tuple[str, dict[str, Any]]
@@ -45,13 +45,12 @@ class Worker:
     def __init__(self, folder: Path, stage: str, number: int) -> None:
         self.folder, self.number, self.n_runs = folder, number, 0
         answers, theirs = os.pipe()
-        quiet = {"TOKENIZERS_PARALLELISM": "false", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no threads before a fork
         command = [sys.executable, "-m", "tests.train.fault_worker", f"{stage}.yaml", str(theirs)]
         with (folder / f"worker-{number}").open("wb") as log:
             self._process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env=environment(**quiet),
+                env=environment(**NO_THREADS),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

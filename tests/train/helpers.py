@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 from PIL import Image
@@ -20,6 +26,8 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "scripts" / "train.py"
 TIMEOUT_S = 300
+NO_THREADS = {"TOKENIZERS_PARALLELISM": "false", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+"""For a process that forks: threads don't live on in its children."""
 
 
 def write_samples(path: Path, kinds: str, seed: int = 0) -> Path:
@@ -116,48 +124,74 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def start_ranks(arguments: list[Any], cwd: Path, n_ranks: int = 1) -> list[subprocess.Popen[bytes]]:
-    """Starts `python ARGUMENTS` once a rank, each the leader of a process group of its own."""
+def start_ranks(arguments: list[Any], cwd: Path, n_ranks: int = 1) -> list[BaseProcess]:
+    """Starts `python ARGUMENTS` once a rank, each the leader of a process group of its own.
+
+    Imports take ten times as long as a tiny run, so the ranks are forked from a process that has made them.
+    """
     port = str(free_port())
     started = []
     for rank in range(n_ranks):
         places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_ranks)}
         env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **places)
-        with (cwd / f"stdout-{rank}").open("wb") as stdout, (cwd / f"stderr-{rank}").open("wb") as stderr:
-            command = [sys.executable, *map(str, arguments)]
-            started.append(
-                subprocess.Popen(
-                    command,
-                    cwd=cwd,
-                    env=env,
-                    stdout=stdout,
-                    stderr=stderr,
-                    start_new_session=True,
-                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-                )
-            )
+        outputs = tuple(cwd / f"{name}-{rank}" for name in ("stdout", "stderr"))
+        started.append(
+            importer().Process(target=_become, args=([str(argument) for argument in arguments], cwd, env, outputs))
+        )
+        started[-1].start()
     return started
 
 
-def wait(processes: list[subprocess.Popen[bytes]], cwd: Path, timeout_s: float = TIMEOUT_S) -> Finished:
+@cache
+def importer() -> ForkServerContext:
+    """Forks processes that have imported what a run needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deepspeed.ops.op_builder.all_ops", "llava_train.cli", "llava_train.train.stage"])
+    with mock.patch.dict(os.environ, environment(**NO_THREADS)):
+        first = context.Process()
+        first.start()
+    first.join()
+    return context
+
+
+def _become(arguments: list[str], cwd: Path, env: dict[str, str], outputs: tuple[Path, Path]) -> None:
+    """Makes this forked process `python ARGUMENTS`."""
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    try:
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
+
+
+def wait(processes: list[BaseProcess], cwd: Path, timeout_s: float = TIMEOUT_S) -> Finished:
     """Waits for the ranks. When one fails, the others get 20 seconds, as under a launcher."""
     deadline = time.monotonic() + timeout_s
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        if any(process.returncode for process in processes):
+    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
+        if any(process.exitcode for process in processes):
             deadline = min(deadline, time.monotonic() + 20)
         time.sleep(0.05)
-    kill(processes)
+    return ended(processes, cwd)
+
+
+def ended(processes: list[BaseProcess], cwd: Path) -> Finished:
+    """What the ranks have left. Those that still run are killed, with their children."""
+    for process in processes:
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
     ranks = range(len(processes))
     read = [[(cwd / f"{name}-{rank}").read_text() for rank in ranks] for name in ("stdout", "stderr")]
-    return Finished([process.wait() for process in processes], *read)
-
-
-def kill(processes: list[subprocess.Popen[bytes]]) -> None:
-    """SIGKILL to each process that still runs, and to its children."""
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    return Finished([process.exitcode for process in processes], *read)
 
 
 def run_ranks(arguments: list[Any], cwd: Path, n_ranks: int = 1) -> Finished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava_train.train.watchdog import EXIT_HUNG
-from tests.train.helpers import TRAIN, Outcome, kill, run_many, start_ranks, wait, write_samples, write_stage
+from tests.train.helpers import TRAIN, Outcome, ended, run_many, start_ranks, write_samples, write_stage
 from tests.train.test_preemption import is_midway, wait_until
 from tests.train.test_resume import FULL, assert_same_run, command
 
@@ -35,14 +36,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hung(folder: Path) -> tuple[int | None, int, float, str]:
     """Exit code of rank 0, process of rank 1, seconds until rank 0 ended, and its words, when rank 1 is frozen."""
     ranks = start_ranks([TRAIN, *command(folder, "run", "hung")], folder, n_ranks=2)
-    wait_until(is_midway(folder, "hung"), lambda: all(rank.poll() is None for rank in ranks))
-    ranks[1].send_signal(signal.SIGSTOP)
+    wait_until(is_midway(folder, "hung"), lambda: all(rank.exitcode is None for rank in ranks))
+    os.kill(ranks[1].pid, signal.SIGSTOP)
     started = time.monotonic()
-    while ranks[0].poll() is None and time.monotonic() < started + 60:
-        time.sleep(0.05)
-    took_s, code = time.monotonic() - started, ranks[0].poll()
-    kill(ranks)
-    return code, ranks[1].pid, took_s, wait(ranks, folder).stderr[0]
+    ranks[0].join(60)
+    took_s = time.monotonic() - started
+    return ranks[0].exitcode, ranks[1].pid, took_s, ended(ranks, folder).stderr[0]
 
 
 def test_a_frozen_rank_ends_the_run_in_time(hung: tuple[int | None, int, float, str]) -> None:

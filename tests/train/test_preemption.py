@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,10 @@ def is_midway(folder: Path, output: str) -> Callable[[], bool]:
     return lambda: n_logged(folder / output / "run/metrics.jsonl") >= ASKED_AFTER
 
 
-def asked(folder: Path, output: str, ask: Callable[[list[subprocess.Popen[bytes]]], None], *more: Any) -> list[int]:
+def asked(folder: Path, output: str, ask: Callable[[list[BaseProcess]], None], *more: Any) -> list[int]:
     """Exit codes of the ranks of a run that was asked to stop midway."""
     ranks = start_ranks([TRAIN, *command(folder, "run", output), *more], folder, n_ranks=2)
-    wait_until(is_midway(folder, output), lambda: all(rank.poll() is None for rank in ranks))
+    wait_until(is_midway(folder, output), lambda: all(rank.exitcode is None for rank in ranks))
     ask(ranks)
     finished = wait(ranks, folder)
     said = finished.stdout[0].splitlines()[-1]
@@ -111,7 +112,7 @@ def codes(folder: Path) -> dict[str, Any]:
     torchrun = [sys.executable, ROOT / "scripts/torchrun.py", "--nproc_per_node=2", f"--master_port={free_port()}"]
     deepspeed = [BIN / "deepspeed", "--num_accelerators", 2, "--master_port", free_port()]
     return {
-        "SIGUSR1 to rank 1": asked(folder, "usr1", lambda ranks: ranks[1].send_signal(signal.SIGUSR1)),
+        "SIGUSR1 to rank 1": asked(folder, "usr1", lambda ranks: os.kill(ranks[1].pid, signal.SIGUSR1)),
         "SIGTERM to the group of rank 0": asked(folder, "term", lambda ranks: os.killpg(ranks[0].pid, signal.SIGTERM)),
         "stop file of the run": asked(folder, "file", lambda _: (folder / "file/run/stop").touch()),
         "stop file of the command": asked(
@@ -176,8 +177,8 @@ def test_no_step_is_lost_and_the_end_is_the_same(output: str, folder: Path, ende
 
 def test_a_run_that_is_asked_before_its_first_step_ends_with_85_too(folder: Path) -> None:
     ranks = start_ranks([TRAIN, *command(folder, "run", "early")], folder, n_ranks=2)
-    wait_until((folder / "early/run/config.yaml").is_file, lambda: all(rank.poll() is None for rank in ranks))
-    ranks[0].send_signal(signal.SIGTERM)
+    wait_until((folder / "early/run/config.yaml").is_file, lambda: all(rank.exitcode is None for rank in ranks))
+    os.kill(ranks[0].pid, signal.SIGTERM)
     finished = wait(ranks, folder)
     assert finished.codes == [85, 85], finished.stderr
     assert "the same command goes on" in finished.stdout[0]

@@ -24,7 +24,7 @@ from llava_train.train.world import World
 from tests.train.helpers import (
     TRAIN,
     Outcome,
-    kill,
+    ended,
     read_lines,
     run_many,
     stage_content,
@@ -75,10 +75,10 @@ def kill_midway(folder: Path, name: str, n_ranks: int) -> None:
     processes = start_ranks([TRAIN, *command(folder, name, "killed")], folder, n_ranks)
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and metrics.read_text().count("\n") >= KILLED_AFTER):
-        assert all(process.poll() is None for process in processes), wait(processes, folder).check()
+        assert all(process.exitcode is None for process in processes), ended(processes, folder).check()
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    kill(processes)
+    ended(processes, folder)
     assert not (metrics.parent / "model").exists(), "the run was faster than the kill"
 
 
@@ -183,7 +183,7 @@ def test_ctrl_c_says_how_to_go_on(folder: Path) -> None:
         [TRAIN, *command(folder, "zero0", "interrupted"), "schedule.epochs=999", "schedule.max_steps=9999"], folder
     )
     while not metrics.is_file():
-        assert all(process.poll() is None for process in processes), wait(processes, folder)
+        assert all(process.exitcode is None for process in processes), ended(processes, folder)
         time.sleep(0.05)
     os.killpg(processes[0].pid, signal.SIGINT)  # a terminal signals the loader's workers too
     finished = wait(processes, folder)

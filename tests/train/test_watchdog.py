@@ -1,12 +1,14 @@
 """A hang ends the job in time, and names the rank; nothing else does."""
 
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from llava_train.train.hang import Heard, Report, Times, describe, judge
 from llava_train.train.reports import Board, Caller
 from llava_train.train.watchdog import EXIT_HUNG
-from tests.train.helpers import Finished, environment, kill, start_ranks
+from tests.train.helpers import Finished, ended, environment, start_ranks
 
 TIMEOUT_S = 2.0
 TIMES = Times.of(TIMEOUT_S)
@@ -157,22 +159,17 @@ def test_rank_0_bears_what_other_programs_say(words, capfd):
 # Jobs of small processes. A rank that freezes is left so: the others must end without it.
 
 
-def start(cwd: Path, *scripts: list, timeout_s: float = TIMEOUT_S) -> list[subprocess.Popen[bytes]]:
+def start(cwd: Path, *scripts: list, timeout_s: float = TIMEOUT_S) -> list[BaseProcess]:
     arguments = ["-m", "tests.train.watchdog_worker", timeout_s, json.dumps(scripts)]
     return start_ranks(arguments, cwd, len(scripts))
 
 
-def end(processes: list[subprocess.Popen[bytes]], cwd: Path, frozen: tuple[int, ...] = ()) -> Finished:
+def end(processes: list[BaseProcess], cwd: Path, frozen: tuple[int, ...] = ()) -> Finished:
     """Waits until all but the frozen ranks have ended; kills those."""
-    try:
-        for rank, process in enumerate(processes):
-            if rank not in frozen:
-                process.wait(30)
-    finally:
-        kill(processes)
-    ranks = range(len(processes))
-    read = [[(cwd / f"{name}-{rank}").read_text() for rank in ranks] for name in ("stdout", "stderr")]
-    return Finished([process.returncode for process in processes], *read)
+    for rank, process in enumerate(processes):
+        if rank not in frozen:
+            process.join(30)
+    return ended(processes, cwd)
 
 
 def run(cwd: Path, *scripts: list, frozen: tuple[int, ...] = (), timeout_s: float = TIMEOUT_S) -> Finished:
@@ -185,8 +182,8 @@ def assert_quiet(finished: Finished) -> None:
 
 
 def test_a_frozen_rank_ends_the_job_in_time_and_is_named(tmp_path):
-    began = time.monotonic()
     processes = start(tmp_path, WAITS, [*GOES_ON, ["beat", "reading step 2"], ["sleep", 0.5], ["freeze"]], WAITS)
+    began = time.monotonic()
     finished = end(processes, tmp_path, frozen=(1,))
     assert time.monotonic() - began < 1.1 + 2 * TIMEOUT_S + 2  # what the script and the start take
     assert finished.codes == [EXIT_HUNG, -signal.SIGKILL, EXIT_HUNG]
@@ -297,8 +294,8 @@ def test_a_job_that_was_suspended_for_long_goes_on(tmp_path):
         time.sleep(0.05)
     time.sleep(0.8)  # so that the watchdogs have seen the activity before
     for process in processes:
-        process.send_signal(signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGSTOP)
     time.sleep(timeout_s + 0.5)
     for process in processes:
-        process.send_signal(signal.SIGCONT)
+        os.kill(process.pid, signal.SIGCONT)
     assert_quiet(end(processes, tmp_path))
