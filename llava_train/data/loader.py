@@ -26,6 +26,8 @@ from llava_train.data.packing import plan_packs
 from llava_train.data.problems import SampleError
 from llava_train.data.samples import Sample
 
+_NOT_FOR_WORKERS = (signal.SIGTERM, signal.SIGUSR1)
+
 
 @dataclass(frozen=True)
 class BadSample:
@@ -273,7 +275,12 @@ def read_steps(dataset: StepDataset, steps: range, n_workers: int, pin_memory: b
         pin_memory=pin_memory,
         worker_init_fn=_prepare_worker,
     )
-    yield from loader
+    held_before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+    try:
+        batches = iter(loader)  # starts the workers; `_prepare_worker` lets their signals go
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held_before)
+    yield from batches
 
 
 def _prepare_worker(worker: int) -> None:
@@ -283,5 +290,6 @@ def _prepare_worker(worker: int) -> None:
     it: when it closes the loader, or when they find it gone.
     """
     torch.set_num_threads(1)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in _NOT_FOR_WORKERS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOT_FOR_WORKERS)

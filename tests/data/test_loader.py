@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +182,18 @@ def test_workers_change_nothing(llava, tmp_path: Path) -> None:
             assert one.lengths == other.lengths
             tensors = [name for name, value in vars(one).items() if isinstance(value, torch.Tensor)]
             assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in tensors)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_group_while_workers_start_ends_none(llava, tmp_path: Path, number: int) -> None:
+    dataset = dataset_of(llava, write_data(tmp_path, 8))
+    signal_children = True
+    os.register_at_fork(after_in_child=lambda: signal_children and os.kill(os.getpid(), number))
+    try:
+        assert len(list(read_steps(dataset, range(1, 4), n_workers=2, pin_memory=False))) == 3
+    finally:
+        signal_children = False
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_no_padding_is_computed(llava, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "scripts" / "train.py"
 TIMEOUT_S = 300
+START_METHOD = multiprocessing.get_start_method()
 NO_THREADS = {"TOKENIZERS_PARALLELISM": "false", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 """For a process that forks: threads don't live on in its children."""
 
@@ -157,6 +158,7 @@ def importer() -> ForkServerContext:
 def _become(arguments: list[str], cwd: Path, env: dict[str, str], outputs: tuple[Path, Path]) -> None:
     """Makes this forked process `python ARGUMENTS`."""
     os.setsid()
+    multiprocessing.set_start_method(START_METHOD, force=True)  # it would hand on its own to the workers of loaders
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
