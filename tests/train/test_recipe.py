@@ -26,7 +26,7 @@ from llava_train.model.build import build_llava
 from llava_train.model.weights import HandOffError, load_init
 from llava_train.stage_file import load_stage
 from llava_train.train.stage import _starting_point
-from tests.train.helpers import ROOT, TIMEOUT_S, TRAIN, environment, free_port, read_lines, run_ranks, write_stage
+from tests.train.helpers import ROOT, TIMEOUT_S, TRAIN, environment, free_port, read_lines, write_stage
 
 BIN = Path(sys.executable).parent
 SMOKE = [ROOT / f"configs/smoke/{name}.yaml" for name in ("stage1", "stage2", "stage2-lora")]
@@ -136,7 +136,7 @@ def in_plain_transformers(recipe: Recipe) -> dict[str, dict[str, Any]]:
     models = {name: str(recipe.run(name) / "model") for name in names}
     (recipe.folder / "spec.json").write_text(json.dumps({"models": models, "samples": samples}))
     script = Path(__file__).with_name("plain_transformers.py")
-    run_ranks([script, recipe.folder / "spec.json", recipe.folder / "plain.json"], recipe.folder).check()
+    launch([sys.executable, script, recipe.folder / "spec.json", recipe.folder / "plain.json"], recipe.folder)
     return json.loads((recipe.folder / "plain.json").read_text())
 
 
