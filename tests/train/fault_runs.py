@@ -1,13 +1,10 @@
-"""Starts runs that a fault befalls, looks at what they leave, and counts; see `fault_worker`."""
+"""Starts runs that a fault befalls, looks at what they leave, and counts; see `fault_rank`."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import os
-import queue
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,42 +19,21 @@ from safetensors.torch import load_file
 from llava_train.files import damage
 from llava_train.train.checkpoint import all_checkpoints, complete_checkpoints
 from llava_train.train.checkpoint_files import SAFE_CLASSES
-from tests.train.helpers import NO_THREADS, Finished, environment, read_lines
+from tests.train.helpers import Finished, read_lines, start_ranks, wait
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 Fault = tuple[str, dict[str, Any]]
-"""A function of `fault_worker` and its arguments."""
+"""A function of `fault_rank` and its arguments."""
 
 METRICS = ("step", "loss", "grad_norm", "lr", "n_supervised", "sources", "n_bad")
 """What a line of metrics.jsonl says beside times."""
 
 
-@dataclass
-class Ended(Finished):
-    """Ranks that have ended, and how many seconds after the first one that failed the last one ended by itself."""
+class Runs:
+    """Runs of stage files in a folder, two at a time: one a core of a small machine."""
 
-    ended_s: float
-
-
-class Worker:
-    """A process that has imported everything, and forks the ranks of one run at a time."""
-
-    def __init__(self, folder: Path, stage: str, number: int) -> None:
-        self.folder, self.number, self.n_runs = folder, number, 0
-        answers, theirs = os.pipe()
-        command = [sys.executable, "-m", "tests.train.fault_worker", f"{stage}.yaml", str(theirs)]
-        with (folder / f"worker-{number}").open("wb") as log:
-            self._process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env=environment(**NO_THREADS),
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                pass_fds=[theirs],
-            )
-        os.close(theirs)
-        self._answers = os.fdopen(answers, encoding="utf-8")
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._numbers = folder, itertools.count()
 
     def run(
         self,
@@ -67,76 +43,23 @@ class Worker:
         n_ranks: int = 1,
         rank: int = 0,
         settings: Iterable[str] = (),
-        grace_s: float | None = None,
-    ) -> Ended:
+        grace_s: float = 0.0,
+    ) -> Finished:
         """Runs a stage with `output`, on its ranks, the faults on one of them.
 
         Args:
             grace_s: how long the others may go on after a rank has failed; by default none may, as under a launcher.
         """
-        self.n_runs += 1
-        log = self.folder / f"log-{self.number}-{self.n_runs}"
-        job = {
-            "arguments": ["--config", f"{stage}.yaml", "--set", f"output={output}", *settings],
-            "cwd": str(self.folder),
-            "log": str(log),
-            "n_ranks": n_ranks,
-            "faults": {rank: faults},
-            "grace_s": grace_s or 0.0,
-            "ends_as_ever": grace_s is not None,
-        }
-        stdin = self._process.stdin
-        assert stdin is not None
-        self._ask_ready()
-        stdin.write(json.dumps(job).encode() + b"\n")
-        stdin.flush()
-        answer = self._answer()
-        read = [
-            [Path(f"{log}-{name}-{of_rank}").read_text() for of_rank in range(n_ranks)] for name in ("stdout", "stderr")
-        ]
-        return Ended(answer["codes"], *read, answer["ended_s"])
+        said = self.folder / f"said-{next(self._numbers)}"
+        said.mkdir()
+        worker = ["-m", "tests.train.fault_rank", json.dumps({rank: faults})]
+        arguments = [*worker, "--config", f"{stage}.yaml", "--set", f"output={output}", *settings]
+        return wait(start_ranks(arguments, self.folder, n_ranks, said), said, grace_s=grace_s)
 
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
-        self._answers.close()
-
-    def _ask_ready(self) -> None:
-        if self.n_runs == 1:
-            assert self._answer() == "ready"
-
-    def _answer(self) -> Any:
-        line = self._answers.readline()
-        assert line, (self.folder / f"worker-{self.number}").read_text()[-3000:]
-        return json.loads(line)
-
-
-class Workers:
-    """Two workers: one a core of a small machine."""
-
-    def __init__(self, folder: Path, stage: str) -> None:
-        self._workers = [Worker(folder, stage, number) for number in range(2)]
-        self._free: queue.Queue[Worker] = queue.Queue()
-        for worker in self._workers:
-            self._free.put(worker)
-
-    def map(self, function: Callable[[Worker, Item], Result], items: Iterable[Item]) -> list[Result]:
-        """`function(worker, item)` of each item, two at a time."""
-
-        def call(item: Item) -> Result:
-            worker = self._free.get()
-            try:
-                return function(worker, item)
-            finally:
-                self._free.put(worker)
-
-        with ThreadPoolExecutor(len(self._workers)) as pool:
-            return list(pool.map(call, items))
-
-    def close(self) -> None:
-        for worker in self._workers:
-            worker.close()
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """`function` of each item, two at a time."""
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(function, items))
 
 
 @dataclass

@@ -11,8 +11,9 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -27,8 +28,8 @@ ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "scripts" / "train.py"
 TIMEOUT_S = 300
 START_METHOD = multiprocessing.get_start_method()
-NO_THREADS = {"TOKENIZERS_PARALLELISM": "false", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-"""For a process that forks: threads don't live on in its children."""
+_looking = threading.Lock()
+"""Of two threads that look at a process together, one may miss its exit code."""
 
 
 def write_samples(path: Path, kinds: str, seed: int = 0) -> Path:
@@ -98,11 +99,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class Finished:
-    """Processes of a run that have ended: exit code, standard output and standard error of each rank."""
+    """Processes of a run that have ended: exit code, standard output and error of each rank."""
 
     codes: list[int]
     stdout: list[str]
     stderr: list[str]
+    ended_s: float = 0.0
+    """From the first failure of a rank to the end of the last that ended by itself."""
 
     def check(self) -> Finished:
         assert not any(self.codes), f"{self.codes}\n{self.stdout[0][-2000:]}\n" + "\n".join(
@@ -125,21 +128,24 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def start_ranks(arguments: list[Any], cwd: Path, n_ranks: int = 1) -> list[BaseProcess]:
+def start_ranks(arguments: list[Any], cwd: Path, n_ranks: int = 1, said: Path | None = None) -> list[BaseProcess]:
     """Starts `python ARGUMENTS` once a rank, each the leader of a process group of its own.
 
-    Imports take ten times as long as a tiny run, so the ranks are forked from a process that has made them.
+    Imports take ten times as long as a tiny run, so the ranks are forked from a process that has made them (`imported`).
+
+    Args:
+        said: a folder for what the ranks print, by default `cwd`.
     """
     port = str(free_port())
     started = []
     for rank in range(n_ranks):
         places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_ranks)}
         env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **places)
-        outputs = tuple(cwd / f"{name}-{rank}" for name in ("stdout", "stderr"))
-        started.append(
-            importer().Process(target=_become, args=([str(argument) for argument in arguments], cwd, env, outputs))
-        )
-        started[-1].start()
+        outputs = tuple((said or cwd) / f"{name}-{rank}" for name in ("stdout", "stderr"))
+        with _looking:
+            process = importer().Process(target=_become, args=([str(part) for part in arguments], cwd, env, outputs))
+            process.start()
+        started.append(process)
     return started
 
 
@@ -147,8 +153,9 @@ def start_ranks(arguments: list[Any], cwd: Path, n_ranks: int = 1) -> list[BaseP
 def importer() -> ForkServerContext:
     """Forks processes that have imported what a run needs."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed.ops.op_builder.all_ops", "llava_train.cli", "llava_train.train.stage"])
-    with mock.patch.dict(os.environ, environment(**NO_THREADS)):
+    context.set_forkserver_preload(["tests.train.imported"])
+    no_threads = {"TOKENIZERS_PARALLELISM": "false", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # forks lose them
+    with mock.patch.dict(os.environ, environment(**no_threads)):
         first = context.Process()
         first.start()
     first.join()
@@ -175,25 +182,33 @@ def _become(arguments: list[str], cwd: Path, env: dict[str, str], outputs: tuple
         atexit._run_exitfuncs()
 
 
-def wait(processes: list[BaseProcess], cwd: Path, timeout_s: float = TIMEOUT_S) -> Finished:
-    """Waits for the ranks. When one fails, the others get 20 seconds, as under a launcher."""
-    deadline = time.monotonic() + timeout_s
-    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
-        if any(process.exitcode for process in processes):
-            deadline = min(deadline, time.monotonic() + 20)
-        time.sleep(0.05)
-    return ended(processes, cwd)
+def wait(processes: list[BaseProcess], said: Path, timeout_s: float = TIMEOUT_S, grace_s: float = 20.0) -> Finished:
+    """Waits for the ranks. When one fails, the others get `grace_s`, as under a launcher."""
+    deadline, failed = time.monotonic() + timeout_s, None
+    while None in (codes := _codes(processes)) and time.monotonic() < deadline:
+        if failed is None and any(codes):
+            failed = time.monotonic()
+            deadline = min(deadline, failed + grace_s)
+        time.sleep(0.01)
+    ended_s = 0.0 if failed is None else time.monotonic() - failed
+    return replace(ended(processes, said), ended_s=ended_s)
 
 
-def ended(processes: list[BaseProcess], cwd: Path) -> Finished:
+def _codes(processes: list[BaseProcess]) -> list[int | None]:
+    with _looking:
+        return [process.exitcode for process in processes]
+
+
+def ended(processes: list[BaseProcess], said: Path) -> Finished:
     """What the ranks have left. Those that still run are killed, with their children."""
-    for process in processes:
-        if process.exitcode is None:
+    for process, code in zip(processes, _codes(processes), strict=True):
+        if code is None:
             os.killpg(process.pid, signal.SIGKILL)
-        process.join()
+    while None in (codes := _codes(processes)):
+        time.sleep(0.01)
     ranks = range(len(processes))
-    read = [[(cwd / f"{name}-{rank}").read_text() for rank in ranks] for name in ("stdout", "stderr")]
-    return Finished([process.exitcode for process in processes], *read)
+    read = [[(said / f"{name}-{rank}").read_text() for rank in ranks] for name in ("stdout", "stderr")]
+    return Finished(codes, *read)
 
 
 def run_ranks(arguments: list[Any], cwd: Path, n_ranks: int = 1) -> Finished:

@@ -1,6 +1,6 @@
 """Invariant 6: killed at any instant, on any rank, a run goes on by the same command as if nothing had happened.
 
-Every fault befalls a real run of `scripts/train.py` (`fault_worker`), and the same command then ends it. What counts
+Every fault befalls a real run of `scripts/train.py` (`fault_rank`), and the same command then ends it. What counts
 is in `fault_runs.differences`: each line of metrics.jsonl once and with the same numbers, the weights of the result,
 both bit for bit those of `straight`, a run that nothing befell; and nothing left over in the folder. `-s` shows the
 table of all faults. LoRA trains with dropout, so that random numbers must go on as well.
@@ -26,9 +26,8 @@ from llava_train.train.resume import CheckpointError, find_resumption
 from llava_train.train.world import World
 from tests.train.fault_runs import (
     Fault,
+    Runs,
     Tally,
-    Worker,
-    Workers,
     differences,
     left_over,
     state_of,
@@ -85,10 +84,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def workers(folder: Path) -> Iterator[Workers]:
-    workers = Workers(folder, "one")
-    yield workers
-    workers.close()
+def runs(folder: Path) -> Runs:
+    return Runs(folder)
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +112,10 @@ def boundaries(run: str, phase: str, step: int = 0, **more: Any) -> Fault:
 
 
 @pytest.fixture(scope="module")
-def straight(folder: Path, workers: Workers) -> dict[str, Path]:
+def straight(folder: Path, runs: Runs) -> dict[str, Path]:
     """The run of each stage that nothing befalls; each rank's boundaries of each phase are recorded on the way."""
 
-    def run(worker: Worker, case: tuple[str, int]) -> None:
+    def run(case: tuple[str, int]) -> None:
         stage, rank = case
         recorded = [(f"save-{step}", "save", step) for step in (FIRST, LAST)] + [("result", "result", 0)]
         output = f"straight-{rank}"
@@ -126,9 +123,9 @@ def straight(folder: Path, workers: Workers) -> dict[str, Path]:
             boundaries(f"{output}/{stage}", phase, step, record=f"{stage}-{rank}-{name}.json")
             for name, phase, step in recorded
         ]
-        worker.run(stage, output, *faults, n_ranks=N_RANKS[stage], rank=rank).check()
+        runs.run(stage, output, *faults, n_ranks=N_RANKS[stage], rank=rank).check()
 
-    workers.map(run, [("two", 0), ("two", 1), ("one", 0), ("sharded", 0)])
+    runs.map(run, [("two", 0), ("two", 1), ("one", 0), ("sharded", 0)])
     return {stage: folder / "straight-0" / stage for stage in STAGES}
 
 
@@ -162,7 +159,7 @@ class Point:
 def survive(
     points: list[Point],
     folder: Path,
-    workers: Workers,
+    runs: Runs,
     straight: dict[str, Path],
     least: int,
     base: Path | None = None,
@@ -177,14 +174,14 @@ def survive(
         base: the run's folder before; by default it starts from the beginning.
     """
 
-    def kill(worker: Worker, point: Point) -> None:
+    def kill(point: Point) -> None:
         run = folder / point.output / point.stage
         if base:
             shutil.copytree(base, run)
         fault = boundaries(
             f"{point.output}/{point.stage}", point.phase, point.step, kill_at=point.number, torn=point.torn
         )
-        ended = worker.run(
+        ended = runs.run(
             point.stage,
             point.output,
             fault,
@@ -197,10 +194,10 @@ def survive(
             point.problems.append(f"no whole checkpoint of step {least} or later: {whole_steps(run)}")
         point.state = state_of(run)
 
-    def end(worker: Worker, point: Point) -> None:
+    def end(point: Point) -> None:
         run = folder / point.output / point.stage
         newest = max(whole_steps(run), default=0)
-        ended = worker.run(point.stage, point.output, n_ranks=N_RANKS[point.stage])
+        ended = runs.run(point.stage, point.output, n_ranks=N_RANKS[point.stage])
         point.resumed = step_after_resume(ended.stdout[0])
         if any(ended.codes):
             point.problems.append(f"does not go on: {ended.codes} {ended.stderr}")
@@ -209,9 +206,9 @@ def survive(
             point.problems.append(f"went on after step {point.resumed}, not {newest}")
         point.problems += differences(run, straight[point.stage], keep)
 
-    workers.map(kill, points)
+    runs.map(kill, points)
     distinct = list({point.state: point for point in points}.values())
-    workers.map(end, distinct)
+    runs.map(end, distinct)
     ended = {point.state: point for point in distinct}
     for point in points:
         point.resumed = ended[point.state].resumed
@@ -240,7 +237,7 @@ def test_a_run_killed_at_any_boundary_of_a_save_goes_on_as_if_nothing_had_happen
     rank: int,
     step: int,
     folder: Path,
-    workers: Workers,
+    runs: Runs,
     straight: dict[str, Path],
     count: Callable[..., None],
 ) -> None:
@@ -255,7 +252,7 @@ def test_a_run_killed_at_any_boundary_of_a_save_goes_on_as_if_nothing_had_happen
     if rank == 0 and step == LAST:
         assert any(event.startswith("rmdir ") and f"{step - EVERY:08d}" in event for event in events), events
 
-    n_ended = survive(points, folder, workers, straight, least=step - EVERY)
+    n_ended = survive(points, folder, runs, straight, least=step - EVERY)
 
     wrong = sum(bool(point.problems) for point in points)
     lost = max(step - point.resumed for point in points)
@@ -266,7 +263,7 @@ def test_a_run_killed_at_any_boundary_of_a_save_goes_on_as_if_nothing_had_happen
 
 
 @pytest.fixture(scope="module")
-def bases(folder: Path, workers: Workers, straight: dict[str, Path]) -> dict[str, Path]:
+def bases(folder: Path, runs: Runs, straight: dict[str, Path]) -> dict[str, Path]:
     """Runs that were killed before their last step, and before their result."""
     cases: dict[str, tuple[str, list[Fault], tuple[str, ...]]] = {
         "step": ("one", [("kill_in_step", {"step": N_STEPS})], ()),
@@ -275,11 +272,11 @@ def bases(folder: Path, workers: Workers, straight: dict[str, Path]) -> dict[str
         "sharded": ("sharded", [boundaries("base-sharded/sharded", "result", kill_at=1)], ()),
     }
 
-    def run(worker: Worker, name: str) -> None:
+    def run(name: str) -> None:
         stage, faults, settings = cases[name]
-        assert worker.run(stage, f"base-{name}", *faults, settings=settings).codes == [-9]
+        assert runs.run(stage, f"base-{name}", *faults, settings=settings).codes == [-9]
 
-    workers.map(run, cases)
+    runs.map(run, cases)
     found = {name: folder / f"base-{name}" / stage for name, (stage, *_) in cases.items()}
     for step in (4, 6):  # the newer two of three
         state = found["kept"] / f"checkpoints/step-{step:08d}" / MODEL_STATES
@@ -287,24 +284,24 @@ def bases(folder: Path, workers: Workers, straight: dict[str, Path]) -> dict[str
     return found
 
 
-def recorded(folder: Path, workers: Workers, base: Path, phase: str, step: int = 0) -> None:
+def recorded(folder: Path, runs: Runs, base: Path, phase: str, step: int = 0) -> None:
     """Records the boundaries of a phase in a run that goes on from `base`."""
     output, name = f"recorded-{base.parent.name}", f"one-0-{phase}-{step}" if step else f"one-0-{phase}"
     shutil.copytree(base, folder / output / "one")
     fault = boundaries(f"{output}/one", phase, step, record=f"{name}.json")
-    workers.map(lambda worker, _: worker.run("one", output, fault).check(), [None])
+    runs.map(lambda _: runs.run("one", output, fault).check(), [None])
 
 
 def test_a_run_killed_at_any_boundary_of_its_start_goes_on_as_if_nothing_had_happened(
-    folder: Path, workers: Workers, straight: dict[str, Path], bases: dict[str, Path], count: Callable[..., None]
+    folder: Path, runs: Runs, straight: dict[str, Path], bases: dict[str, Path], count: Callable[..., None]
 ) -> None:
-    recorded(folder, workers, bases["step"], "start")
+    recorded(folder, runs, bases["step"], "start")
     points = points_of(folder, "one", 0, "start")
     events = {point.event for point in points}
     assert {"rename metrics.jsonl.tmp -> metrics.jsonl", "fsync metrics.jsonl.tmp"} <= events, events
     assert [line["step"] for line in read_lines(bases["step"] / "metrics.jsonl")][-1] == 5, "nothing to drop"
 
-    survive(points, folder, workers, straight, least=4, base=bases["step"])
+    survive(points, folder, runs, straight, least=4, base=bases["step"])
 
     wrong = sum(bool(point.problems) for point in points)
     count("killed while it resumes", len(points), len(points) - wrong, 5 - min(p.resumed for p in points), wrong)
@@ -312,7 +309,7 @@ def test_a_run_killed_at_any_boundary_of_its_start_goes_on_as_if_nothing_had_hap
 
 
 def test_a_run_killed_at_any_boundary_of_its_result_goes_on_as_if_nothing_had_happened(
-    folder: Path, workers: Workers, straight: dict[str, Path], bases: dict[str, Path], count: Callable[..., None]
+    folder: Path, runs: Runs, straight: dict[str, Path], bases: dict[str, Path], count: Callable[..., None]
 ) -> None:
     """Some files are written by Rust, which raises no event: killed at the next one, half of them is cut off."""
     points = [point for point in points_of(folder, "one", 0, "result", torn=True)[1:] if "mkdir" not in point.event]
@@ -320,7 +317,7 @@ def test_a_run_killed_at_any_boundary_of_its_result_goes_on_as_if_nothing_had_ha
     events = {point.event for point in points}
     assert {"open model/config.json", "rename model/COMPLETE.tmp -> model/COMPLETE"} <= events, events
 
-    survive(points, folder, workers, straight, least=N_STEPS, base=bases["result"])
+    survive(points, folder, runs, straight, least=N_STEPS, base=bases["result"])
 
     wrong = sum(bool(point.problems) for point in points)
     count("killed while it writes its result", len(points), len(points) - wrong, 0, wrong)
@@ -328,16 +325,16 @@ def test_a_run_killed_at_any_boundary_of_its_result_goes_on_as_if_nothing_had_ha
 
 
 def test_resumed_from_an_older_checkpoint_a_run_always_has_a_whole_one(
-    folder: Path, workers: Workers, straight: dict[str, Path], bases: dict[str, Path], count: Callable[..., None]
+    folder: Path, runs: Runs, straight: dict[str, Path], bases: dict[str, Path], count: Callable[..., None]
 ) -> None:
     """`keep: 1` with two damaged checkpoints that are newer."""
-    recorded(folder, workers, bases["kept"], "save", 4)
+    recorded(folder, runs, bases["kept"], "save", 4)
     points = points_of(folder, "one", 0, "save", 4)
     complete = next(point.number for point in points if point.event.startswith("rename") and "COMPLETE" in point.event)
     points = points[complete - 1 :]  # before, nothing is renamed or deleted
     assert whole_steps(bases["kept"]) == [2]
 
-    survive(points, folder, workers, straight, least=2, base=bases["kept"])
+    survive(points, folder, runs, straight, least=2, base=bases["kept"])
 
     wrong = sum(bool(point.problems) for point in points)
     fault = "killed in a save, newer checkpoints damaged"
@@ -352,20 +349,20 @@ KILLED_IN = (4, 5, 8)
 
 
 @pytest.fixture(scope="module")
-def interruptions(folder: Path, workers: Workers) -> dict[str, list[Any]]:
+def interruptions(folder: Path, runs: Runs) -> dict[str, list[Any]]:
     """What each run said: killed thrice, and then to its end."""
 
-    def run(worker: Worker, name: str) -> list[Any]:
+    def run(name: str) -> list[Any]:
         n_ranks = N_RANKS[name]
-        worker.run(name, "through", n_ranks=n_ranks).check()
+        runs.run(name, "through", n_ranks=n_ranks).check()
         ended = []
         for step in KILLED_IN:
             kill: Fault = ("kill_in_step", {"step": step})
-            grace_s = 60 if n_ranks > 1 and step == KILLED_IN[0] else None
-            ended.append(worker.run(name, "interrupted", kill, n_ranks=n_ranks, rank=n_ranks - 1, grace_s=grace_s))
-        return [*ended, worker.run(name, "interrupted", n_ranks=n_ranks)]
+            grace_s = 60 if n_ranks > 1 and step == KILLED_IN[0] else 0
+            ended.append(runs.run(name, "interrupted", kill, n_ranks=n_ranks, rank=n_ranks - 1, grace_s=grace_s))
+        return [*ended, runs.run(name, "interrupted", n_ranks=n_ranks)]
 
-    return dict(zip(INTERRUPTED, workers.map(run, INTERRUPTED), strict=True))
+    return dict(zip(INTERRUPTED, runs.map(run, INTERRUPTED), strict=True))
 
 
 @pytest.mark.parametrize("name", INTERRUPTED)
@@ -457,14 +454,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], int, str]] = {
 
 
 @pytest.fixture(scope="module")
-def damaged(folder: Path, workers: Workers, bases: dict[str, Path]) -> dict[str, Any]:
-    def run(worker: Worker, name: str) -> Any:
+def damaged(folder: Path, runs: Runs, bases: dict[str, Path]) -> dict[str, Any]:
+    def run(name: str) -> Any:
         output = "damaged-" + name.replace(" ", "-")
         shutil.copytree(bases["sharded"], folder / output / "sharded")
         DAMAGE[name][0](folder / output / "sharded/checkpoints/step-00000006")
-        return worker.run("sharded", output)
+        return runs.run("sharded", output)
 
-    return dict(zip(DAMAGE, workers.map(run, DAMAGE), strict=True))
+    return dict(zip(DAMAGE, runs.map(run, DAMAGE), strict=True))
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -578,32 +575,32 @@ class Failure:
 
 
 @pytest.fixture(scope="module")
-def failures(folder: Path, workers: Workers, straight: dict[str, Path]) -> Iterator[dict[str, Failure | None]]:
+def failures(folder: Path, runs: Runs, straight: dict[str, Path]) -> Iterator[dict[str, Failure | None]]:
     mounted: list[Path] = []
 
-    def run(worker: Worker, name: str) -> Failure | None:
+    def run(name: str) -> Failure | None:
         stage, rank, _ = FAILURES[name]
         n_ranks = N_RANKS[stage]
         manifest = read_manifest(straight[stage] / f"checkpoints/step-{N_STEPS:08d}")
         assert manifest is not None
         n_bytes = sum(facts["n_bytes"] for facts in manifest["files"].values())
         outputs = ["failed-" + name.replace(" ", "-"), "failed-and-killed-" + name.replace(" ", "-")]
-        runs = [folder / output / stage for output in outputs]
+        run_dirs = [folder / output / stage for output in outputs]
         if name in MOUNTED:
-            for run in runs:
-                if not mount(run, n_bytes * (3 if name == MOUNTED[0] else 30) // 2):
+            for run_dir in run_dirs:
+                if not mount(run_dir, n_bytes * (3 if name == MOUNTED[0] else 30) // 2):
                     return None
-                mounted.append(run)
-        faults = [failing(name, run, n_bytes) for run in runs]
-        ended = worker.run(stage, outputs[0], *faults[0], n_ranks=n_ranks, rank=rank)
-        at_end = differences(runs[0], straight[stage], keep=1)
+                mounted.append(run_dir)
+        faults = [failing(name, run_dir, n_bytes) for run_dir in run_dirs]
+        ended = runs.run(stage, outputs[0], *faults[0], n_ranks=n_ranks, rank=rank)
+        at_end = differences(run_dirs[0], straight[stage], keep=1)
         kill: Fault = ("kill_in_step", {"step": FAILING + 1})
-        killed = worker.run(stage, outputs[1], *faults[1], kill, n_ranks=n_ranks, rank=rank)
-        whole, left = whole_steps(runs[1]), left_over(runs[1], keep=1)
-        resumed = worker.run(stage, outputs[1], n_ranks=n_ranks)
-        return Failure(ended, at_end, killed, whole, left, resumed, differences(runs[1], straight[stage], keep=1))
+        killed = runs.run(stage, outputs[1], *faults[1], kill, n_ranks=n_ranks, rank=rank)
+        whole, left = whole_steps(run_dirs[1]), left_over(run_dirs[1], keep=1)
+        resumed = runs.run(stage, outputs[1], n_ranks=n_ranks)
+        return Failure(ended, at_end, killed, whole, left, resumed, differences(run_dirs[1], straight[stage], keep=1))
 
-    yield dict(zip(FAILURES, workers.map(run, FAILURES), strict=True))
+    yield dict(zip(FAILURES, runs.map(run, FAILURES), strict=True))
     for run_dir in mounted:
         subprocess.run(["umount", "-l", str(run_dir / "checkpoints")], check=True)
 
@@ -638,12 +635,12 @@ def test_a_save_that_fails_keeps_the_last_good_checkpoint_and_leaves_no_half_one
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_is_named_and_hinders_no_later_save(
-    folder: Path, workers: Workers, straight: dict[str, Path], count: Callable[..., None]
+    folder: Path, runs: Runs, straight: dict[str, Path], count: Callable[..., None]
 ) -> None:
     checkpoints = folder / "immutable/one/checkpoints"
     immutable = f"chattr +i {checkpoints}/step-{FIRST:08d}/{MODEL_STATES}"
     fault: Fault = ("shell", {"step": FAILING, "before": f"{immutable} || touch cannot", "after": "true"})
-    [ended] = workers.map(lambda worker, _: worker.run("one", "immutable", fault), [None])
+    [ended] = runs.map(lambda _: runs.run("one", "immutable", fault), [None])
     subprocess.run(["chattr", "-R", "-i", str(checkpoints)], check=False, stderr=subprocess.DEVNULL)
     if (folder / "cannot").exists():
         pytest.skip("no root, or a file system without immutable files")

@@ -1,9 +1,9 @@
-"""Forks runs of `scripts/train.py` that something happens to.
+"""Runs `scripts/train.py` while something happens to it.
 
-Imports take ten times as long as a tiny run, so one process imports everything once and forks the ranks of each run.
-It reads a job a line from standard input, `{"arguments": [...], "cwd": ..., "n_ranks": 2, "faults": {"1": [name,
-options]}, ...}`, and answers with a line once all ranks have ended. The product is not changed: a fault is installed
-in the forked rank, before the run begins, by an audit hook or around a function.
+    python -m tests.train.fault_rank '{"1": [["kill_in_step", {"step": 3}]]}' --config STAGE ...
+
+The product is not changed: the faults of this rank are installed before the run begins, by an audit hook or around a
+function.
 
 The *boundaries* of a phase (a save, the start, the result) are what a rank does there to the files of the run: each
 opening for writing, renaming, making, removing, and each fsync. A rank can be killed at the n-th before it happens;
@@ -13,10 +13,7 @@ after half of the file that was written last is cut off.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import gc
-import importlib
 import json
 import os
 import resource
@@ -25,22 +22,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-import traceback
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import deepspeed.ops.op_builder.all_ops  # noqa: F401
-
-import llava_train.cli  # noqa: F401
-from llava_train.model.trainable import set_trainable
-from llava_train.stage_file import load_stage
 from llava_train.train import checkpoint, loop, stage
-from tests.train.helpers import TRAIN, free_port
-
-PATIENCE_S = 120.0
+from tests.train.helpers import TRAIN
 
 
 class Boundaries:
@@ -227,84 +215,12 @@ FAULTS: dict[str, Callable[..., None]] = {
 }
 
 
-def become_rank(job: dict[str, Any], rank: int, port: int) -> None:
-    """What a forked process does: it is one rank of the run, to its end."""
-    os.setsid()
-    os.chdir(job["cwd"])
-    for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        log = os.open(f"{job['log']}-{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, descriptor)
-        os.close(log)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["n_ranks"], "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
-    for fault, options in job["faults"].get(str(rank), []):
-        FAULTS[fault](**options)
-    sys.argv = [str(TRAIN), *job["arguments"]]
-    code = 1
-    try:
-        runpy.run_path(str(TRAIN), run_name="__main__")
-    except SystemExit as ending:
-        code = int(ending.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if not job["ends_as_ever"]:
-        os._exit(code)  # saves a second
-    raise SystemExit(code)
-
-
-def wait_for(ranks: dict[int, int], grace_s: float) -> tuple[list[int], float]:
-    """Waits for processes (rank by pid). Others get `grace_s` once one has failed, and are killed then.
-
-    Returns the exit codes by rank, and how long after the first failure the last one ended by itself.
-    """
-    codes, n_ranks = dict[int, int](), len(ranks)
-    deadline, failed = time.monotonic() + PATIENCE_S, 0.0
-    killed = False
-    while len(codes) < n_ranks:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            code = os.waitstatus_to_exitcode(status)
-            codes[ranks.pop(pid)] = code
-            if code and not failed:
-                failed = time.monotonic()
-                deadline = failed + grace_s
-        elif time.monotonic() > deadline and not killed:
-            for pid in ranks:
-                os.killpg(pid, signal.SIGKILL)
-            killed = True
-        else:
-            time.sleep(0.005)
-    return [codes[rank] for rank in range(n_ranks)], time.monotonic() - failed if failed else 0.0
-
-
-def warm_up(stage_file: Path) -> None:
-    """Imports and compiles what a run of the stage needs on its way, once for all of them."""
-    config = load_stage(stage_file, [])
-    llava, _ = stage._starting_point(config)
-    set_trainable(llava.model, config.trainable, config.seed)
-    with contextlib.suppress(ImportError):  # an optimizer that ZeRO asks for, with a compiler: the longest import
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-
-
 def main() -> None:
-    answers = os.fdopen(int(sys.argv[2]), "w")
-    warm_up(Path(sys.argv[1]))
-    gc.collect()
-    gc.freeze()  # so that no fork copies what it only looks at
-    print(json.dumps("ready"), file=answers, flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        port, ranks = free_port(), dict[int, int]()
-        for rank in range(job["n_ranks"]):
-            pid = os.fork()
-            if pid == 0:
-                become_rank(job, rank, port)
-                return
-            ranks[pid] = rank
-        codes, ended_s = wait_for(ranks, job["grace_s"])
-        print(json.dumps({"codes": codes, "ended_s": ended_s}), file=answers, flush=True)
+    faults, *arguments = sys.argv[1:]
+    for name, options in json.loads(faults).get(os.environ["RANK"], []):
+        FAULTS[name](**options)
+    sys.argv = [str(TRAIN), *arguments]
+    runpy.run_path(str(TRAIN), run_name="__main__")
 
 
 if __name__ == "__main__":
