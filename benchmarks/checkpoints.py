@@ -48,7 +48,7 @@ def measure(config: str, overrides: list[str]) -> dict[str, object]:
         run_dir = next(path for path in Path(folder).iterdir() if not path.name.startswith("."))
         saved = re.findall(r"checkpoint of ([\d,.]+) MB saved in ([\d.]+) s", printed)
         n_parameters = sum(
-            int(number.replace(",", "")) for number in re.findall(r"│ +([\d,]{5,}) │ +[\d,]+ │", printed)
+            int(number.replace(",", "")) for number in re.findall(r"│ +([\d,]+) +│ +[\d,]+ +│", printed)
         )
         for leftover in ("model", "adapter", "checkpoints/step-00000002"):
             shutil.rmtree(run_dir / leftover, ignore_errors=True)
