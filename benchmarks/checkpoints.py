@@ -47,9 +47,7 @@ def measure(config: str, overrides: list[str]) -> dict[str, object]:
         printed = train(config, overrides)
         run_dir = next(path for path in Path(folder).iterdir() if not path.name.startswith("."))
         saved = re.findall(r"checkpoint of ([\d,.]+) MB saved in ([\d.]+) s", printed)
-        n_parameters = sum(
-            int(number.replace(",", "")) for number in re.findall(r"│ +([\d,]+) +│ +[\d,]+ +│", printed)
-        )
+        n_parameters = sum(int(number.replace(",", "")) for number in re.findall(r"│ +([\d,]+) +│ +[\d,]+ +│", printed))
         for leftover in ("model", "adapter", "checkpoints/step-00000002"):
             shutil.rmtree(run_dir / leftover, ignore_errors=True)
         again = train(config, overrides)
