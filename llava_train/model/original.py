@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -139,7 +140,9 @@ def _merged(language_model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if not files:
         raise ForeignError(f"{folder} lacks adapter_model.safetensors (or .bin); copy the folder again")
     try:
-        peft_model = get_peft_model(language_model, LoraConfig.from_pretrained(str(folder)))
+        config = LoraConfig.from_pretrained(str(folder))
+        config.base_model_name_or_path = None  # else peft warns that the base has another name
+        peft_model = get_peft_model(language_model, config)
         loaded = set_peft_model_state_dict(peft_model, read_tensors(files[:1]))
     except (RuntimeError, TypeError, ValueError) as error:
         raise ForeignError(f"the adapters in {folder} do not fit their base model: {error}") from error
@@ -181,19 +184,25 @@ def _language_model(settings: dict[str, Any], state: State, dtype: torch.dtype, 
 
 def _language_config(settings: dict[str, Any], folder: Path) -> PreTrainedConfig:
     """The configuration of the language model alone: `llava` and `llava_llama` are a llama, `llava_qwen2` a qwen2."""
-    family = "llama" if settings.get("model_type") == "llava" else settings["model_type"].removeprefix("llava_")
+    model_type = str(settings.get("model_type"))
+    family = "llama" if model_type == "llava" else model_type.removeprefix("llava_")
     try:
         known = AutoConfig.for_model(family)
-    except ValueError as error:
-        raise ForeignError(f"{folder}: a {settings['model_type']} is not understood (no {family} here)") from error
-    keys = set(known.to_dict()) - _OF_THE_FILE | _OLD_ROPE_KEYS
-    return type(known)(**{key: value for key, value in settings.items() if key in keys})
+        keys = set(known.to_dict()) - _OF_THE_FILE | _OLD_ROPE_KEYS
+        config = type(known)(**{key: value for key, value in settings.items() if key in keys})
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ForeignError(f"{folder / 'config.json'} of a {model_type} is not understood: {error}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ForeignError(f"{folder / 'config.json'} is that of a {model_type}, not of a language model with LLaVA")
+    return config
 
 
 def _refuse_unsupported(settings: Mapping[str, Any], folder: Path) -> None:
     problem = None
     if not settings.get("mm_vision_tower", settings.get("vision_tower")):
         problem = "its config.json names no vision tower (mm_vision_tower)"
+    elif settings.get("mm_vision_select_feature", "patch") not in ("patch", "cls_patch"):
+        problem = f"it selects features by {settings['mm_vision_select_feature']!r} (mm_vision_select_feature)"
     elif settings.get("mm_use_im_start_end"):
         problem = "it was trained with tokens around each image (mm_use_im_start_end)"
     elif "anyres" in str(settings.get("image_aspect_ratio")) or settings.get("mm_patch_merge_type", "flat") != "flat":

@@ -102,7 +102,7 @@ def check_init(init_from: str, output: str | None = None) -> None:
         HandOffError: the run does not exist or is not finished.
     """
     folder, remedy = Path(init_from), "run that stage to its end first"
-    if output is not None and Path(output) in folder.parents and not folder.is_dir():
+    if output is not None and Path(output) in folder.parents and not folder.exists():
         raise HandOffError(f"init_from: there is no run {init_from}; {remedy}")
     if (folder / RESULT_FOLDER).is_dir():
         reason = damage(folder / RESULT_FOLDER)

@@ -106,7 +106,7 @@ def save_tensors(state: State, folder: Path, suffix: str = ".bin", n_shards: int
         else:
             save_file(part, folder / file)
     if n_shards > 1:
-        (folder / f"{name}{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (folder / f"{name}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def save_full(

@@ -10,8 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch.nn.functional import gelu, linear
 
+from llava_train.model import foreign_files
 from llava_train.model.build import Llava
 from llava_train.model.fit import misfits
 from llava_train.model.foreign_files import ForeignError, Kind, kind_of
@@ -58,6 +61,11 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def sdpa(llava: Llava) -> Llava:
+    llava.model.set_attn_implementation("sdpa")
+    return llava
+
+
 def merged_by_hand(scale: float) -> Any:
     """base + B A * scale."""
     model, adapters = originals.language_model(), originals.adapters()
@@ -71,7 +79,7 @@ class TestProjector:
     @pytest.mark.parametrize("kind", ["mlp2x_gelu", "linear"])
     def test_it_goes_out_and_comes_back_bit_for_bit_under_the_original_names(self, kind: str, tmp_path: Path) -> None:
         section = model_section(projector=kind)
-        llava, again = tiny_llava(section), tiny_llava(section)
+        llava = tiny_llava(section)
         layers = llava.model.model.multi_modal_projector
         for parameter in [*layers.linear_1.parameters(), *(layers.linear_2.parameters() if kind != "linear" else ())]:
             torch.nn.init.normal_(parameter)
@@ -221,6 +229,15 @@ class TestFiles:
         torch.save({"x": Code()}, full / "pytorch_model-00002-of-00002.bin")
         with pytest.raises(ForeignError, match="00002.bin holds more than tensors"):
             load_foreign(full)
+        llava = tiny_llava()
+        export_model(llava.model, llava.processor, 1, tmp_path / "hf")
+        state = load_file(tmp_path / "hf/model.safetensors")
+        (tmp_path / "hf/model.safetensors").unlink()
+        originals.save_tensors(state, tmp_path / "hf", n_shards=2)
+        assert_same(logits_of(load_foreign(tmp_path / "hf")), logits_of(sdpa(llava)))
+        torch.save({"x": Code()}, tmp_path / "hf/pytorch_model-00002-of-00002.bin")
+        with pytest.raises(ForeignError, match="not a LLaVA model that transformers loads"):
+            load_foreign(tmp_path / "hf")
 
     def test_a_damaged_file_is_named(self, tmp_path: Path) -> None:
         torch.save(originals.projector(), tmp_path / "mm_projector.bin")
@@ -244,7 +261,45 @@ class TestFiles:
             load_foreign(full)
 
 
+def test_what_the_hub_holds_is_told_apart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(originals.projector(), tmp_path / "mm_projector.bin")
+    monkeypatch.setattr(
+        foreign_files, "snapshot_download", lambda name, allow_patterns: str(tmp_path / name[len("someone/") :])
+    )
+    assert not is_whole_model("someone/.")
+    assert load_init("someone/.", tiny_llava().model, model_section()) == "projector from someone/."
+
+
+def test_the_file_of_a_run_below_output_is_found(tmp_path: Path) -> None:
+    torch.save(originals.projector(), tmp_path / "mm_projector.bin")
+    check_init(str(tmp_path / "mm_projector.bin"), str(tmp_path))
+
+
 class TestFull:
+    def test_a_tokenizer_of_sentencepiece_and_tied_embeddings(self, parts: tuple[Path, Path], tmp_path: Path) -> None:
+        """The published checkpoints hold `tokenizer.model` alone."""
+        words = tmp_path / "words.txt"
+        words.write_text("\n".join(f"the quick brown fox {i} asks an assistant {i * 7}" for i in range(300)))
+        SentencePieceTrainer.train(
+            input=str(words), model_prefix=str(tmp_path / "tokenizer"), vocab_size=290, byte_fallback=True, model_type="bpe", minloglevel=2
+        )  # fmt: skip
+        full = originals.save_full(tmp_path / "full", parts[1], tie_word_embeddings=True, vocab_size=290)
+        (full / "tokenizer.json").unlink()
+        shutil.copy(tmp_path / "tokenizer.model", full)
+        (full / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True})
+        )
+        model = originals.language_model()
+        model.resize_token_embeddings(290, mean_resizing=False)
+        state = {**model.state_dict(), **originals.projector()}
+        state.pop("lm_head.weight")
+        originals.save_tensors(state, full)
+        llava = load_foreign(full)
+        known = SentencePieceProcessor(model_file=str(full / "tokenizer.model")).encode("the quick fox")
+        assert llava.tokenizer("the quick fox<image>").input_ids == [1, *known, 290]
+        assert llava.model.lm_head.weight is llava.model.get_input_embeddings().weight
+        assert torch.equal(llava.model.lm_head.weight[:290], state["model.embed_tokens.weight"])
+
     @pytest.mark.parametrize("n_shards", [1, 3])
     @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
     def test_it_computes_what_its_tensors_say(
@@ -287,9 +342,12 @@ class TestFull:
         [
             ({"mm_use_im_start_end": True}, "tokens around each image"),
             ({"image_aspect_ratio": "anyres"}, "tiles"),
+            ({"mm_vision_select_feature": "cls"}, "selects features by 'cls'"),
+            ({"hidden_size": "wide"}, "config.json of a llava is not understood"),
+            ({"model_type": "clip"}, "is that of a clip, not of a language model"),
             ({"mm_vision_tower": None}, "names no vision tower"),
             ({"mm_vision_tower": "no/such/tower"}, "a folder may stand there"),
-            ({"model_type": "llava_martian"}, "llava_martian is not understood"),
+            ({"model_type": "llava_martian"}, "of a llava_martian is not understood"),
             ({"num_hidden_layers": 3}, "9 missing tensors, such as model.layers.2"),
             ({"intermediate_size": 128}, "does not fit its config.json"),
         ],
@@ -353,8 +411,7 @@ class TestOfTransformers:
         export_model(llava.model, llava.processor, encoder_of(llava).end_of_turn_id(), tmp_path)
         again = load_foreign(tmp_path)
         assert (again.n_image_tokens, again.processor.chat_template) == (4, llava.processor.chat_template)
-        llava.model.set_attn_implementation("sdpa")
-        assert torch.equal(logits_of(again), logits_of(llava))
+        assert torch.equal(logits_of(again), logits_of(sdpa(llava)))
 
     def test_a_processor_of_old_learns_how_many_tokens_an_image_has(self, tmp_path: Path) -> None:
         llava = tiny_llava()
@@ -378,8 +435,7 @@ class TestInitFrom:
         check_init(str(folder))
         assert load_init(str(folder), llava.model, section) == f"whole model from {folder}"
         assert torch.equal(llava.model.get_input_embeddings().weight[originals.N_TOKENS], row)
-        llava.model.set_attn_implementation("sdpa")
-        return llava
+        return sdpa(llava)
 
     def test_a_full_checkpoint(self, parts: tuple[Path, Path], tmp_path: Path) -> None:
         tuned = originals.language_model(seed=7)
