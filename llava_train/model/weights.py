@@ -8,7 +8,8 @@ and `projector.json` (a hash and what the projector joins). Any other leaves a w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ class HandOffError(UserError):
     """`init_from` cannot be used. The message names the folder and the mend."""
 
 
+@contextmanager
+def _of_init_from() -> Iterator[None]:
+    """What is wrong with weights is wrong with the key that names them."""
+    try:
+        yield
+    except ForeignError as error:
+        raise HandOffError(f"init_from: {error}") from error
+
+
 def save_projector(model: LlavaForConditionalGeneration, section: ModelSection, folder: Path) -> str:
     """Writes the projector and its card; returns the hash of the file."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,6 +57,7 @@ def save_projector(model: LlavaForConditionalGeneration, section: ModelSection, 
     return digest
 
 
+@_of_init_from()
 def load_init(init_from: str, model: LlavaForConditionalGeneration, section: ModelSection) -> str:
     """Loads what an earlier stage trained into `model`; returns a line that says what it was.
 
@@ -61,37 +72,30 @@ def load_init(init_from: str, model: LlavaForConditionalGeneration, section: Mod
     path = _result_of(init_from)
     if (path / PROJECTOR_CARD).is_file():
         return _load_projector(path, model, section)
-    try:
-        kind = kind_of(path)
-        if kind is Kind.MM_PROJECTOR:
-            load_mm_projector(path, model, section)
-        elif kind is Kind.TRANSFORMERS:
-            _continue_transformers(path, model, section)
-        else:
-            _continue_original(path, model, section)
-    except ForeignError as error:
-        raise HandOffError(f"init_from: {error}") from error
-    return f"{'projector' if kind is Kind.MM_PROJECTOR else 'whole model'} from {init_from}"
+    kind = kind_of(path)
+    if kind is Kind.MM_PROJECTOR:
+        load_mm_projector(path, model, section)
+    elif kind is Kind.TRANSFORMERS:
+        _continue_transformers(path, model, section)
+    else:
+        _continue_original(path, model, section)
+    return f"{'projector' if kind is Kind.MM_PROJECTOR else 'whole model'} from {path}"
 
 
+@_of_init_from()
 def is_whole_model(init_from: str) -> bool:
     """Whether `init_from` names a whole model, not a projector alone. Raises HandOffError."""
     path = _result_of(init_from)
-    try:
-        return not (path / PROJECTOR_CARD).is_file() and kind_of(path) is not Kind.MM_PROJECTOR
-    except ForeignError as error:
-        raise HandOffError(f"init_from: {error}") from error
+    return not (path / PROJECTOR_CARD).is_file() and kind_of(path) is not Kind.MM_PROJECTOR
 
 
 def _result_of(init_from: str) -> Path:
-    """The folder or file that is meant, downloaded if need be. Raises HandOffError."""
-    try:
-        path = local_path(init_from)
-    except ForeignError as error:
-        raise HandOffError(f"init_from: {error}") from error
+    """The folder or file that is meant, downloaded if need be. Raises ForeignError."""
+    path = local_path(init_from)
     return path / RESULT_FOLDER if (path / RESULT_FOLDER).is_dir() else path
 
 
+@_of_init_from()
 def check_init(init_from: str, output: str | None = None) -> None:
     """Refuses an `init_from` that cannot be continued, before any part is loaded.
 
@@ -113,8 +117,6 @@ def check_init(init_from: str, output: str | None = None) -> None:
             kind_of(folder)
         except NothingUnderstood as error:
             raise HandOffError(f"init_from: {folder} holds no finished result ({error}); {remedy}") from error
-        except ForeignError as error:
-            raise HandOffError(f"init_from: {error}") from error
 
 
 def export_model(

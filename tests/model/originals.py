@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.nn.functional import gelu, linear
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from llava_train.config import ModelSection
+from llava_train.model.build import Llava
 from llava_train.model.processor import byte_tokenizer
 from tests.tiny import LANGUAGE_MODEL, VISION_TOWER, model_section
 
 State = dict[str, torch.Tensor]
+
+PIXELS = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
 
 N_TOKENS = len(byte_tokenizer())
 _TEXT = {key: value for key, value in LANGUAGE_MODEL.items() if key != "model_type"}
@@ -149,3 +153,44 @@ def save_lora(folder: Path, base: Path | str, tower: Path, suffix: str = ".bin",
         save_file(adapters(), folder / "adapter_model.safetensors")
     torch.save(projector(seed=5, prefix="base_model.model.model.mm_projector."), folder / "non_lora_trainables.bin")
     return folder
+
+
+@torch.no_grad()
+def expected_logits(
+    projector: State, lm: LlamaForCausalLM | None = None, tower: CLIPVisionModel | None = None, full: bool = False
+) -> torch.Tensor:
+    """Logits of "<image>ab" by hand: the features of layer -2 through the projector, before two embeddings."""
+    lm, tower = lm or language_model(), tower or vision_tower()
+    features = tower(PIXELS, output_hidden_states=True).hidden_states[-2][:, 0 if full else 1 :]
+    tensors = list(projector.values())
+    hidden = linear(features, *tensors[:2])
+    if len(tensors) == 4:
+        hidden = linear(gelu(hidden), *tensors[2:])
+    words = lm.get_input_embeddings()(torch.tensor([[65, 66]]))
+    return lm(inputs_embeds=torch.cat([hidden, words], dim=1)).logits
+
+
+@torch.no_grad()
+def logits_of(llava: Llava) -> torch.Tensor:
+    assert not llava.model.training
+    image = llava.model.config.image_token_id
+    input_ids = torch.tensor([[image] * llava.n_image_tokens + [65, 66]])
+    return llava.model(input_ids=input_ids, pixel_values=PIXELS).logits[..., :N_TOKENS]
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def sdpa(llava: Llava) -> Llava:
+    llava.model.set_attn_implementation("sdpa")
+    return llava
+
+
+def merged_by_hand(scale: float) -> LlamaForCausalLM:
+    """base + B A * scale."""
+    model, state = language_model(), adapters()
+    for name in {key.rsplit(".", 2)[0] for key in state}:
+        layer = model.get_submodule(name.removeprefix("base_model.model."))
+        layer.weight.data += state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"] * scale
+    return model
