@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
@@ -112,7 +113,7 @@ def _of_transformers(folder: Path, dtype: torch.dtype | None) -> Llava:
         raise ForeignError(f"{folder} has a {type(processor).__name__}, not a LlavaProcessor")
     config = model.config
     vision, strategy = config.vision_config, config.vision_feature_select_strategy
-    n_tokens = count_encoder_tokens(vision, vision.image_size, config.vision_feature_layer)
+    n_tokens = count_encoder_tokens(deepcopy(vision), vision.image_size, config.vision_feature_layer)
     processor.patch_size, processor.vision_feature_select_strategy = vision.patch_size, strategy
     processor.num_additional_image_tokens = n_tokens - (vision.image_size // vision.patch_size) ** 2
     model.set_attn_implementation("sdpa")

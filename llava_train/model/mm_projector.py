@@ -117,5 +117,6 @@ def check_settings(settings: Mapping[str, Any], section: ModelSection, origin: P
         elif ours == theirs:
             continue
         raise ForeignError(
-            f"{origin} was trained with {key} = {theirs!r}, this stage has {ours!r}; set model.{key} to the former"
+            f"{origin} was trained with {key} = {theirs!r}, this stage has {ours!r}; set model.{key} to the former "
+            "(where only a name differs, the config.json there may be edited)"
         )

@@ -128,6 +128,27 @@ def test_its_base_may_be_a_full_checkpoint(parts: tuple[Path, Path], tmp_path: P
     assert_same(logits_of(load_foreign(lora)), expected_logits(originals.projector(seed=5), merged_by_hand(3.0), tuned))
 
 
+def test_whatever_else_was_trained_beside_the_adapters_counts(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    lora, model, tuned = (
+        originals.save_lora(tmp_path / "x", *parts),
+        merged_by_hand(3.0),
+        originals.vision_tower(seed=9),
+    )
+    model.model.norm.weight.data.mul_(2)
+    trained = {
+        **originals.projector(seed=5),
+        **originals.tower_state(tuned),
+        "model.norm.weight": model.model.norm.weight.data,
+    }
+    torch.save(
+        {f"base_model.model.{name}": tensor for name, tensor in trained.items()}, lora / "non_lora_trainables.bin"
+    )
+    assert_same(logits_of(load_foreign(lora)), expected_logits(originals.projector(seed=5), model, tuned))
+    torch.save({**trained, "model.other.weight": torch.zeros(1)}, lora / "non_lora_trainables.bin")
+    with pytest.raises(ForeignError, match="holds model.other.weight, which .* does not have"):
+        load_foreign(lora)
+
+
 def test_a_missing_base_is_named_with_the_mend(parts: tuple[Path, Path], tmp_path: Path) -> None:
     lora = originals.save_lora(tmp_path / "x", "no/such/base", parts[1])
     with pytest.raises(
