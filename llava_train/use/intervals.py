@@ -1,9 +1,9 @@
 """95 % confidence intervals of scores that are a ratio of sums over questions.
 
 Every score here is one: an accuracy is (right answers) / (questions), F1 is 2 TP / (2 TP + FP + FN). A proportion, each
-question being right or wrong, gets Wilson's interval (1927), which also holds for few questions and at 0 and 1. Any
-other gets the percentile bootstrap (Efron 1979), which draws whole groups of questions: questions about one picture
-are not independent, and taking them for it makes intervals too narrow.
+question being right or wrong, gets Wilson's interval (1927), which also holds for few questions and at 0 and 1, and
+takes the questions for independent. Any other gets the percentile bootstrap (Efron 1979), which draws whole groups of
+questions: those about one picture are not independent, and taking them for it makes intervals too narrow.
 """
 
 from __future__ import annotations
@@ -31,13 +31,18 @@ def wilson(n_right: float, n: float) -> tuple[float, float]:
 
 
 def bootstrap(
-    numerators: Sequence[float], denominators: Sequence[float], groups: Sequence[Hashable], seed: int = 0
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    groups: Sequence[Hashable],
+    highest: float = 1.0,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """95 % percentile interval of sum(numerators) / sum(denominators).
+    """95 % percentile interval of sum(numerators) / sum(denominators); Wilson's where all draws are alike.
 
     Args:
         numerators, denominators: of each question.
         groups: of each question, what it shares with others: its picture. Groups are drawn, not questions.
+        highest: what the ratio can reach.
     """
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     which, n_groups = [numbers[group] for group in groups], len(numbers)
@@ -49,5 +54,7 @@ def bootstrap(
         counts = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size)  # [draws, groups]
         above, below = (counts @ values for values in sums)
         drawn.append(np.divide(above, below, out=np.zeros(size), where=below > 0))
-    low, high = np.quantile(np.concatenate(drawn), [0.025, 0.975])
-    return float(low), float(high)
+    low, high = np.quantile(np.concatenate(drawn), [0.025, 0.975]).tolist()
+    if low == high:  # ten right answers of ten do not make it certain
+        low, high = (highest * bound for bound in wilson(low / highest * n_groups, n_groups))
+    return low, high

@@ -35,6 +35,7 @@ Parts = Mapping[str, tuple[float, float]]
 
 _PROPORTIONS = frozenset({"exact", "accuracy", "accuracy_norm", "precision", "recall", "yes_share"})
 """Scores whose questions are right or wrong: their intervals are Wilson's."""
+_HIGHEST = {"cider": 10.0}
 _LEAST_ANNOTATORS = 4
 
 
@@ -84,8 +85,10 @@ def scores_of(parts: Sequence[Parts], groups: Sequence[Hashable]) -> list[Score]
     for name in parts[0] if parts else ():
         above, below = zip(*(each[name] for each in parts), strict=True)
         total = sum(below)
-        is_proportion = name in _PROPORTIONS
-        low, high = wilson(sum(above), total) if is_proportion else bootstrap(above, below, groups)
+        if name in _PROPORTIONS:
+            low, high = wilson(sum(above), total)
+        else:
+            low, high = bootstrap(above, below, groups, _HIGHEST.get(name, 1.0))
         scores.append(Score(name, sum(above) / total if total else 0.0, low, high, len(parts)))
     return scores
 

@@ -211,6 +211,11 @@ def test_the_bootstrap_draws_groups() -> None:
     assert bootstrap(right, [1.0] * 40, range(40)) == alone
 
 
+def test_few_questions_that_agree_do_not_make_a_score_certain() -> None:
+    assert bootstrap([1.0] * 20, [1.0] * 20, range(20)) == pytest.approx(wilson(20, 20))
+    assert bootstrap([0.0] * 20, [1.0] * 20, range(20), highest=10) == pytest.approx((0, 1.611), abs=5e-4)
+
+
 def test_most_bootstrap_intervals_hold_the_true_f1() -> None:
     """F1 of precision and recall 0.8 is 0.8; of 60 samples of 200 questions at least 52 intervals hold it."""
     rng, n_held = random.Random(0), 0
