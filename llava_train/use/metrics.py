@@ -21,11 +21,11 @@ from typing import Literal
 
 from anls import anls_score
 
+from llava_train.config import TextMetric
 from llava_train.use.cider import cider
 from llava_train.use.intervals import bootstrap, wilson
 from llava_train.use.vqa_normalisation import normalised
 
-TextMetric = Literal["vqa", "exact", "pope", "anls", "caption"]
 Metric = Literal["vqa", "exact", "pope", "anls", "caption", "choice"]
 TEXT_METRICS: tuple[TextMetric, ...] = typing.get_args(TextMetric)
 METRICS: tuple[Metric, ...] = typing.get_args(Metric)
@@ -91,6 +91,13 @@ def scores_of(parts: Sequence[Parts], groups: Sequence[Hashable]) -> list[Score]
             low, high = bootstrap(above, below, groups, _HIGHEST.get(name, 1.0))
         scores.append(Score(name, sum(above) / total if total else 0.0, low, high, len(parts)))
     return scores
+
+
+def in_words(score: Score) -> str:
+    """`62.0 [60.1, 63.9]`: percent, but CIDEr as it is."""
+    scale, digits = (1, 3) if score.name == "cider" else (100, 1)
+    value, low, high = (f"{scale * each:.{digits}f}" for each in (score.value, score.low, score.high))
+    return f"{value} [{low}, {high}]"
 
 
 def vqa_accuracy(answer: str, annotators: Sequence[str]) -> float:

@@ -14,7 +14,7 @@ is the reference.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,9 @@ def read_questions(path: Path, metric: Metric, images: str | None = None, suffix
         DataError: the file or the images cannot be opened.
         QuestionError: a record that is no question, or lacks what the metric measures by.
     """
+    for given in (path, Path(images or path)):
+        if not given.exists():
+            raise QuestionError(f"{given}: there is no such file or folder")
     source, items = open_source(path, images), list[Item]()
     for index in range(len(source)):
         line = source.line(index)
@@ -91,7 +94,10 @@ def read_questions(path: Path, metric: Metric, images: str | None = None, suffix
 
 def first_question(sample: Sample, where: str, metric: Metric | None) -> Item:
     """The first question of a training sample. Raises QuestionError where the metric cannot measure its answer."""
-    return next(_of_sample(sample, metric, "", where, [None]))
+    try:
+        return replace(next(_of_sample(sample, metric, "", where, [None])), id=sample.id)
+    except QuestionError as error:
+        raise QuestionError(f"{where}: {error}") from error
 
 
 def _items_of(source: Source, index: int, metric: Metric, suffix: str, where: str) -> list[Item]:
@@ -108,15 +114,16 @@ def _items_of(source: Source, index: int, metric: Metric, suffix: str, where: st
 def _of_sample(
     sample: Sample, metric: Metric | None, suffix: str, where: str, categories: Sequence[Any]
 ) -> Iterator[Item]:
-    """Each pair of a conversation, asked on its own with all the pictures."""
+    """Each pair of a conversation, asked on its own with all the pictures so far."""
     system = tuple(turn for turn in sample.turns if turn.role == "system")
-    spoken = sample.turns[len(system) :]
+    spoken, n_shown = sample.turns[len(system) :], 0
     for number, (asked, answered) in enumerate(zip(spoken[::2], spoken[1::2], strict=True)):
         options, references = _measured_by({"answer": answered.text}, metric)
+        n_shown += asked.text.count(IMAGE_PLACEHOLDER)
         yield Item(
             sample.id if len(spoken) == 2 else f"{sample.id}-{number}",
-            (*system, Turn("user", _asked(asked.text, len(sample.images), suffix))),
-            sample.images,
+            (*system, Turn("user", _asked(asked.text, n_shown, suffix))),
+            sample.images[:n_shown],
             references,
             where,
             options,

@@ -8,11 +8,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from llava_train.files import write_durably
 from llava_train.use.answers import Answer
-from llava_train.use.metrics import Metric, Parts, Score, choose, judge, judge_choices, most_frequent, scores_of
+from llava_train.use.metrics import (
+    Metric,
+    Parts,
+    Score,
+    choose,
+    in_words,
+    judge,
+    judge_choices,
+    most_frequent,
+    scores_of,
+)
 from llava_train.use.questions import Item
 
 PICTURE, BLANK, MOST_FREQUENT = "picture", "blank", "most frequent"
@@ -50,12 +61,13 @@ class Report:
         """The scores with their 95 % intervals, a way of answering a column."""
         ways = list(next(iter(self.scores.values()), {}))
         title = f"{self.metric} of {self.model} on {self.data}, with 95 % confidence intervals"
-        table = Table("questions", "score", *ways, title=title)
+        table = Table("questions", *ways, title=title, box=box.SIMPLE)
         for category, by_way in self.scores.items():
             rows = list(zip(*by_way.values(), strict=True))
-            for number, row in enumerate(rows, start=1):
-                name = f"{'all' if category is None else category} ({row[0].n:,})" if number == 1 else ""
-                table.add_row(name, row[0].name, *map(in_words, row), end_section=number == len(rows))
+            for row in rows[:1]:
+                table.add_row(f"{'all' if category is None else category} ({row[0].n:,})")
+            for row in rows:
+                table.add_row(f"  {row[0].name}", *map(in_words, row), end_section=row is rows[-1])
         return table
 
 
@@ -95,13 +107,6 @@ def guesses(items: Sequence[Item]) -> list[Answer]:
         return [Answer(text) for text in most_frequent([item.references for item in items], categories)]
     places = most_frequent([[str(item.options.index(item.references[0]))] for item in items], categories)
     return [Answer("", _only(int(place), len(item.options))) for place, item in zip(places, items, strict=True)]
-
-
-def in_words(score: Score) -> str:
-    """`62.0 [60.1, 63.9]`: percent, but CIDEr as it is."""
-    scale, digits = (1, 3) if score.name == "cider" else (100, 1)
-    value, low, high = (f"{scale * each:.{digits}f}" for each in (score.value, score.low, score.high))
-    return f"{value} [{low}, {high}]"
 
 
 def _only(place: int, n: int) -> tuple[float, ...]:

@@ -55,7 +55,7 @@ def command(model: Path, data: Path, *more: str, metric: str = "pope") -> list[s
 
 
 def run(model: Path, data: Path, *more: str, metric: str = "pope") -> Result:
-    return CliRunner(env={"COLUMNS": "150"}).invoke(app, command(model, data, *more, metric=metric))
+    return CliRunner(env={"COLUMNS": "80"}).invoke(app, command(model, data, *more, metric=metric))
 
 
 def test_answers_are_those_of_the_model_in_the_format_of_llava(model: Path, data: Path) -> None:
@@ -260,7 +260,8 @@ def test_questions_are_read_before_the_model_is(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", [{"text": "What?"}])
     refused = run(tmp_path / "no-such-model", path, metric="exact")
     assert refused.exit_code == 2 and "q.jsonl:1: --metric exact measures by" in refused.stderr
-    assert "error: " in run(tmp_path / "no-such-model", tmp_path / "none.jsonl").stderr
+    assert "none.jsonl: there is no such file" in run(tmp_path / "no-such-model", tmp_path / "none.jsonl").stderr
+    assert "pictures: there is no such file or folder" in run(tmp_path, path, "--images", "pictures").stderr
 
 
 @pytest.mark.parametrize("spoilt", ["picture", "text"])
