@@ -65,8 +65,8 @@ class Evaluation:
     @property
     def name(self) -> str:
         """The model's name in the answers file and in tables."""
-        path = Path(self.model)
-        return path.resolve().parent.name if path.name in (RESULT_FOLDER, ADAPTER_FOLDER) else path.name
+        path = Path(self.model).absolute()
+        return path.parent.name if path.name in (RESULT_FOLDER, ADAPTER_FOLDER) else path.name
 
     def answers_path(self, way: str) -> Path:
         """The answers file: as named, else in the run's folder, else in the current one with the model's name."""
@@ -97,22 +97,13 @@ def evaluate(plan: Evaluation, progress: Console | None = None) -> Report | None
     with joined_ranks() as ranks:
         items = ranks.on_main(lambda: read_questions(plan.data, plan.metric, plan.images, plan.prompt_suffix))
         files = ranks.on_main(lambda: _answers_files(plan, items))
-        known = ranks.on_main(lambda: {way: file.merge() for way, file in files.items()})
-        asked, skipped = range(len(items))[: plan.limit], list[str]()
-        open_ = {way: [index for index in asked if index not in known[way]] for way in files}
-        if any(open_.values()):
-            asker = ranks.on_all(lambda: _Asker(plan, items))
-            for way, file in files.items():
-                _answer_share(asker, way, file, _shares(items, open_[way], ranks), ranks, progress)
-            skipped = ranks.gather(asker.skipped)
-        ranks.gather([])  # all have written
+        skipped = _answer_all(plan, items, files, ranks, progress)
         if not ranks.is_main:
             return None
         answers = {way: file.merge() for way, file in files.items()}
-        both = [index for index in asked if all(index in given for given in answers.values())]
+        both = [index for index in range(len(items))[: plan.limit] if all(index in given for given in answers.values())]
         given = {way: [found[index] for index in both] for way, found in answers.items()}
-        told = list(dict.fromkeys(skipped))
-        report = report_on(plan.name, str(plan.data), plan.metric, [items[index] for index in both], given, told)
+        report = report_on(plan.name, str(plan.data), plan.metric, [items[index] for index in both], given, skipped)
         report.write(plan.scores_path)
         return report
 
@@ -147,20 +138,28 @@ def _answers_files(plan: Evaluation, items: Sequence[Item]) -> dict[str, Answers
     return files
 
 
-def _shares(items: Sequence[Item], indices: Iterable[int], ranks: Ranks) -> list[int]:
+def _share(items: Sequence[Item], indices: Iterable[int], ranks: Ranks) -> list[int]:
     """The indices of this rank, the longest first: a batch is of texts of like length, and all ranks have as much."""
     return sorted(indices, key=lambda index: (-len(items[index].prompt), index))[ranks.rank :: ranks.n_ranks]
 
 
-def _answer_share(
-    asker: _Asker, way: str, file: AnswersFile, indices: Sequence[int], ranks: Ranks, progress: Console | None
-) -> None:
-    part, size = file.part(ranks.rank, ranks.n_ranks), asker.plan.batch_size
-    batches: Iterable[Sequence[int]] = [indices[start : start + size] for start in range(0, len(indices), size)]
-    if progress is not None and ranks.is_main:
-        batches = track(batches, f"answering ({way})", console=progress, transient=True)
-    for batch in batches:
-        file.append(part, asker.answers(batch, way))
+def _answer_all(
+    plan: Evaluation, items: Sequence[Item], files: Mapping[str, AnswersFile], ranks: Ranks, progress: Console | None
+) -> list[str]:
+    """Answers what is not answered yet, each rank its share; what was left out. Every rank must call it."""
+    known = ranks.on_main(lambda: {way: set(file.merge()) for way, file in files.items()})
+    wanted = {way: sorted({*range(len(items))[: plan.limit]} - known[way]) for way in files}
+    if not any(wanted.values()):
+        return []
+    asker = ranks.on_all(lambda: _Asker(plan, items))
+    for way, file in files.items():
+        own, size = _share(items, wanted[way], ranks), plan.batch_size
+        batches: Iterable[Sequence[int]] = [own[start : start + size] for start in range(0, len(own), size)]
+        if progress is not None and ranks.is_main:
+            batches = track(batches, f"answering ({way})", console=progress, transient=True)
+        for batch in batches:
+            file.append(file.part(ranks.rank, ranks.n_ranks), asker.answers(batch, way))
+    return list(dict.fromkeys(ranks.gather(asker.skipped)))  # here each rank waits until all have written
 
 
 class _Asker:

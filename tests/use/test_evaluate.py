@@ -199,6 +199,25 @@ def test_training_data_is_asked_pair_by_pair(model: Path, tmp_path: Path) -> Non
     assert "where" in done.stdout
 
 
+def test_a_question_is_asked_with_the_pictures_so_far(tmp_path: Path) -> None:
+    turns = [("human", "<image>\nWhat is it?"), ("gpt", "A dog."), ("human", "Like <image>?"), ("gpt", "No.")]
+    conversation = [{"from": who, "value": value} for who, value in turns]
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"id": "x", "image": ["a.png", "b.png"], "conversations": conversation}])
+    )
+    first, second = read_questions(tmp_path / "a.json", "exact", suffix="Be brief.")
+    assert first.turns[-1].text == "<image>\nWhat is it?\nBe brief." and len(first.pictures) == 1
+    assert second.turns[-1].text == "<image>\n<image>\nLike ?\nBe brief." and len(second.pictures) == 2
+    assert first.prompt == "What is it?\nBe brief."
+    assert first.group != second.group
+
+
+def test_questions_about_one_picture_are_a_group_and_others_are_not(tmp_path: Path) -> None:
+    rows = [{"text": "?", "answer": "a", **image} for image in ({"image": "a.png"}, {"image": "a.png"}, {}, {})]
+    groups = [item.group for item in read_questions(write(tmp_path / "q.jsonl", rows), "exact")]
+    assert groups[0] == groups[1] and len(set(groups)) == 3
+
+
 def test_a_choice_is_made_by_likelihood(model: Path, data: Path) -> None:
     options = ["a", "some very long option indeed", "ball"]
     rows = [{**row, "options": options, "answer": number % 3} for number, row in enumerate(read_lines(data))]
