@@ -16,8 +16,6 @@ import numpy as np
 
 _Z = NormalDist().inv_cdf(0.975)
 _N_DRAWS = 2000
-_CELLS_AT_ONCE = 1 << 22
-"""Bounds the memory of the draws: 32 MB."""
 
 
 def wilson(n_right: float, n: float) -> tuple[float, float]:
@@ -46,15 +44,13 @@ def bootstrap(
     """
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     which, n_groups = [numbers[group] for group in groups], len(numbers)
-    sums = [np.bincount(which, values, n_groups) for values in (numerators, denominators)]
-    at_once = max(1, _CELLS_AT_ONCE // n_groups)
+    above, below = (np.bincount(which, values, n_groups) for values in (numerators, denominators))
     rng, drawn = np.random.default_rng(seed), []
-    for start in range(0, _N_DRAWS, at_once):
-        size = min(at_once, _N_DRAWS - start)
-        counts = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size)  # [draws, groups]
-        above, below = (counts @ values for values in sums)
-        drawn.append(np.divide(above, below, out=np.zeros(size), where=below > 0))
-    low, high = np.quantile(np.concatenate(drawn), [0.025, 0.975]).tolist()
+    for _ in range(_N_DRAWS):
+        chosen = rng.integers(n_groups, size=n_groups)
+        total = below[chosen].sum()
+        drawn.append(above[chosen].sum() / total if total else 0.0)
+    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
     if low == high:  # ten right answers of ten do not make it certain
         low, high = (highest * bound for bound in wilson(low / highest * n_groups, n_groups))
     return low, high

@@ -147,9 +147,8 @@ def _of_question(record: dict[str, Any], source: Source, index: int, metric: Met
 
 
 def _asked(text: str, n_pictures: int, suffix: str) -> str:
-    """The text with a placeholder for each picture: its own where it has all of them, else before the text."""
-    if text.count(IMAGE_PLACEHOLDER) != n_pictures and n_pictures:
-        text = f"{IMAGE_PLACEHOLDER}\n" * n_pictures + text.replace(IMAGE_PLACEHOLDER, "").strip()
+    """The text with a placeholder for each picture: its own ones, and before it those that it lacks."""
+    text = f"{IMAGE_PLACEHOLDER}\n" * (n_pictures - text.count(IMAGE_PLACEHOLDER)) + text
     return f"{text}\n{suffix}" if suffix else text
 
 

@@ -199,6 +199,14 @@ def test_training_data_is_asked_pair_by_pair(model: Path, tmp_path: Path) -> Non
     assert "where" in done.stdout
 
 
+def test_questions_may_share_an_id_as_those_of_textvqa_do(model: Path, tmp_path: Path) -> None:
+    annotated = [{"answer": "two", "answer_confidence": "yes", "answer_id": i} for i in range(10)]
+    rows = [{"question_id": "x", "text": text, "answers": annotated} for text in ("How many?", "Which number?")]
+    done = run(model, write(tmp_path / "q.jsonl", rows), "--json", metric="vqa")
+    assert json.loads(done.stdout)["n"] == 2, done.output
+    assert [row["prompt"] for row in read_lines(tmp_path / "a.jsonl")] == ["How many?", "Which number?"]
+
+
 def test_a_question_is_asked_with_the_pictures_so_far(tmp_path: Path) -> None:
     turns = [("human", "<image>\nWhat is it?"), ("gpt", "A dog."), ("human", "Like <image>?"), ("gpt", "No.")]
     conversation = [{"from": who, "value": value} for who, value in turns]
@@ -207,7 +215,7 @@ def test_a_question_is_asked_with_the_pictures_so_far(tmp_path: Path) -> None:
     )
     first, second = read_questions(tmp_path / "a.json", "exact", suffix="Be brief.")
     assert first.turns[-1].text == "<image>\nWhat is it?\nBe brief." and len(first.pictures) == 1
-    assert second.turns[-1].text == "<image>\n<image>\nLike ?\nBe brief." and len(second.pictures) == 2
+    assert second.turns[-1].text == "<image>\nLike <image>?\nBe brief." and len(second.pictures) == 2
     assert first.prompt == "What is it?\nBe brief."
     assert first.group != second.group
 
