@@ -118,7 +118,7 @@ def _of_sample(
     system = tuple(turn for turn in sample.turns if turn.role == "system")
     spoken, n_shown = sample.turns[len(system) :], 0
     for number, (asked, answered) in enumerate(zip(spoken[::2], spoken[1::2], strict=True)):
-        options, references = _measured_by({"answer": answered.text}, metric)
+        options, references = _measured_by({"answer": answered.text}, metric) if metric else ((), (answered.text,))
         n_shown += asked.text.count(IMAGE_PLACEHOLDER)
         yield Item(
             sample.id if len(spoken) == 2 else f"{sample.id}-{number}",
@@ -156,12 +156,12 @@ def _category(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _measured_by(record: dict[str, Any], metric: Metric | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _measured_by(record: dict[str, Any], metric: Metric) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Options, of a choice, and references. Raises QuestionError."""
-    keys = _REFERENCES[metric or "exact"]
+    keys = _REFERENCES[metric]
     key = next((key for key in keys if record.get(key) not in (None, "", [])), None)
     if key is None:
-        raise QuestionError(f"--metric {metric} measures by {' or '.join(keys)}, which is missing")
+        raise QuestionError(f"metric {metric} measures by {' or '.join(keys)}, which is missing")
     if metric == "choice":
         return _choice(record.get("options"), record[key])
     references = _texts(record[key], key)
@@ -194,7 +194,7 @@ def _choice(options: Any, answer: Any) -> tuple[tuple[str, ...], tuple[str, ...]
         or not all(isinstance(option, str) and option for option in listed)
         or len({*listed}) < len(listed)
     ):
-        raise QuestionError("--metric choice: options: wanted two or more different texts")
+        raise QuestionError("options: wanted two or more different texts")
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(listed):
         return tuple(listed), (listed[answer],)
     if answer in listed:

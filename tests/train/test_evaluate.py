@@ -135,6 +135,6 @@ def test_what_cannot_be_measured_is_told_before_training(folder: Path) -> None:
     assert {ranks[0].code for ranks in done.values()} == {2}
     assert 'wanted "yes" or "no"' in told["bad-label"] and "eval.data, sample 0" in told["bad-label"]
     assert "eval.questions: no score is computed over them; set eval.metric" in told["no-metric"]
-    assert "pope.jsonl:1: --metric vqa measures by answers or answer" in told["no-answers"]
+    assert "pope.jsonl:1: metric vqa measures by answers or answer" in told["no-answers"]
     assert "none.jsonl: there is no such file or folder" in told["no-file"]
     assert not any((folder / "runs" / name / "metrics.jsonl").is_file() for name in stages)

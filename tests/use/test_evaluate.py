@@ -261,7 +261,7 @@ def test_the_right_option_is_a_text_a_number_or_a_letter(tmp_path: Path, answer:
     ("metric", "row", "message"),
     [
         ("vqa", {"image": "a.png"}, 'no question: wanted "text"'),
-        ("vqa", {"text": "What?"}, "--metric vqa measures by answers or answer, which is missing"),
+        ("vqa", {"text": "What?"}, "metric vqa measures by answers or answer, which is missing"),
         ("vqa", {"text": "What?", "answers": [None]}, "answers: [None] is neither a text nor a list of texts"),
         ("pope", {"text": "What?", "label": "maybe"}, """label: 'maybe'; wanted "yes" or "no\""""),
         ("caption", {"text": "What?", "captions": []}, "captions or caption or answers or answer, which is missing"),
@@ -286,7 +286,7 @@ def test_a_wrong_question_is_told_with_file_and_line(
 def test_questions_are_read_before_the_model_is(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", [{"text": "What?"}])
     refused = run(tmp_path / "no-such-model", path, metric="exact")
-    assert refused.exit_code == 2 and "q.jsonl:1: --metric exact measures by" in refused.stderr
+    assert refused.exit_code == 2 and "q.jsonl:1: metric exact measures by" in refused.stderr
     assert "none.jsonl: there is no such file" in run(tmp_path / "no-such-model", tmp_path / "none.jsonl").stderr
     assert "pictures: there is no such file or folder" in run(tmp_path, path, "--images", "pictures").stderr
 
