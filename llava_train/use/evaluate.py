@@ -31,6 +31,9 @@ from llava_train.use.questions import Item, read_questions
 from llava_train.use.ranks import Ranks, joined_ranks
 from llava_train.use.report import BLANK, PICTURE, Report, report_on
 
+_BLANK_SIDE = 224
+"""Pixels. Of the colour that LLaVA pads with, the encoder sees the same blank square whatever the size."""
+
 
 class EvaluationError(UserError):
     """A question that the model cannot be asked. The message names it."""
@@ -143,6 +146,17 @@ def _share(items: Sequence[Item], indices: Iterable[int], ranks: Ranks) -> list[
     return sorted(indices, key=lambda index: (-len(items[index].prompt), index))[ranks.rank :: ranks.n_ranks]
 
 
+def _alike(items: Sequence[Item], indices: Iterable[int], way: str) -> dict[int, list[int]]:
+    """Questions that have one answer, by the first of them: blank pictures are all alike, so the words decide."""
+    firsts: dict[object, int] = {}
+    groups: dict[int, list[int]] = {}
+    for index in indices:
+        item = items[index]
+        key = (item.turns, len(item.pictures), item.options) if way == BLANK else index
+        groups.setdefault(firsts.setdefault(key, index), []).append(index)
+    return groups
+
+
 def _answer_all(
     plan: Evaluation, items: Sequence[Item], files: Mapping[str, AnswersFile], ranks: Ranks, progress: Console | None
 ) -> list[str]:
@@ -153,12 +167,15 @@ def _answer_all(
         return []
     asker = ranks.on_all(lambda: _Asker(plan, items))
     for way, file in files.items():
-        own, size = _share(items, wanted[way], ranks), plan.batch_size
+        alike = _alike(items, wanted[way], way)
+        own, size = _share(items, alike, ranks), plan.batch_size
         batches: Iterable[Sequence[int]] = [own[start : start + size] for start in range(0, len(own), size)]
         if progress is not None and ranks.is_main:
             batches = track(batches, f"answering ({way})", console=progress, transient=True)
         for batch in batches:
-            file.append(file.part(ranks.rank, ranks.n_ranks), asker.answers(batch, way))
+            answers = asker.answers(batch, way)
+            for_all = {index: answer for first, answer in answers.items() for index in alike[first]}
+            file.append(file.part(ranks.rank, ranks.n_ranks), for_all)
     return list(dict.fromkeys(ranks.gather(asker.skipped)))  # here each rank waits until all have written
 
 
@@ -171,7 +188,7 @@ class _Asker:
             plan.model, plan.device, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code
         )
         mean = self.llava.processor.image_processor.image_mean
-        self._blank_colour = tuple(round(255 * share) for share in mean)
+        self._blank = Image.new("RGB", (_BLANK_SIDE, _BLANK_SIDE), tuple(int(255 * share) for share in mean))
 
     def answers(self, indices: Sequence[int], way: str) -> Mapping[int, Answer]:
         """Answers by index, but for questions that cannot be asked. Raises EvaluationError unless they are skipped."""
@@ -196,10 +213,8 @@ class _Asker:
         return [Answer(text) for text in texts]
 
     def _question(self, item: Item, way: str) -> Question:
-        pictures = [decode_image(picture) for picture in item.pictures]
-        if way == BLANK:
-            pictures = [Image.new("RGB", picture.size, self._blank_colour) for picture in pictures]
-        return Question(item.turns, tuple(pictures))
+        is_blank = way == BLANK
+        return Question(item.turns, tuple(self._blank if is_blank else decode_image(each) for each in item.pictures))
 
     def _choose(self, question: Question, item: Item) -> Answer:
         sums = tuple(sum_ for sum_, _ in self.llava.log_likelihoods(question, item.options))

@@ -88,15 +88,37 @@ def test_blind_shows_both_baselines_beside_each_score(model: Path, data: Path, m
     assert list(report.scores[None]) == ["picture", "blank", "most frequent"]
     best = {score.name: score.value for score in report.scores[None]["most frequent"]}
     assert best["accuracy"] == 1  # the label of each category is always the same here
-    blank, mean = asked[N:], tuple(round(255 * share) for share in (0.48145466, 0.4578275, 0.40821073))
+    blank, mean = asked[N:], tuple(int(255 * share) for share in (0.48145466, 0.4578275, 0.40821073))
     for question in blank:
-        assert question.images[0].getcolors() == [(question.images[0].width * 40, mean)]
-    assert sorted(q.images[0].size for q in blank) == sorted(q.images[0].size for q in asked[:N])
+        [(_, colour)] = question.images[0].getcolors()
+        assert colour == mean
     assert len(read_lines(data.parent / "a.blank.jsonl")) == N
     shown = run(model, data, "--blind", "--max-new-tokens", "128")
     assert len(asked) == 2 * N, "nothing was asked again"
     assert "most frequent" in shown.stdout and "random (4)" in shown.stdout
     assert "100.0 [64.6, 100.0]" in shown.stdout
+
+
+def test_a_question_that_comes_again_is_asked_once_about_a_blank_picture(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(data, [{**row, "text": "Is it?" if row["question_id"] % 2 else "Is it red?"} for row in read_lines(data)])
+    n_asked = 0
+    generate = LLaVA.generate
+
+    def counted(self: LLaVA, questions: Any, **more: Any) -> list[str]:
+        nonlocal n_asked
+        n_asked += len(questions)
+        return generate(self, questions, **more)
+
+    monkeypatch.setattr(LLaVA, "generate", counted)
+    evaluate(Evaluation(str(model), data, "pope", answers=data.parent / "a.jsonl", blind=True, max_new_tokens=5))
+    assert n_asked == N + 2
+    blank = LLaVA.from_pretrained(model, "cpu")
+    colour = tuple(int(255 * share) for share in (0.48145466, 0.4578275, 0.40821073))
+    for row, answer in zip(read_lines(data), read_lines(data.parent / "a.blank.jsonl"), strict=True):
+        picture = Image.new("RGB", Image.open(data.parent / row["image"]).size, colour)
+        assert answer["text"] == blank.generate_from_image(picture, row["text"], max_new_tokens=5)
 
 
 class Killed(Exception):
