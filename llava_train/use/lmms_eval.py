@@ -24,11 +24,17 @@ from llava_train.model.weights import RESULT_FOLDER
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILES_OF_QUESTIONS = (".json", ".jsonl", ".gz", ".parquet", ".arrow")
 _PROBE = """
-import importlib.util as u, json
-missing = [name for name in ("lmms_eval", "decord") if u.find_spec(name) is None]
-print(json.dumps({"missing": missing, "cuda": not missing and __import__("torch").cuda.is_available()}))
+import importlib, json
+missing = []
+for name in ("lmms_eval", "decord", "filelock._api"):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        missing.append(name)
+print(json.dumps({"missing": missing, "cuda": not missing and importlib.import_module("torch").cuda.is_available()}))
 """
-"""llava_hf imports decord, which lmms-eval 0.7 does not ask pip for."""
+_INSTALL = '''python -m venv lmms-env && lmms-env/bin/pip install lmms-eval decord "filelock<4.3"'''
+"""lmms-eval 0.7.3 does not tell pip that it imports decord, and a module that filelock 4.3 no longer has."""
 
 
 class LmmsEvalError(UserError):
@@ -160,9 +166,8 @@ def _device_of(python: str) -> str:
     found = json.loads(done.stdout.splitlines()[-1])
     if found["missing"]:
         raise LmmsEvalError(
-            f"{python} has no {' and no '.join(found['missing'])}. lmms-eval needs other versions than training, so "
-            "give it an environment of its own:\n  python -m venv lmms-env && lmms-env/bin/pip install lmms-eval decord"
-            "\nand name it: --python lmms-env/bin/python"
+            f"{python} lacks {', '.join(found['missing'])}. lmms-eval needs other versions than training, so give it "
+            f"an environment of its own:\n  {_INSTALL}\nand name that: --python lmms-env/bin/python"
         )
     return "cuda" if found["cuda"] else "cpu"
 

@@ -11,7 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
-from transformers import AutoProcessor, GenerationConfig, LlavaProcessor, PreTrainedTokenizerBase
+from transformers import AutoProcessor, GenerationConfig, LlavaProcessor
 
 
 def prepared(folder: Path, place: Path) -> Path:
@@ -31,34 +31,30 @@ def prepared(folder: Path, place: Path) -> Path:
 
 
 def adapt(processor: LlavaProcessor, ends: set[int]) -> bool:
-    """Changes chat template and end-of-sequence token where `llava_hf` would use them wrong; returns whether it did.
+    """Lets the chat template alone begin a text, and an answer end where a turn does; returns whether that changed it.
 
     Args:
-        ends: tokens that end an answer.
+        ends: tokens that may end an answer.
     """
-    tokenizer, template, changes = processor.tokenizer, processor.chat_template, ""
+    tokenizer, template = processor.tokenizer, processor.chat_template
     if template is None:
         return False
-    first = tokenizer(_render(tokenizer, changes + template)).input_ids[:2]
-    if first == [tokenizer.bos_token_id] * 2:
-        changes += "{%- set bos_token = '' -%}\n"
-    whole = _render(tokenizer, changes + template, answer="Yes.")
-    end = next((token for token in reversed(tokenizer(whole).input_ids) if token in ends), tokenizer.eos_token_id)
-    if end != tokenizer.eos_token_id:
-        changes += f"{{%- set eos_token = {json.dumps(tokenizer.eos_token or '')} -%}}\n"
+    changed = tokenizer(_render(processor)).input_ids[:2] == [tokenizer.bos_token_id] * 2
+    if changed:
+        tokenizer.add_bos_token = tokenizer.init_kwargs["add_bos_token"] = False
+    _, _, after = _render(processor, answer="Yes.").rpartition("Yes.")
+    end = next((token for token in tokenizer(after, add_special_tokens=False).input_ids if token in ends), None)
+    if end not in (None, tokenizer.eos_token_id):
+        processor.chat_template = f"{{%- set eos_token = {json.dumps(tokenizer.eos_token or '')} -%}}\n{template}"
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-    processor.chat_template = changes + template
-    return bool(changes)
+        changed = True
+    return changed
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, template: str, answer: str | None = None) -> str:
+def _render(processor: LlavaProcessor, answer: str | None = None) -> str:
     turns = [("user", "Is it?"), *([("assistant", answer)] if answer else [])]
     messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
-    return str(
-        tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=answer is None
-        )
-    )
+    return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None))
 
 
 def _ends(folder: Path) -> set[int]:

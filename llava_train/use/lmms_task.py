@@ -78,7 +78,7 @@ def _as_training_record(record: Any) -> Any:
 
 def _questions_of(sample: Sample, images: Path) -> Iterator[dict[str, Any]]:
     """The questions of a conversation, in the form that `lmms_functions` reads. Raises UserError."""
-    if not sample.images:  # lmms-eval 0.7.3 gives such a question the picture and text of the one before
+    if not sample.images:  # it takes the error of transformers for an empty answer
         raise TaskError("a question without a picture, which lmms-eval's llava_hf cannot ask")
     if sample.turns[0].role == "system":
         raise TaskError("a system turn, which lmms-eval's llava_hf does not hand on")
