@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -73,7 +74,8 @@ def evaluate(evaluation: Evaluation) -> int:
         LmmsEvalError: no lmms-eval in that environment, no such model, or options that contradict each other.
         TaskError: a file of questions that cannot become a task.
     """
-    device = evaluation.device or _device_of(evaluation.python or sys.executable)
+    own_device = _device_of(evaluation.python or sys.executable)
+    device = evaluation.device or own_device
     model = find_model(evaluation.model)
     if isinstance(model, Path):
         from llava_train.use.lmms_model import prepared
@@ -81,7 +83,7 @@ def evaluate(evaluation: Evaluation) -> int:
         model = prepared(model, evaluation.output / "prepared")
     tasks, folder = write_tasks(evaluation.tasks, evaluation.images, evaluation.output / "tasks")
     called = command(evaluation, str(model), device, tasks, folder)
-    print(subprocess.list2cmdline(called), file=sys.stderr)
+    print(shlex.join(called), file=sys.stderr)
     before = _results(evaluation.output)
     code = subprocess.run(called, check=False).returncode
     written = sorted(_results(evaluation.output) - before)
