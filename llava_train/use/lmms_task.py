@@ -46,7 +46,7 @@ def write_task(questions: Path, images: Path | None, tasks: Path) -> str:
     folder = tasks / name
     if folder.exists():
         shutil.rmtree(folder)
-    (folder / "images").mkdir(parents=True)
+    folder.mkdir(parents=True)
     source = open_source(questions, images)
     with (folder / "questions.jsonl").open("w", encoding="utf-8") as file:
         for i in range(len(source)):
@@ -95,6 +95,7 @@ def _path_of(picture: Picture, folder: Path) -> str:
     with open_image(picture):
         if isinstance(picture, PictureFile):
             return str(picture.path.absolute())
+    folder.mkdir(exist_ok=True)
     path = folder / str(len(list(folder.iterdir())))
     with picture.open("rb") as file:
         path.write_bytes(file.read())
