@@ -1,7 +1,7 @@
 """Runs the lmms-eval package on a model: `python -m lmms_eval --model llava_hf`, in an environment that has it.
 
-lmms-eval pins versions that a training environment cannot have (wandb, av, torchvision), so it mostly lives in one of
-its own. A model is read there by plain transformers, and a task of ours by plain `datasets` and Pillow.
+lmms-eval wants versions that a training environment cannot have (wandb, av, filelock), so it mostly lives in one of its
+own. A model is read there by plain transformers, and a task of ours by plain `datasets` and Pillow.
 
     OUTPUT/MODEL/*_results.json, *_samples_*.jsonl   what lmms-eval writes
            tasks/                                    files of questions, made into tasks
@@ -116,21 +116,20 @@ def write_tasks(tasks: Iterable[str], images: Path | None, folder: Path) -> tupl
         TaskError: a file of questions that cannot become a task.
     """
     names: list[str] = []
-    has_own = False
+    own: set[str] = set()
     for task in tasks:
-        if not task.endswith(_FILES_OF_QUESTIONS):
-            names.append(task)
-            continue
-        if not Path(task).is_file():
-            raise LmmsEvalError(f"--tasks: there is no file {task}")
-        from llava_train.use.lmms_task import write_task
+        name = task
+        if task.endswith(_FILES_OF_QUESTIONS):
+            if not Path(task).is_file():
+                raise LmmsEvalError(f"--tasks: there is no file {task}")
+            from llava_train.use.lmms_task import write_task
 
-        name = write_task(Path(task), images, folder)
-        if name in names:
-            raise LmmsEvalError(f"--tasks: two files would become the task {name}; rename one")
+            name = write_task(Path(task), images, folder)
+            if name in own:
+                raise LmmsEvalError(f"--tasks: two files would become the task {name}; rename one")
+            own.add(name)
         names.append(name)
-        has_own = True
-    return names, folder if has_own else None
+    return names, folder if own else None
 
 
 def command(
@@ -139,7 +138,7 @@ def command(
     """The command that runs lmms-eval on a prepared model. Raises LmmsEvalError."""
     if "," in model:
         raise LmmsEvalError(f"lmms-eval takes no path with a comma: {model}; rename or link the folder")
-    if include_path and "--include_path" in evaluation.more:
+    if include_path and any(option.startswith("--include_path") for option in evaluation.more):
         raise LmmsEvalError("lmms-eval has one --include_path, which a file of questions takes; run them one by one")
     if evaluation.gpus > 1 and not device.startswith("cuda"):
         raise LmmsEvalError(f"--gpus {evaluation.gpus}: the environment that runs lmms-eval sees no GPU")

@@ -39,7 +39,7 @@ def write_task(questions: Path, images: Path | None, tasks: Path) -> str:
         tasks: folder of tasks, lmms-eval's `--include_path`.
 
     Raises:
-        TaskError: a question without a picture or an answer, an unreadable picture, or a second file of that name.
+        TaskError: a question without a picture or an answer, or an unreadable picture.
         DataError: an unreadable file.
     """
     name = "local_" + re.sub(r"\W", "_", questions.name.split(".")[0])

@@ -273,7 +273,7 @@ def test_a_failure_of_lmms_eval_is_handed_on_even_where_it_ends_with_0(
         (["nothing", "--tasks", "mme"], "nothing holds no model (config.json)"),
         (["run", "--tasks", "missing.jsonl"], "--tasks: there is no file missing.jsonl"),
         (["run", "--tasks", "questions.jsonl,again/questions.jsonl"], "two files would become the task"),
-        (["run", "--tasks", "questions.jsonl", "--include_path", "x"], "lmms-eval has one --include_path"),
+        (["run", "--tasks", "questions.jsonl", "--include_path=x"], "lmms-eval has one --include_path"),
         (["run", "--tasks", "mme", "--gpus", "2", "--device", "cpu"], "--gpus 2: the environment that runs"),
         (["run", "--tasks", "mme", "--output-path", "a,b"], "lmms-eval takes no path with a comma"),
         (["run", "--tasks", "mme", "--python", "no-python"], "--python no-python: No such file"),
