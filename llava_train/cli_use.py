@@ -192,3 +192,30 @@ def evaluate(
         report = evaluate_plan(plan, Console(stderr=True))
         if report is not None:
             print_report(plan, report, json_)
+
+
+@app.command("lmms-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lmms_eval(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Run folder, its model/, an exported folder, or a hub id.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lmms-eval and files of questions, with commas between.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Pictures of the files of questions. Default: the folder of each.")
+    ] = None,
+    output_path: Annotated[Path, typer.Option("--output-path", "--output_path")] = Path("runs/lmms-eval"),
+    python: Annotated[str | None, typer.Option(help="Of the environment with lmms-eval; default: this one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu. Default: cuda where it is.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the questions.")] = 1,
+    model_args: Annotated[str, typer.Option("--model-args", "--model_args", help="dtype=float32 for example.")] = "",
+) -> None:
+    """Run lmms-eval on a model; other options go to it as they are.
+
+    Example: llava-train lmms-eval runs/NAME --tasks mme,gqa,held_out.json --python lmms-env/bin/python --limit 100
+    """
+    with user_errors():
+        from llava_train.use.lmms_eval import Evaluation, evaluate
+
+        names, more = tuple(name.strip() for name in tasks.split(",")), tuple(context.args)
+        raise SystemExit(
+            evaluate(Evaluation(model, names, output_path, images, python, device, gpus, model_args, more))
+        )
