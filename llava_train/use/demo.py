@@ -21,14 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio_client.utils import is_http_url_like
 from PIL import Image
 
 from llava_train.data.images import decoded, open_image
 from llava_train.data.pictures import EmbeddedPicture
 from llava_train.data.samples import IMAGE_PLACEHOLDER, Turn
 from llava_train.errors import UserError
+from llava_train.model.weights import ADAPTER_FOLDER, RESULT_FOLDER
 from llava_train.use.examples import Example
-from llava_train.use.llava import LLaVA, Question, Sampling
+from llava_train.use.generation import Sampling
+from llava_train.use.llava import LLaVA, Question
 
 _PREVIEW_SIDE = 1024
 """Pixels of the longer side of what the page shows of a picture."""
@@ -41,6 +44,7 @@ _KEPT_S = 24 * 60 * 60
 
 _CSS = """
 #page { max-width: 1120px; margin: 0 auto }
+#chat .icon-button-wrapper { display: none }  /* it would empty what is shown, not the conversation */
 """
 
 Messages = list[dict[str, str]]
@@ -69,26 +73,9 @@ class Conversation:
         return Question((Turn("user", f"{IMAGE_PLACEHOLDER}\n{first.text}"), *rest), (self.picture,))
 
     def messages(self, asked: str | None = None) -> Messages:
-        """As gradio shows them; `asked` waits for its answer."""
+        """As gradio shows them, which takes text for HTML; `asked` waits for its answer."""
         turns = self.turns if asked is None else (*self.turns, Turn("user", asked))
-        return [{"role": turn.role, "content": turn.text} for turn in turns]
-
-
-class PictureBox(gr.Image):
-    """An image component that hands over the uploaded file as it is.
-
-    gradio's own opens it with every format that Pillow knows, and downloads an address that a client sends in its place.
-    """
-
-    is_template = True  # in the browser it is its parent
-
-    def preprocess(self, payload: Any) -> Any:
-        return None if payload is None else payload.path
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
-        if str(url_or_file_path).lower().startswith(("http:", "https:")):
-            raise gr.Error("a picture is uploaded, not named by its address")
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+        return [{"role": turn.role, "content": html.escape(turn.text, quote=False)} for turn in turns]
 
 
 def preview(picture: Path | Image.Image, limits: Limits) -> Image.Image:
@@ -113,13 +100,18 @@ class Answers:
     examples: Sequence[Example]
     limits: Limits
 
-    def upload(self, file: str, now: Conversation) -> tuple[Any, ...]:
+    def upload(self, file: dict[str, Any], now: Conversation) -> tuple[Any, ...]:
         """Another picture, and so another conversation. A wrong file changes nothing."""
+        path = Path(file["path"])
         try:
-            return preview(Path(file), self.limits), Conversation(Path(file)), []
+            return preview(path, self.limits), Conversation(path), []
         except (UserError, OSError) as error:
             _say(error)
             return None if now.picture is None else preview(now.picture, self.limits), gr.skip(), gr.skip()
+
+    def empty(self, file: dict[str, Any] | None, now: Conversation) -> tuple[Any, ...]:
+        """The box was emptied, by the visitor, or by the browser when a file was too large for it."""
+        return (Conversation(), []) if file is None and now.picture else (gr.skip(), gr.skip())
 
     def try_example(self, number: int) -> tuple[Any, ...]:
         example = self.examples[number]
@@ -148,14 +140,14 @@ class Answers:
 
 
 def _say(error: Exception) -> None:
-    gr.Warning(html.escape(str(error)), title="Not that one")
+    gr.Warning(html.escape(str(error), quote=False))
 
 
 @dataclass(frozen=True)
 class _Parts:
     """What the visitor can touch."""
 
-    picture: PictureBox
+    picture: gr.Image
     examples: gr.Dataset
     chat: gr.Chatbot
     question: gr.Textbox
@@ -168,10 +160,10 @@ class _Parts:
 
 def build_demo(llava: LLaVA, examples: Sequence[Example], limits: Limits) -> gr.Blocks:
     """The page. Only `serve` limits the bytes of an upload."""
-    title = f"{llava.name} - llava_train"
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, _KEPT_S)) as page:
+    name = shown_name(llava.name)
+    with gr.Blocks(title=f"{name} - llava_train", analytics_enabled=False, delete_cache=(3600, _KEPT_S)) as page:
         with gr.Column(elem_id="page"):
-            gr.Markdown(f"## Ask about a picture\n{llava.name}")
+            gr.Markdown(f"## Ask about a picture\n{name}")
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
                     picture, tried = _left(examples, limits)
@@ -181,12 +173,37 @@ def build_demo(llava: LLaVA, examples: Sequence[Example], limits: Limits) -> gr.
     return page
 
 
-def _left(examples: Sequence[Example], limits: Limits) -> tuple[PictureBox, gr.Dataset]:
-    picture = PictureBox(label="Picture", sources=["upload", "clipboard"], buttons=[], height=320)
+def shown_name(name: str) -> str:
+    """What visitors call a model: the run's name for a folder, never where it lies."""
+    path = Path(name)
+    if not path.exists():
+        return name
+    path = path.resolve()
+    return path.parent.name if path.name in (RESULT_FOLDER, ADAPTER_FOLDER) else path.name
+
+
+def _left(examples: Sequence[Example], limits: Limits) -> tuple[gr.Image, gr.Dataset]:
+    picture = _uploads_only(gr.Image(label="Picture", sources=["upload", "clipboard"], buttons=[], height=320))
     gr.Markdown(f"Up to {limits.upload_mb:g} MB and {limits.megapixels:g} megapixels.")
     samples = [[example.picture] for example in examples]
     shown = [gr.Image(render=False)]
     return picture, gr.Dataset(label="Examples", components=shown, samples=samples, type="index", layout="gallery")
+
+
+def _uploads_only(box: gr.Image) -> gr.Image:
+    """Refuses addresses: in place of an upload, a client could name one that gradio downloads, of any size.
+
+    (Not in a subclass: beside the module of a class of components gradio writes a .pyi file.)
+    """
+    read = box.async_move_resource_to_block_cache
+
+    async def read_upload(url_or_file_path: str | Path | None) -> str | None:
+        if is_http_url_like(str(url_or_file_path)):
+            raise gr.Error("a picture is uploaded, not named by its address")
+        return await read(url_or_file_path)
+
+    box.async_move_resource_to_block_cache = read_upload  # type: ignore[method-assign]
+    return box
 
 
 def _right() -> tuple[Any, ...]:
@@ -195,7 +212,8 @@ def _right() -> tuple[Any, ...]:
         height=430,
         render_markdown=False,  # as markdown, an answer could make the browser load an address
         feedback_options=None,
-        buttons=["copy"],
+        buttons=[],
+        elem_id="chat",
         placeholder="Drop a picture, then ask about it.",
     )
     with gr.Row():
@@ -232,8 +250,10 @@ def _connect(parts: _Parts, answers: Answers) -> None:
     asking.then(show(asking=False), None, buttons, queue=False, **quiet)
 
     begun = [conversation, parts.chat]
-    parts.picture.upload(answers.upload, [parts.picture, conversation], [parts.picture, *begun], **quiet)
-    parts.picture.clear(lambda: (Conversation(), []), None, begun, **quiet)
+    # As it was uploaded: gradio's own preprocessing opens a picture in any format that Pillow knows.
+    uploaded: Any = {"inputs": [parts.picture, conversation], "preprocess": False, **quiet}
+    parts.picture.upload(answers.upload, outputs=[parts.picture, *begun], **uploaded)
+    parts.picture.change(answers.empty, outputs=begun, **uploaded)
     parts.clear.click(lambda now: (replace(now, turns=()), []), conversation, begun, **quiet)
     example = [parts.picture, *begun, parts.question]
     parts.examples.click(answers.try_example, parts.examples, example, **quiet)
@@ -262,7 +282,7 @@ def serve(llava: LLaVA, examples: Sequence[Example], limits: Limits, host: str, 
         page.queue(max_size=_MAX_WAITING, api_open=False).launch(
             server_name=host,
             server_port=port,
-            max_file_size=int(limits.upload_mb * 1e6),
+            max_file_size=int(limits.upload_mb * 2**20),
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             css=_CSS,
             footer_links=[],
