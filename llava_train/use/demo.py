@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,7 @@ def _right() -> tuple[Any, ...]:
     )
     with gr.Row():
         question = gr.Textbox(placeholder="Your question", show_label=False, container=False, scale=6, max_lines=6)
-        ask = gr.Button("Ask", variant="primary", scale=1, min_width=80)
+        ask = gr.Button("Ask", variant="primary", elem_id="ask", scale=1, min_width=80)
         stop = gr.Button("Stop", variant="stop", visible=False, scale=1, min_width=80)
         clear = gr.Button("Clear", scale=1, min_width=80)
     with gr.Accordion("Settings", open=False):
@@ -230,35 +231,29 @@ def _right() -> tuple[Any, ...]:
 def _connect(parts: _Parts, answers: Answers) -> None:
     """What calls what."""
     conversation = gr.State(Conversation(), time_to_live=_KEPT_S)
-    quiet: Any = {"api_visibility": "private", "show_progress": "hidden"}
-    buttons = [parts.ask, parts.stop]
-
-    def show(asking: bool) -> Any:
-        return lambda: [gr.Button(visible=not asking), gr.Button(visible=asking)]
-
-    asked = [parts.ask.click, parts.question.submit]
-    gr.on(asked, show(asking=True), None, buttons, queue=False, **quiet)
-    settings = [parts.temperature, parts.max_new_tokens]
-    asking = gr.on(
-        asked,
-        answers.ask,
-        [parts.question, conversation, *settings],
-        [parts.chat, conversation, parts.question],
-        concurrency_limit=1,
-        **quiet,
-    )
-    asking.then(show(asking=False), None, buttons, queue=False, **quiet)
-
     begun = [conversation, parts.chat]
+    quiet: Any = {"api_visibility": "private", "show_progress": "hidden"}
+    at_once: Any = {"queue": False, **quiet}
+    # Enter is the button, so that nothing is asked while it is hidden or waits for a picture.
+    parts.question.submit(None, js="() => document.querySelector('#ask:enabled')?.click()", **quiet)
+
+    buttons = [parts.ask, parts.stop]
+    parts.ask.click(lambda: [gr.Button(visible=False), gr.Button(visible=True)], None, buttons, **at_once)
+    asked = [parts.question, conversation, parts.temperature, parts.max_new_tokens]
+    answered = [*reversed(begun), parts.question]
+    asking = parts.ask.click(answers.ask, asked, answered, concurrency_limit=1, trigger_mode="multiple", **quiet)
+    asking.then(lambda: [gr.Button(visible=True), gr.Button(visible=False)], None, buttons, **at_once)
+    ends = [parts.stop.click, parts.clear.click, parts.picture.upload, parts.picture.clear, parts.examples.click]
+    gr.on(ends, None, cancels=[asking], **at_once)
+
     # As it was uploaded: gradio's own preprocessing opens a picture in any format that Pillow knows.
     uploaded: Any = {"inputs": [parts.picture, conversation], "preprocess": False, **quiet}
-    parts.picture.upload(answers.upload, outputs=[parts.picture, *begun], **uploaded)
+    parts.picture.upload(lambda: gr.Button(interactive=False), None, parts.ask, **at_once)
+    looked_at = parts.picture.upload(answers.upload, outputs=[parts.picture, *begun], **uploaded)
+    looked_at.then(lambda: gr.Button(interactive=True), None, parts.ask, **at_once)
     parts.picture.change(answers.empty, outputs=begun, **uploaded)
     parts.clear.click(lambda now: (replace(now, turns=()), []), conversation, begun, **quiet)
-    example = [parts.picture, *begun, parts.question]
-    parts.examples.click(answers.try_example, parts.examples, example, **quiet)
-    ends = [parts.stop.click, parts.clear.click, parts.picture.upload, parts.picture.clear, parts.examples.click]
-    gr.on(ends, show(asking=False), None, buttons, cancels=[asking], queue=False, **quiet)
+    parts.examples.click(answers.try_example, parts.examples, [parts.picture, *begun, parts.question], **quiet)
 
 
 def check_address(host: str, port: int) -> None:
@@ -274,7 +269,6 @@ def check_address(host: str, port: int) -> None:
 
 def serve(llava: LLaVA, examples: Sequence[Example], limits: Limits, host: str, port: int) -> None:
     """Shows the page until Ctrl-C or SIGTERM. Uploads are deleted then."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="llava-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # gradio takes it from nowhere else
         page = build_demo(llava, examples, limits)
@@ -294,10 +288,15 @@ def serve(llava: LLaVA, examples: Sequence[Example], limits: Limits, host: str, 
             quiet=True,
             prevent_thread_lock=True,
         )
-        print(f"{llava.name} answers at http://{host}:{port}; Ctrl-C ends it", flush=True)
+        print(f"{shown_name(llava.name)} answers at http://{host}:{port}; Ctrl-C ends it", flush=True)
         if host not in ("127.0.0.1", "localhost", "::1"):
             print(f"warning: everyone who can reach {host}:{port} can ask and upload", file=sys.stderr, flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            page.close(verbose=False)
+        wait_for_end()
+        page.close(verbose=False)
+
+
+def wait_for_end() -> None:
+    """Returns after Ctrl-C or SIGTERM."""
+    with suppress(KeyboardInterrupt):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        threading.Event().wait()
