@@ -131,7 +131,7 @@ def upload(page: Any, file: Path) -> None:
 def show(page: Any, file: Path) -> None:
     """Uploads a picture and waits until the server has looked at it."""
     upload(page, file)
-    page.locator('img[src$=".webp"]').first.wait_for()
+    page.locator('#picture img[src$=".webp"]').wait_for()
 
 
 def ask(page: Any, text: str) -> None:
