@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from llava_train.errors import UserError, user_errors
 
@@ -41,6 +42,7 @@ MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option(help="0: always the most likely token.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this share.")]
 Seed = Annotated[int | None, typer.Option(help="Of the draws.")]
+ChatTemplate = Annotated[str | None, typer.Option(help="Name or jinja file; default: the model's own.")]
 AllowUrls = Annotated[bool, typer.Option("--allow-urls", help="Fetch http(s) pictures from public addresses.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")]
 
@@ -59,6 +61,7 @@ def ask(
     device: OnDevice = DeviceName.auto,
     dtype: InDtype = DtypeName.auto,
     quantize: Quantize = None,
+    chat_template: ChatTemplate = None,
     allow_urls: AllowUrls = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -71,7 +74,7 @@ def ask(
         from llava_train.use.llava import question_about
 
         pictures = [read_image(picture, allow_urls) for picture in [image, *(more or [])]]
-        llava = _load(model, device, dtype, quantize, trust_remote_code)
+        llava = _load(model, device, dtype, quantize, chat_template, trust_remote_code)
         asked = question_about(pictures, question, system)
         chosen = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         for piece in llava.stream(asked, **chosen):
@@ -90,6 +93,7 @@ def chat(
     device: OnDevice = DeviceName.auto,
     dtype: InDtype = DtypeName.auto,
     quantize: Quantize = None,
+    chat_template: ChatTemplate = None,
     allow_urls: AllowUrls = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -101,7 +105,7 @@ def chat(
         from llava_train.use.terminal_chat import TerminalChat
 
         chosen = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        llava = _load(model, device, dtype, quantize, trust_remote_code)
+        llava = _load(model, device, dtype, quantize, chat_template, trust_remote_code)
         TerminalChat(llava, input, _say, system, allow_urls, chosen).run()
 
 
@@ -136,11 +140,20 @@ def demo(
 
 
 def _load(
-    model: str, device: DeviceName, dtype: DtypeName, quantize: QuantizationName | None, trust_remote_code: bool
+    model: str,
+    device: DeviceName,
+    dtype: DtypeName,
+    quantize: QuantizationName | None,
+    chat_template: str | None,
+    trust_remote_code: bool,
 ) -> Any:
     from llava_train.use.llava import LLaVA
 
-    settings: dict[str, Any] = {"dtype": dtype.value, "trust_remote_code": trust_remote_code}
+    settings: dict[str, Any] = {
+        "dtype": dtype.value,
+        "chat_template": chat_template,
+        "trust_remote_code": trust_remote_code,
+    }
     if quantize:
         settings["quantization"] = quantize.value
     return LLaVA.from_pretrained(model, device.value, **settings)
@@ -149,3 +162,63 @@ def _load(
 def _say(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+class MetricName(str, Enum):
+    vqa = "vqa"
+    exact = "exact"
+    pope = "pope"
+    anls = "anls"
+    caption = "caption"
+    choice = "choice"
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="Questions: LLaVA's JSONL with references, or training data.")],
+    metric: Annotated[MetricName, typer.Option(help="How answers are measured.")],
+    images: Annotated[str | None, typer.Option(help="Folder, ZIP or TAR of the pictures. Default: of --data.")] = None,
+    answers: Annotated[Path | None, typer.Option(help="Answers file. Default: in the run's folder.")] = None,
+    prompt_suffix: Annotated[str, typer.Option(help="A line after each question.")] = "",
+    max_new_tokens: MaxNewTokens = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
+    blind: Annotated[bool, typer.Option("--blind", help="Also with blank pictures, and the best guess.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be asked, and list it.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an answers file.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    device: OnDevice = DeviceName.auto,
+    dtype: InDtype = DtypeName.auto,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Measure a model's answers to a file of questions. The same command goes on after an interruption.
+
+    Example: llava-train evaluate runs/llava-1.5-7b-stage2 --data pope.jsonl --images coco/val2014 --metric pope --blind
+
+    On several GPUs: torchrun --nproc_per_node 8 -m llava_train evaluate ...
+    """
+    with user_errors():
+        from llava_train.use.evaluate import Evaluation, print_report
+        from llava_train.use.evaluate import evaluate as evaluate_plan
+
+        plan = Evaluation(
+            model,
+            data,
+            metric.value,
+            images,
+            answers,
+            prompt_suffix,
+            max_new_tokens,
+            batch_size,
+            limit,
+            blind,
+            skip_bad,
+            overwrite,
+            device.value,
+            dtype.value,
+            trust_remote_code,
+        )
+        report = evaluate_plan(plan, Console(stderr=True))
+        if report is not None:
+            print_report(plan, report, json_)
