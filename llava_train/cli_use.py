@@ -120,6 +120,7 @@ def demo(
     device: OnDevice = DeviceName.auto,
     dtype: InDtype = DtypeName.auto,
     quantize: Quantize = None,
+    chat_template: ChatTemplate = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show a page in the browser where a model can be asked about pictures.
@@ -135,7 +136,7 @@ def demo(
 
         check_address(host, port)
         shown = examples_for(model, examples)
-        llava = _load(model, device, dtype, quantize, trust_remote_code)
+        llava = _load(model, device, dtype, quantize, chat_template, trust_remote_code)
         serve(llava, shown, Limits(max_upload_mb, max_megapixels), host, port)
 
 

@@ -57,9 +57,7 @@ class _Parts:
 def build_demo(llava: LLaVA, examples: Sequence[Example], limits: Limits) -> gr.Blocks:
     """The page. Only `serve` limits the bytes of an upload."""
     name = shown_name(llava.name)
-    with gr.Blocks(
-        title=f"{name} - llava_train", analytics_enabled=False, delete_cache=(3600, _UPLOADS_KEPT_S)
-    ) as page:
+    with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(3600, _UPLOADS_KEPT_S)) as page:
         with gr.Column(elem_id="page"):
             gr.Markdown(f"## Ask about a picture\n{name}")
             with gr.Row():
@@ -81,17 +79,16 @@ def shown_name(name: str) -> str:
 
 
 def _left(examples: Sequence[Example], limits: Limits) -> tuple[gr.Image, gr.Dataset]:
-    picture = _uploads_only(
-        gr.Image(label="Picture", sources=["upload", "clipboard"], buttons=[], elem_id="picture", height=320)
-    )
+    picture = gr.Image(label="Picture", sources=["upload", "clipboard"], buttons=[], elem_id="picture", height=320)
+    _refuse_addresses(picture)
     gr.Markdown(f"Up to {limits.upload_mb:g} MB and {limits.megapixels:g} megapixels.")
     samples = [[example.picture] for example in examples]
     shown = [gr.Image(render=False)]
     return picture, gr.Dataset(label="Examples", components=shown, samples=samples, type="index", layout="gallery")
 
 
-def _uploads_only(box: gr.Image) -> gr.Image:
-    """Refuses addresses: in place of an upload, a client could name one that gradio downloads, of any size.
+def _refuse_addresses(box: gr.Image) -> None:
+    """In place of an upload, a client could name an address, and gradio downloads it, whatever its size.
 
     (Not in a subclass: beside the module of a class of components gradio writes a .pyi file.)
     """
@@ -103,7 +100,6 @@ def _uploads_only(box: gr.Image) -> gr.Image:
         return await read(url_or_file_path)
 
     box.async_move_resource_to_block_cache = read_upload  # type: ignore[method-assign]
-    return box
 
 
 def _right() -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -33,6 +33,7 @@ httpx = pytest.importorskip("httpx")
 gradio = pytest.importorskip("gradio")
 
 from llava_train.use import demo  # noqa: E402
+from llava_train.use.demo_visits import Answers, Visit  # noqa: E402
 
 QUESTION, LONGEST = "What is it?", 256
 SEEN = """() => {
@@ -261,6 +262,27 @@ def test_only_uploads_are_read(served: str, folder: Path, path: str) -> None:
 
 def test_there_is_no_api_beside_the_page(served: str) -> None:
     assert httpx.get(f"{served}/gradio_api/info").json()["named_endpoints"] == {}
+
+
+def test_an_answer_does_not_come_back_into_another_conversation() -> None:
+    """gradio may ask for one more piece after the visitor has begun another."""
+
+    class Speaker:
+        closed = False
+
+        def stream(self, question: Question, **settings: Any) -> Iterator[str]:
+            try:
+                yield from ("one", " two", " three")
+            finally:
+                self.closed = True
+
+    speaker, visit = Speaker(), Visit()
+    answers = Answers(cast(LLaVA, speaker), [], demo.Limits())
+    pieces = answers.ask(QUESTION, visit, 0.0, 16)
+    assert [next(pieces)[0][-1]["content"] for _ in range(3)] == [QUESTION, "one", "one two"]
+    answers.clear(visit)
+    assert list(pieces) == [] and visit == Visit()
+    assert speaker.closed
 
 
 def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(folder: Path) -> None:
