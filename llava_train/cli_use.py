@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from llava_train.errors import user_errors
+from llava_train.errors import UserError, user_errors
 
 app = typer.Typer()
 
@@ -107,6 +107,37 @@ def chat(
         chosen = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         llava = _load(model, device, dtype, quantize, chat_template, trust_remote_code)
         TerminalChat(llava, input, _say, system, allow_urls, chosen).run()
+
+
+@app.command()
+def demo(
+    model: Model,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets everyone in the network ask.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    examples: Annotated[Path | None, typer.Option(help="Folder of pictures; questions in .txt beside.")] = None,
+    max_upload_mb: Annotated[float, typer.Option(min=0.1, help="Largest file to take.")] = 10,
+    max_megapixels: Annotated[float, typer.Option(min=0.1, help="Largest picture to take.")] = 25,
+    device: OnDevice = DeviceName.auto,
+    dtype: InDtype = DtypeName.auto,
+    quantize: Quantize = None,
+    chat_template: ChatTemplate = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Show a page in the browser where a model can be asked about pictures.
+
+    Example: llava-train demo runs/llava-1.5-7b-stage2
+    """
+    with user_errors():
+        try:
+            from llava_train.use.demo import Limits, check_address, serve
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error}; the page needs: pip install 'llava_train[demo]' (here: -e '.[demo]')") from None
+        from llava_train.use.examples import examples_for
+
+        check_address(host, port)
+        shown = examples_for(model, examples)
+        llava = _load(model, device, dtype, quantize, chat_template, trust_remote_code)
+        serve(llava, shown, Limits(max_upload_mb, max_megapixels), host, port)
 
 
 def _load(
