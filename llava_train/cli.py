@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -14,13 +12,15 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from llava_train import cli_use
 from llava_train.config import StageConfig
-from llava_train.errors import UserError
+from llava_train.errors import UserError, user_errors
 from llava_train.many_values import ManyValues
 from llava_train.slurm import SCRIPT, Job, Launcher, SubmitError, prepare, submit, what_to_know
 from llava_train.stage_file import ConfigError, load_stage, stage_schema, with_suffix
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train LLaVA models in two stages.")
+app.registered_commands += cli_use.app.registered_commands
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="Stage file.")]
 ConfigFiles = Annotated[list[Path], typer.Option("--config", help="Stage files, run in this order.")]
@@ -68,7 +68,7 @@ def slurm(
 
     Example: llava-train slurm --config stage1.yaml stage2.yaml --nodes 4 --gpus 8 --time 24:00:00
     """
-    with _user_errors():
+    with user_errors():
         job = Job(
             nodes,
             gpus,
@@ -104,17 +104,6 @@ def schema() -> None:
 
 
 @app.command()
-def ask(model: Path, image: Path, question: str, max_new_tokens: int = 128) -> None:
-    """Ask a trained model about a picture."""
-    from llava_train.use.ask import answer_question
-
-    try:
-        print(answer_question(model, image, question, max_new_tokens))
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
-
-
-@app.command()
 def check(
     config: ConfigFile,
     set_: Overrides = None,
@@ -128,7 +117,7 @@ def check(
 
     Example: llava-train check --config stage2.yaml --write-clean clean.jsonl
     """
-    with _user_errors():
+    with user_errors():
         stage = load_stage(config, set_ or [])
         from llava_train.inspect.check import check_data
         from llava_train.inspect.clean import clean_files
@@ -163,7 +152,7 @@ def preview(
 
     Example: llava-train preview --config stage2.yaml --html preview.html
     """
-    with _user_errors():
+    with user_errors():
         stage = load_stage(config, set_ or [])
         from llava_train.inspect.opening import open_stage_data
         from llava_train.inspect.preview import first_seen, for_page, print_seen, write_page
@@ -186,16 +175,6 @@ def preview(
 def _say_note(note: str | None) -> None:
     if note:
         print(note, file=sys.stderr)
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Ends the command with exit code 2 and one line for what the user can mend."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def run(

@@ -1,1 +1,120 @@
-"""The part of the `llava-train` command that uses trained models: ask, chat, export, evaluate, lmms-eval, demo."""
+"""The part of the `llava-train` command that uses trained models."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+
+from llava_train.errors import user_errors
+
+app = typer.Typer()
+
+
+class DeviceName(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class DtypeName(str, Enum):
+    auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class QuantizationName(str, Enum):
+    four = "4bit"
+    eight = "8bit"
+
+
+Model = Annotated[str, typer.Argument(help="Run folder, its model/, a LLaVA model of any origin, or a hub id.")]
+OnDevice = Annotated[DeviceName, typer.Option("--device", help="auto: a GPU where there is one.")]
+InDtype = Annotated[DtypeName, typer.Option("--dtype", help="auto: that of the weights.")]
+Quantize = Annotated[QuantizationName | None, typer.Option(help="Language model in 4 or 8 bits, on CUDA.")]
+System = Annotated[str | None, typer.Option(help="What the model is told before the conversation.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
+Temperature = Annotated[float, typer.Option(help="0: always the most likely token.")]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this share.")]
+Seed = Annotated[int | None, typer.Option(help="Of the draws.")]
+AllowUrls = Annotated[bool, typer.Option("--allow-urls", help="Fetch http(s) pictures from public addresses.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")]
+
+
+@app.command()
+def ask(
+    model: Model,
+    image: Annotated[str, typer.Argument(help="Picture file.")],
+    question: str,
+    more: Annotated[list[str] | None, typer.Option("--image", help="One more picture.")] = None,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    device: OnDevice = DeviceName.auto,
+    dtype: InDtype = DtypeName.auto,
+    quantize: Quantize = None,
+    allow_urls: AllowUrls = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Ask a model about a picture; the answer is printed as it is made.
+
+    Example: llava-train ask runs/llava-1.5-7b-stage2 dog.jpg "What can you see in this image?"
+    """
+    with user_errors():
+        from llava_train.use.images import read_image
+        from llava_train.use.llava import question_about
+
+        pictures = [read_image(picture, allow_urls) for picture in [image, *(more or [])]]
+        llava = _load(model, device, dtype, quantize, trust_remote_code)
+        asked = question_about(pictures, question, system)
+        chosen = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        for piece in llava.stream(asked, **chosen):
+            _say(piece)
+        _say("\n")
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    device: OnDevice = DeviceName.auto,
+    dtype: InDtype = DtypeName.auto,
+    quantize: Quantize = None,
+    allow_urls: AllowUrls = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Talk with a model; /image PATH shows it a picture.
+
+    Example: llava-train chat runs/llava-1.5-7b-stage2
+    """
+    with user_errors():
+        from llava_train.use.terminal_chat import TerminalChat
+
+        chosen = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        llava = _load(model, device, dtype, quantize, trust_remote_code)
+        TerminalChat(llava, input, _say, system, allow_urls, chosen).run()
+
+
+def _load(
+    model: str, device: DeviceName, dtype: DtypeName, quantize: QuantizationName | None, trust_remote_code: bool
+) -> Any:
+    from llava_train.use.llava import LLaVA
+
+    settings: dict[str, Any] = {"dtype": dtype.value, "trust_remote_code": trust_remote_code}
+    if quantize:
+        settings["quantization"] = quantize.value
+    return LLaVA.from_pretrained(model, device.value, **settings)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

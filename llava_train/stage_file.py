@@ -20,6 +20,9 @@ from pydantic import BaseModel, ValidationError
 from llava_train.config import StageConfig
 from llava_train.errors import UserError
 
+RUN_CARD = "config.yaml"
+"""The stage file that a run leaves in its folder, with every default written out."""
+
 
 class ConfigError(UserError):
     """A stage file says something that cannot be run. The message names the file, the key and the mend."""
@@ -46,6 +49,17 @@ def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
     for override in overrides:
         _apply_override(content, override)
     return parse_stage(content, str(path))
+
+
+def load_run_card(run_dir: Path) -> StageConfig:
+    """The stage file that a run was trained with, as it left it in its folder. Raises ConfigError."""
+    path = run_dir / RUN_CARD
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        stage = {key: value for key, value in content.items() if key != "about"}
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(f"{path}: cannot read what the run was trained with: {error}") from error
+    return parse_stage(stage, str(path))
 
 
 def parse_stage(content: dict[str, Any], origin: str) -> StageConfig:

@@ -20,6 +20,7 @@ tokens (`ASSISTANT:`, `[INST]`, `###`; `</s>` for a tokenizer without it) are te
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,15 +95,9 @@ class ChatEncoder:
             OverLong: more than `max_tokens` tokens, under `error` and `drop`, or when nothing supervised is left.
             SampleError: a control token or a wrong `<image>` in a text, or nothing to supervise.
         """
-        self._check_texts(sample)
+        self.check_texts(sample.turns, len(sample.images))
         text, spans = self._rendered(sample)
-        input_ids, labels = self._tokenize(text, spans)
-        is_image = input_ids == self.image_token_id
-        if is_image.sum() != len(sample.images):
-            raise SampleError("template_refuses", f"the chat template writes {is_image.sum()} {IMAGE_PLACEHOLDER}")
-        repeats = np.where(is_image, self.n_image_tokens, 1)
-        input_ids, labels = np.repeat(input_ids, repeats), np.repeat(labels, repeats)
-        labels[0] = IGNORED
+        input_ids, labels = self.tokenize(text, spans, len(sample.images))
         encoded = EncodedSample(input_ids, labels, len(sample.images))
         if encoded.n_tokens > self.max_tokens:
             encoded = self._shorten(encoded)
@@ -155,6 +150,17 @@ class ChatEncoder:
         text, [(start, end)] = self.render(_TRIAL)
         return text, text.index(_ANSWER, start) + len(_ANSWER), end
 
+    def tokenize(self, text: str, spans: list[tuple[int, int]], n_images: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [T] and labels [T] of a rendered text, its images widened. Raises SampleError."""
+        input_ids, labels = self._tokenize(text, spans)
+        is_image = input_ids == self.image_token_id
+        if is_image.sum() != n_images:
+            raise SampleError("template_refuses", f"the chat template writes {is_image.sum()} {IMAGE_PLACEHOLDER}")
+        repeats = np.where(is_image, self.n_image_tokens, 1)
+        input_ids, labels = np.repeat(input_ids, repeats), np.repeat(labels, repeats)
+        labels[0] = IGNORED
+        return input_ids, labels
+
     def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [T] and labels [T] of a text, `<image>` being one token."""
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -182,11 +188,12 @@ class ChatEncoder:
         # Runs of white space are added tokens of Phi and Gemma.
         return {token for token in control if token.strip() and token != IMAGE_PLACEHOLDER}
 
-    def _check_texts(self, sample: Sample) -> None:
-        for number, turn in enumerate(sample.turns, start=1):
+    def check_texts(self, turns: Sequence[Turn], n_images: int) -> None:
+        """Refuses control tokens and `<image>` that stand for no image. Raises SampleError."""
+        for number, turn in enumerate(turns, start=1):
             if found := self._control_pattern.search(turn.text):
                 raise SampleError("control_token", f"turn {number}: the text holds the control token {found.group()!r}")
-        check_placeholders(sample.turns, len(sample.images))
+        check_placeholders(turns, n_images)
 
     def _shorten(self, encoded: EncodedSample) -> EncodedSample:
         """Cuts a sample to `max_tokens`, before an image that would be cut in two."""

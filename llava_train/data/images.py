@@ -117,7 +117,7 @@ class ImagePreprocessor:
 
     def __init__(self, processor: BaseImageProcessor) -> None:
         self.processor = processor
-        self.size: int = processor.crop_size["height"]
+        self.size: int = (processor.crop_size or processor.size)["height"]
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Pixel values of an RGB picture: float32 [3, size, size]."""

@@ -135,7 +135,7 @@ class Pictures:
         if not isinstance(content, str) or not content:
             raise SampleError("image_value", f'"image" is a path, bytes or a list of them, not {value!r:.60}')
         if content.startswith("data:"):
-            return EmbeddedPicture(_of_data_url(content), "embedded picture")
+            return EmbeddedPicture(data_url_content(content), "embedded picture")
         if any("\ud800" <= character <= "\udfff" for character in content):
             raise SampleError("not_utf8", f"image path {content!r} holds half of a character (a lone UTF-16 surrogate)")
         if content.startswith(("http://", "https://")):
@@ -143,7 +143,8 @@ class Pictures:
         return self.store.find(content)
 
 
-def _of_data_url(url: str) -> bytes:
+def data_url_content(url: str) -> bytes:
+    """The bytes of a base64 `data:` URL. Raises SampleError."""
     header, _, body = url.partition(",")
     try:
         if not header.endswith(";base64"):

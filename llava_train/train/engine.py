@@ -19,11 +19,6 @@ from llava_train.train.world import World
 _BUCKET_ELEMENTS = 200_000_000
 
 
-def imitates_bf16(device: torch.device) -> bool:
-    """Whether a device is a CPU without instructions for bf16: it is tens of times slower there than fp32."""
-    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def deepspeed_config(config: StageConfig, n_trainable: int, universal: bool = False) -> dict[str, Any]:
     """The DeepSpeed configuration of a stage; the user's own JSON adds keys that the stage file does not own.
 

@@ -31,8 +31,8 @@ from llava_train.data.mixture import Mixture
 from llava_train.errors import UserError
 from llava_train.files import MANIFEST, rename_durably, sha256, write_durably
 from llava_train.model.weights import RESULT_FOLDER
+from llava_train.stage_file import RUN_CARD
 
-CARD = "config.yaml"
 _LOCK_PATIENCE_S, _FAR_LOCK_PATIENCE_S = 15.0, 120.0
 """A launcher may still be ending the run before; of a machine that died, a file server holds the lock for a lease."""
 
@@ -180,7 +180,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def read_card(run_dir: Path) -> dict[str, Any] | None:
     """The description that a run left, None when there is none that can be read."""
     try:
-        card = yaml.safe_load((run_dir / CARD).read_text(encoding="utf-8"))
+        card = yaml.safe_load((run_dir / RUN_CARD).read_text(encoding="utf-8"))
         decisive(card)
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return None
@@ -230,10 +230,10 @@ def write_card(run_dir: Path, card: dict[str, Any], n_ranks: int, step: int, cha
         **card["about"],
     }
     run_dir.mkdir(parents=True, exist_ok=True)
-    if changed and (run_dir / CARD).is_file():
-        rename_durably(run_dir / CARD, run_dir / f"config-until-step-{step:08d}.yaml")
+    if changed and (run_dir / RUN_CARD).is_file():
+        rename_durably(run_dir / RUN_CARD, run_dir / f"config-until-step-{step:08d}.yaml")
     text = yaml.safe_dump({**card, "about": about}, sort_keys=False, allow_unicode=True)
-    write_durably(run_dir / CARD, text)
+    write_durably(run_dir / RUN_CARD, text)
 
 
 def _git_commit() -> str | None:

@@ -20,6 +20,7 @@ from llava_train.data.loader import StepDataset, first_pictures, read_steps
 from llava_train.data.mixture import Mixture, open_mixture
 from llava_train.data.order import n_steps_of
 from llava_train.data.packing import attention_cost_of
+from llava_train.devices import DTYPES, imitates_bf16
 from llava_train.errors import UserError
 from llava_train.files import damage, write_manifest
 from llava_train.model.build import Llava, build_llava
@@ -36,7 +37,7 @@ from llava_train.model.weights import (
     save_projector,
 )
 from llava_train.train.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
-from llava_train.train.engine import gathered, imitates_bf16, start_engine
+from llava_train.train.engine import gathered, start_engine
 from llava_train.train.evaluate import evaluate
 from llava_train.train.interrupt import STOP_FILE
 from llava_train.train.loop import Loop
@@ -47,7 +48,6 @@ from llava_train.train.tracking import Tracker
 from llava_train.train.window import Window
 from llava_train.train.world import World
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _STATISTICS_PICTURES, _STATISTICS_STEPS = 64, 16
 """How many pictures decide the mean and deviation of the features, and in how many steps they are looked for."""
 _START_PATIENCE = 6.0

@@ -1,38 +1,41 @@
-"""`LLaVA`: a model to ask about pictures."""
+"""`LLaVA`: a model to ask about pictures.
+
+    llava = LLaVA.from_pretrained("runs/llava-1.5-7b-stage2")
+    llava.generate_from_image("dog.jpg", "What can you see in this image?")
+
+A question is turns and pictures; the turns hold `<image>` where a picture goes, as in training.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from llava_train.data.samples import Turn
-
-ImageLike: TypeAlias = str | Path | bytes | Image.Image
-"""A picture: a file, its bytes, a decoded picture, or (where `allow_urls`) an http(s) address."""
+from llava_train.config import ImageSection, ModelSection
+from llava_train.data.chat import IGNORED
+from llava_train.data.chat_templates import load_template
+from llava_train.data.images import ImagePreprocessor
+from llava_train.data.samples import IMAGE_PLACEHOLDER, Turn
+from llava_train.devices import pick_device, pick_dtype
+from llava_train.errors import UserError
+from llava_train.model.build import Llava, build_llava
+from llava_train.model.processor import load_vision_config
+from llava_train.use.generation import Prompt, Sampling, answers_of, model_inputs, stream_answer
+from llava_train.use.images import ImageLike, read_image
+from llava_train.use.loading import load_llava
+from llava_train.use.prompts import Prompts
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Quantization = Literal["4bit", "8bit"]
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are chosen. Temperature 0 takes the most likely token each time."""
-
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    num_beams: int = 1
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    """Of the random draws; None draws anew each time."""
+_NOT_QUANTIZED = ["vision_tower", "multi_modal_projector", "lm_head"]
 
 
 @dataclass(frozen=True)
@@ -46,25 +49,50 @@ class Question:
     images: tuple[ImageLike, ...] = ()
 
 
-class LLaVA:
-    """A LLaVA model with its processor, ready to answer. Immutable: conversations are `Chat`s of their own."""
+def question_about(images: ImageLike | Sequence[ImageLike] | None, text: str, system: str | None = None) -> Question:
+    """A question of one turn, its pictures before the text unless the text holds `<image>` for each of them."""
+    listed = _listed(images)
+    turns = (Turn("system", system),) if system else ()
+    return Question((*turns, Turn("user", _with_placeholders(text, len(listed)))), listed)
 
-    model: LlavaForConditionalGeneration
-    processor: LlavaProcessor
-    device: torch.device
-    name: str
+
+class LLaVA:
+    """A LLaVA model with its processor, ready to answer.
+
+    Args:
+        vision_model_path: hub id or folder of a CLIP, SigLIP or DINOv2 encoder.
+        language_model_path: hub id or folder of a causal language model.
+        device: `auto` for a GPU where there is one.
+        dtype: `auto` for bfloat16 on a GPU, float32 elsewhere.
+        chat_template: name or jinja file; `auto` for the one that the language model was trained with.
+
+    Raises:
+        UserError: parts that are missing or cannot be joined, or a device that is not there.
+    """
 
     def __init__(
         self,
-        vision_model_path: str,
-        language_model_path: str,
+        vision_model_path: str | Path,
+        language_model_path: str | Path,
         device: Device = "auto",
         *,
         dtype: Precision = "auto",
         chat_template: str = "auto",
     ) -> None:
-        """Joins untrained parts with a fresh projector."""
-        raise NotImplementedError
+        """Joins parts with a fresh projector, which has learnt nothing yet."""
+        place = pick_device(device)
+        has_class_token = not load_vision_config(str(vision_model_path))[0].model_type.startswith("siglip")
+        section = ModelSection(
+            language_model=str(language_model_path),
+            vision_tower=str(vision_model_path),
+            vision_feature_select="patch" if has_class_token else "full",
+            chat_template=chat_template,
+        )
+        natural = torch.bfloat16 if place.type == "cuda" else torch.float32
+        llava = build_llava(section, ImageSection(), pick_dtype(dtype, natural, place))
+        llava.processor.chat_template = load_template(chat_template, llava.tokenizer)
+        llava.model.model.language_model.set_attn_implementation("sdpa")
+        self._hold(llava, place, dtype, f"{vision_model_path} + {language_model_path}")
 
     @classmethod
     def from_pretrained(
@@ -76,8 +104,42 @@ class LLaVA:
         quantization: Quantization | None = None,
         trust_remote_code: bool = False,
     ) -> LLaVA:
-        """Loads a run folder, its `model/`, a LoRA run, an original LLaVA checkpoint, or any llava-hf model."""
-        raise NotImplementedError
+        """Loads a run folder, its `model/`, a LoRA run, an original LLaVA checkpoint, or any llava-hf model.
+
+        Args:
+            dtype: `auto` for that of the weights, or float32 where the device is slow in it.
+            quantization: the language model in 4 (NF4) or 8 bits, by bitsandbytes, on CUDA.
+            trust_remote_code: run Python code that the model brings along.
+
+        Raises:
+            UserError: no finished model there, or a device that is not there.
+        """
+        place = pick_device(device)
+        settings = {} if quantization is None else _quantized(quantization, place)
+        wanted = None if dtype == "auto" else pick_dtype(dtype, torch.float32, place)
+        llava = load_llava(name, wanted, trust_remote_code=trust_remote_code, **settings)
+        self = cls.__new__(cls)
+        self._hold(llava, None if quantization else place, dtype, str(name))
+        return self
+
+    def _hold(self, llava: Llava, place: torch.device | None, dtype: Precision, name: str) -> None:
+        if place is not None:
+            llava.model.to(place, pick_dtype(dtype, llava.model.dtype, place))
+        self._llava, self.name = llava, name
+        self._prompts = Prompts(llava)
+        self._preprocess = ImagePreprocessor(llava.processor.image_processor)
+
+    @property
+    def model(self) -> LlavaForConditionalGeneration:
+        return self._llava.model
+
+    @property
+    def processor(self) -> LlavaProcessor:
+        return self._llava.processor
+
+    @property
+    def device(self) -> torch.device:
+        return self._llava.model.device
 
     def generate_from_image(
         self,
@@ -89,58 +151,145 @@ class LLaVA:
         allow_urls: bool = False,
         **settings: Any,
     ) -> str:
-        """The answer to a question about one or several pictures. `settings` are the fields of `Sampling`."""
-        raise NotImplementedError
+        """The answer to a question about one or several pictures.
+
+        Args:
+            settings: fields of `Sampling`: `max_new_tokens=64, temperature=0.7`.
+
+        Raises:
+            UserError: a picture that cannot be read, or a question that cannot be asked.
+        """
+        asked = question_about(image, question, system)
+        return self.generate([asked], sampling=sampling, allow_urls=allow_urls, **settings)[0]
 
     def generate(
         self,
-        questions: Sequence[Question | tuple[ImageLike | None, str]],
+        questions: Sequence[Question | tuple[ImageLike | Sequence[ImageLike] | None, str]],
         *,
         sampling: Sampling | None = None,
         batch_size: int = 8,
         allow_urls: bool = False,
         **settings: Any,
     ) -> list[str]:
-        """Answers in the order of the questions, computed in batches with padding on the left."""
-        raise NotImplementedError
+        """Answers in the order of the questions, computed in batches with padding on the left.
+
+        Args:
+            questions: or pairs of a picture and a text.
+            settings: fields of `Sampling`.
+
+        Raises:
+            UserError: a picture that cannot be read, or a question that cannot be asked.
+        """
+        chosen = sampling or Sampling(**settings)
+        asked = [question if isinstance(question, Question) else question_about(*question) for question in questions]
+        answers: list[str] = []
+        for start in range(0, len(asked), batch_size):
+            prompts = [self.prompt(question, allow_urls) for question in asked[start : start + batch_size]]
+            answers += answers_of(self._llava, self._prompts, prompts, chosen)
+        return answers
 
     def stream(
-        self,
-        question: Question,
-        *,
-        sampling: Sampling | None = None,
-        allow_urls: bool = False,
-        **settings: Any,
+        self, question: Question, *, sampling: Sampling | None = None, allow_urls: bool = False, **settings: Any
     ) -> Iterator[str]:
-        """The answer in pieces, as they are made. Closing the iterator stops the generation."""
-        raise NotImplementedError
+        """The answer in pieces, as they are made. Closing the iterator stops the generation.
 
+        Raises:
+            UserError: a picture that cannot be read, or a question that cannot be asked.
+        """
+        prompt = self.prompt(question, allow_urls)
+        return stream_answer(self._llava, self._prompts, prompt, sampling or Sampling(**settings))
+
+    @torch.inference_mode()
     def log_likelihoods(
         self, question: Question, answers: Sequence[str], *, allow_urls: bool = False
     ) -> list[tuple[float, int]]:
-        """For each answer the sum of its tokens' log-probabilities (end of turn included), and their number."""
-        raise NotImplementedError
+        """For each answer the sum of its tokens' log-probabilities (end of turn included), and their number.
+
+        Raises:
+            UserError: a picture that cannot be read, or a text that cannot be asked or answered.
+        """
+        pixels = self._pixels(question, allow_urls)
+        encoded = [self._prompts.encode_answer(question.turns, len(question.images), answer) for answer in answers]
+        inputs = model_inputs(self._llava, [Prompt(input_ids, pixels) for input_ids, _ in encoded])
+        logits = self.model(**inputs).logits
+        found = []
+        for row, (input_ids, labels) in enumerate(encoded):
+            is_answer = torch.from_numpy(labels[1:] != IGNORED).to(logits.device)
+            predicted = logits[row, -len(input_ids) : -1][is_answer].float().log_softmax(dim=-1)
+            targets = torch.from_numpy(labels[1:]).to(logits.device)[is_answer]
+            likelihoods = predicted.gather(1, targets[:, None])
+            found.append((float(likelihoods.sum()), len(targets)))
+        return found
 
     def chat(self, system: str | None = None, *, allow_urls: bool = False) -> Chat:
         """A new conversation."""
-        raise NotImplementedError
+        return Chat(self, system, allow_urls)
+
+    def prompt(self, question: Question, allow_urls: bool = False) -> Prompt:
+        """Token ids and pixels of a question. Raises UserError."""
+        input_ids = self._prompts.encode(question.turns, len(question.images))
+        return Prompt(input_ids, self._pixels(question, allow_urls))
+
+    def _pixels(self, question: Question, allow_urls: bool) -> torch.Tensor | None:
+        pictures = [read_image(image, allow_urls) for image in question.images]
+        return torch.stack([self._preprocess(picture) for picture in pictures]) if pictures else None
 
 
 class Chat:
-    """A conversation of several turns."""
+    """A conversation of several turns. What failed is not kept, so that it can be asked again."""
 
-    turns: list[Turn]
-    images: list[ImageLike]
+    def __init__(self, llava: LLaVA, system: str | None = None, allow_urls: bool = False) -> None:
+        self._llava, self._allow_urls = llava, allow_urls
+        self.turns: list[Turn] = [Turn("system", system)] if system else []
+        self.images: list[ImageLike] = []
 
-    def ask(self, text: str, images: Sequence[ImageLike] = (), **settings: Any) -> str:
-        """The answer; question and answer become part of the conversation."""
-        raise NotImplementedError
+    def ask(self, text: str, images: ImageLike | Sequence[ImageLike] = (), **settings: Any) -> str:
+        """The answer; question and answer become part of the conversation. Raises UserError."""
+        return "".join(self.stream(text, images, **settings))
 
-    def stream(self, text: str, images: Sequence[ImageLike] = (), **settings: Any) -> Iterator[str]:
-        """The same in pieces. An answer that is not read to its end is kept as far as it was read."""
-        raise NotImplementedError
+    def stream(self, text: str, images: ImageLike | Sequence[ImageLike] = (), **settings: Any) -> Iterator[str]:
+        """The same in pieces. An answer that is not read to its end is kept as far as it was read. Raises UserError."""
+        listed = _listed(images)
+        turn = Turn("user", _with_placeholders(text, len(listed)))
+        question = Question((*self.turns, turn), (*self.images, *listed))
+        pieces = self._llava.stream(question, allow_urls=self._allow_urls, **settings)
+        return self._keeping(turn, listed, pieces)
+
+    def _keeping(self, turn: Turn, images: tuple[ImageLike, ...], pieces: Iterator[str]) -> Iterator[str]:
+        answer = ""
+        try:
+            for piece in pieces:
+                answer += piece
+                yield piece
+        finally:
+            if answer:
+                self.turns += [turn, Turn("assistant", answer)]
+                self.images += images
 
 
-def question_about(images: ImageLike | Sequence[ImageLike] | None, text: str, system: str | None = None) -> Question:
-    """A question of one turn, its images before the text unless the text holds `<image>` for each of them."""
-    raise NotImplementedError
+def _listed(images: ImageLike | Sequence[ImageLike] | None) -> tuple[ImageLike, ...]:
+    if images is None:
+        return ()
+    return (images,) if isinstance(images, str | Path | bytes | Image.Image) else tuple(images)
+
+
+def _with_placeholders(text: str, n_images: int) -> str:
+    return text if IMAGE_PLACEHOLDER in text else f"{IMAGE_PLACEHOLDER}\n" * n_images + text
+
+
+def _quantized(quantization: str, place: torch.device) -> dict[str, Any]:
+    """Settings of transformers' `from_pretrained`. Raises UserError."""
+    if place.type != "cuda":
+        raise UserError(f"{quantization}: quantized weights need a CUDA device")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{quantization}: quantized weights need bitsandbytes; pip install bitsandbytes") from error
+    bits: dict[str, dict[str, Any]] = {
+        "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+        "8bit": {"load_in_8bit": True},
+    }
+    if quantization not in bits:
+        raise UserError(f"quantization {quantization!r} is not known; choose {' or '.join(bits)}")
+    config = BitsAndBytesConfig(llm_int8_skip_modules=_NOT_QUANTIZED, **bits[quantization])
+    return {"quantization_config": config, "device_map": {"": place}}

@@ -3,21 +3,120 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from llava_train.model.build import Llava
+from llava_train.config import StageConfig
+from llava_train.data.chat_templates import load_template
+from llava_train.devices import DTYPES
+from llava_train.errors import UserError
+from llava_train.files import read_manifest
+from llava_train.model.build import Llava, build_llava
+from llava_train.model.processor import VISION_TOWERS
+from llava_train.model.trainable import part_module
+from llava_train.model.weights import ADAPTER_FOLDER, PROJECTOR_CARD, PROJECTOR_FILE, RESULT_FOLDER, load_init
+from llava_train.stage_file import RUN_CARD, load_run_card
 
 
-def load_llava(name: str | Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> Llava:
+class LoadError(UserError):
+    """There is no model to use. The message names the folder and the mend."""
+
+
+def load_llava(
+    name: str | Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False, **settings: Any
+) -> Llava:
     """Loads a model on the CPU, with its chat template, in evaluation mode and with ordinary attention (sdpa).
 
     Args:
         name: a run folder (of stage 1: its projector between the parts it was trained for), its `model/`, the
             `adapter/` of a LoRA run, an original LLaVA checkpoint, a llava-hf folder, or a hub id.
         dtype: of all weights; None for the one they were saved in.
+        settings: for transformers' `from_pretrained`, such as `quantization_config`.
 
     Raises:
-        UserError: no model there, an unfinished run, or parts that are missing. The message says what to do.
+        LoadError: no model there, an unfinished run, or one that `settings` cannot be used with.
+        BuildError, HandOffError: parts of the run that are missing or have changed.
     """
-    raise NotImplementedError
+    folder = _result_of(Path(name))
+    is_adapter = folder.name == ADAPTER_FOLDER and (folder.parent / RUN_CARD).is_file()
+    if is_adapter or (folder / PROJECTOR_CARD).is_file():
+        if settings:
+            raise LoadError(f"{name} is not a whole model, which quantization needs; run `llava-train export` first")
+        llava = load_base(folder.parent, dtype)
+        if is_adapter:
+            _add_adapter(llava, folder)
+    else:
+        llava = _load_whole(str(folder if folder.is_dir() else name), dtype, trust_remote_code, settings)
+    llava.model.model.language_model.set_attn_implementation("sdpa")
+    llava.model.eval()
+    return llava
+
+
+def load_base(run_dir: Path, dtype: torch.dtype | None = None) -> Llava:
+    """What the stage of a run began with, its projector trained; without the adapters of LoRA.
+
+    Raises:
+        LoadError: no finished run.
+        BuildError, HandOffError: parts of the run that are missing or have changed.
+    """
+    config = run_config(run_dir)
+    llava = build_llava(config.model, config.image, dtype or DTYPES[config.engine.precision], config.seed)
+    llava.processor.chat_template = load_template(config.model.chat_template, llava.tokenizer)
+    if (run_dir / RESULT_FOLDER / PROJECTOR_CARD).is_file():
+        load_init(str(run_dir), llava.model, config.model)
+        return llava
+    if config.init_from not in (None, "random"):
+        load_init(str(config.init_from), llava.model, config.model)
+    part_module(llava.model, "projector").load_state_dict(load_file(run_dir / ADAPTER_FOLDER / PROJECTOR_FILE))
+    return llava
+
+
+def run_config(run_dir: Path) -> StageConfig:
+    """The stage file that a run was trained with. Raises LoadError."""
+    if not (run_dir / RUN_CARD).is_file():
+        raise LoadError(f"{run_dir} holds no {RUN_CARD}, which says what parts its projector belongs to")
+    return load_run_card(run_dir)
+
+
+def _result_of(folder: Path) -> Path:
+    """The folder with the weights. Raises LoadError."""
+    if (folder / RUN_CARD).is_file() or (folder / RESULT_FOLDER).is_dir():
+        result = folder / RESULT_FOLDER
+        if read_manifest(result) is None:
+            raise LoadError(f"{folder} is a run without a finished {RESULT_FOLDER}/; start its stage again")
+        return result
+    if folder.is_dir() and not any(folder.iterdir()):
+        raise LoadError(f"{folder} is empty; name a run, its {RESULT_FOLDER}/, or a hub id")
+    return folder
+
+
+def _add_adapter(llava: Llava, folder: Path) -> None:
+    PeftModel.from_pretrained(llava.model, str(folder)).merge_and_unload()
+
+
+def _load_whole(name: str, dtype: torch.dtype | None, trust_remote_code: bool, settings: dict[str, Any]) -> Llava:
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise LoadError(f"{name} holds no model (config.json); name the folder of a finished stage 2")
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = LlavaForConditionalGeneration.from_pretrained(
+            name, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **settings
+        )
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{name} is no run, and no LLaVA model that transformers loads: {error}") from error
+    kind = model.config.vision_config.model_type
+    if kind not in VISION_TOWERS:
+        raise LoadError(f"{name} sees by a {kind}; supported: {', '.join(VISION_TOWERS)}")
+    return Llava(model, processor, _count_image_tokens(processor))
+
+
+def _count_image_tokens(processor: LlavaProcessor) -> int:
+    """Tokens that a picture takes in the language model: what the processor widens `<image>` to."""
+    blank = Image.new("RGB", (32, 32))
+    input_ids = processor(images=blank, text=processor.image_token, return_tensors="pt").input_ids
+    return int((input_ids == processor.image_token_id).sum())

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_train.train.engine import imitates_bf16
+from llava_train.devices import imitates_bf16
 
 CPUINFO = Path("/proc/cpuinfo")
 FLAGS = {flag for line in CPUINFO.read_text().splitlines() if line.startswith("flags") for flag in line.split()}

@@ -1,0 +1,35 @@
+"""Which device a model runs on, and in which precision."""
+
+from __future__ import annotations
+
+import torch
+
+from llava_train.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; `auto` is a GPU where there is one. Raises UserError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r} is not known; choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: torch sees no CUDA device here; choose cpu or auto")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The precision of a name; `auto` is the stored one, but float32 where that is slow. Raises UserError."""
+    if name == "auto":
+        slow = stored == torch.float16 or (stored == torch.bfloat16 and imitates_bf16(device))
+        return torch.float32 if device.type == "cpu" and slow else stored
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is not known; choose auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def imitates_bf16(device: torch.device) -> bool:
+    """Whether a device is a CPU without instructions for bf16: it is tens of times slower there than fp32."""
+    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,0 +1,39 @@
+"""What a user gives as a picture -> the decoded picture, by the rules of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeAlias
+
+from PIL import Image
+
+from llava_train.data.images import decode_image, decoded
+from llava_train.data.pictures import EmbeddedPicture, data_url_content
+from llava_train.errors import UserError
+from llava_train.use.fetch import fetch, is_url
+
+ImageLike: TypeAlias = str | Path | bytes | Image.Image
+"""A picture: a file, its bytes, a decoded picture, a data: URL, or (where they are allowed) an http(s) address."""
+
+
+def read_image(image: ImageLike, allow_urls: bool = False) -> Image.Image:
+    """A picture as RGB, upright.
+
+    Raises:
+        SampleError: not a readable picture, or so large that it may be a decompression bomb.
+        FetchError: an address that cannot or must not be fetched.
+        UserError: an address without `allow_urls`, or something else than a picture.
+    """
+    if isinstance(image, Image.Image):
+        return decoded(image, EmbeddedPicture(b"", "the picture"))
+    if isinstance(image, bytes):
+        return decode_image(EmbeddedPicture(image, "the picture"))
+    if isinstance(image, str) and is_url(image):
+        if not allow_urls:
+            raise UserError(f"{image:.200}: addresses are not fetched unless allowed (allow_urls=True, --allow-urls)")
+        return decode_image(EmbeddedPicture(fetch(image), f"{image:.200}"))
+    if isinstance(image, str) and image.startswith("data:"):
+        return decode_image(EmbeddedPicture(data_url_content(image), "the picture"))
+    if isinstance(image, str | Path):
+        return decode_image(Path(image))
+    raise UserError(f"a picture is a path, bytes, a PIL image or an address, not {type(image).__name__}")
