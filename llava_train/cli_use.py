@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -118,3 +119,43 @@ def _load(
 def _say(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+class ExportDtype(str, Enum):
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or any LLaVA model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    dtype: Annotated[ExportDtype | None, typer.Option(help="Of the weights; default: as they are.")] = None,
+    merge_lora: Annotated[bool, typer.Option("--merge-lora", help="Adapters into the weights, not beside.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload it, too.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Write a model for transformers 4 and 5, vLLM, SGLang and lmms-eval, and check what was written.
+
+    Example: llava-train export runs/llava-1.5-7b-stage2 llava-mine --dtype bf16 --push-to-hub me/llava-mine
+    """
+    with user_errors():
+        if push_to_hub:
+            from llava_train.use.hub import check_push, push
+
+            check_push(push_to_hub)
+        from llava_train.devices import DTYPES
+        from llava_train.use.export import export as export_model
+
+        wanted = DTYPES[dtype.value] if dtype else None
+        found = export_model(source, out, wanted, merge_lora, overwrite, trust_remote_code, name=push_to_hub)
+        print(f"{found.folder}: loaded again, its logits differ from the model's by {found.difference:.3g} at most")
+        if wanted:
+            print(f"--dtype {dtype.value if dtype else ''} changes them by {found.by_dtype:.3g} at most")
+        if found.by_adapter is not None:
+            print(f"{found.folder}/adapter: with it, they differ from the trained model's by {found.by_adapter:.3g}")
+        if push_to_hub:
+            print(push(found.folder, push_to_hub, private))

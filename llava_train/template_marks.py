@@ -25,3 +25,8 @@ def hide_marks(template: str) -> str:
 def show_marks(template: str) -> str:
     """The template as it was before `hide_marks`; one that was never hidden stays as it is."""
     return _HIDDEN.sub(r"{%\1 \2 \3%}", template)
+
+
+def has_marks(template: str) -> bool:
+    """Whether a template has generation marks, shown or hidden."""
+    return bool(_SHOWN.search(show_marks(template)))

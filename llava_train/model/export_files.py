@@ -8,8 +8,7 @@
     chat_template.jinja, .json  takes texts and lists of parts, generation marks hidden (`template_marks`)
     tokenizer.json, tokenizer_config.json   loaded as they are by the plain fast class of either version
 
-What this module promises was read in the sources of vLLM, SGLang and lmms-eval, and is tried in tests with transformers 4
-and 5.
+What vLLM, SGLang and lmms-eval read was looked up in their sources; transformers 4 and 5 are tried in tests.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ def _rope_of_transformers_4(parameters: dict[str, Any]) -> dict[str, Any]:
         theta = parameters["full_attention"].get("rope_theta")
         local = parameters.get("sliding_attention", {}).get("rope_theta")
         return {"rope_theta": theta, "rope_local_base_freq": local}
-    old = {key: parameters[key] for key in ("rope_theta", "partial_rotary_factor") if key in parameters}
+    old: dict[str, Any] = {key: parameters[key] for key in ("rope_theta", "partial_rotary_factor") if key in parameters}
     scaling = {key: value for key, value in parameters.items() if key not in old}
     return {**old, "rope_scaling": scaling} if scaling.get("rope_type", "default") != "default" else old
 
@@ -133,7 +132,7 @@ def _tokenizer_for_both(config: dict[str, Any], processor: LlavaProcessor, end_o
 
 
 def _writes_bos(processor: LlavaProcessor) -> bool:
-    """Whether the chat template begins with the begin-of-sequence token, so that the tokenizer must not add it again."""
+    """Whether the chat template begins with the begin-of-sequence token: the tokenizer must not add it again."""
     bos = processor.tokenizer.bos_token
     prompt = processor.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)
     return bos is not None and prompt.startswith(bos)

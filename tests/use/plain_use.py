@@ -14,7 +14,7 @@ from pathlib import Path
 class Absent(importlib.abc.MetaPathFinder):
     """llava_train is installed where this runs, and must not help."""
 
-    def find_spec(self, fullname, path=None, target=None):  # noqa: ANN001, ANN201
+    def find_spec(self, fullname, path=None, target=None):
         if fullname.split(".")[0] == "llava_train":
             raise ImportError("this process has no llava_train")
 
@@ -52,6 +52,12 @@ def use(folder: str, image: str, question: str) -> dict:
         processor(text=prompts[0], images=picture, return_tensors="pt", add_special_tokens=added)
         for added in (True, False)
     )
+    logits = model(**inputs).logits[0]
+    adapted = logits
+    if (Path(folder) / "adapter").is_dir():
+        from peft import PeftModel
+
+        adapted = PeftModel.from_pretrained(model, folder, subfolder="adapter").eval()(**inputs).logits[0]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     n_prompt, eos_token_id = inputs.input_ids.shape[1], tokenizer.eos_token_id
     ends = model.generation_config.eos_token_id
@@ -69,8 +75,9 @@ def use(folder: str, image: str, question: str) -> dict:
         ),
         "input_ids": inputs.input_ids[0].tolist(),
         "same_without_special_tokens": inputs.input_ids.tolist() == without.input_ids.tolist(),
-        "pixel_values": inputs.pixel_values.flatten().tolist(),
-        "logits": model(**inputs).logits[0].float().flatten().tolist(),
+        "pixel_values": inputs.pixel_values[0].tolist(),
+        "logits": logits.float().tolist(),
+        "logits_with_adapter": adapted.float().tolist(),
         "loading": {key: sorted(map(str, value)) for key, value in loading.items() if value},
         "n_generated": length,
         "eos_token_id": eos_token_id,
