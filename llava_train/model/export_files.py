@@ -14,6 +14,7 @@ What vLLM, SGLang and lmms-eval read was looked up in their sources; transformer
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from llava_train.model.export_template import portable, reads_eos_token
 _WITH_VISION_MODEL = ("clip_vision_model", "siglip_vision_model")
 """Towers whose keys have a level `vision_model.` that transformers 5 has not in memory."""
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+_OF_LOADING = ("backend", "is_local", "local_files_only", "add_bos_token", "add_eos_token")
+"""Settings of a tokenizer that say how it was loaded; tokenizer.json has the tokens that it adds."""
 
 
 def write_model(
@@ -122,7 +126,7 @@ def _tokenizer_for_both(config: dict[str, Any], processor: LlavaProcessor, end_o
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["padding_side"] = "left"
     config["model_input_names"] = ["input_ids", "attention_mask"]  # else transformers 4 makes token_type_ids, too
-    for key in ("backend", "add_bos_token", "add_eos_token"):  # tokenizer.json has the tokens that are added
+    for key in _OF_LOADING:
         config.pop(key, None)
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
@@ -147,12 +151,13 @@ def _without_bos(content: dict[str, Any], bos: str) -> None:
                 step[key] = [piece for piece in step[key] if piece.get("SpecialToken", {}).get("id") != bos]
 
 
-def _change(path: Path, change: Any) -> None:
-    """Reads a JSON file, changes it in place and writes it."""
+def _change(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Reads a JSON file, changes it in place and writes it; a tokenizer's vocabulary keeps its order."""
     content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
-    _write(path, content)
+    _write(path, content, sort_keys=path.name != "tokenizer.json")
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write(path: Path, content: dict[str, Any], sort_keys: bool = True) -> None:
+    text = json.dumps(content, indent=2, sort_keys=sort_keys, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")

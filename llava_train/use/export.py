@@ -99,7 +99,7 @@ def export(
         llava = _without_adapter(run_dir, llava)
     with _beside(out) as folder:
         before = _try(llava.model, llava.processor)
-        llava.model.to(dtype or llava.model.dtype)
+        _cast(llava.model, dtype or llava.model.dtype)
         _write(llava, folder)
         in_memory = before if dtype is None else _try(llava.model, llava.processor)
         _refuse_overflow(in_memory, llava.model.dtype)
@@ -197,11 +197,17 @@ def _try(model: Any, processor: LlavaProcessor, as_users_do: bool = False) -> _T
     columns = np.linspace(0, 255, 3 * 40 * 60).astype(np.uint8).reshape(40, 60, 3)
     inputs = processor(text=text, images=Image.fromarray(columns), return_tensors="pt", add_special_tokens=adds)
     stored, computing = model.dtype, pick_dtype("auto", model.dtype, _CPU)
-    logits = model.to(computing)(
-        input_ids=inputs.input_ids, pixel_values=inputs.pixel_values.to(computing), use_cache=False
-    ).logits[0]
-    model.to(stored)
+    _cast(model, computing)
+    pixel_values = inputs.pixel_values.to(computing)
+    logits = model(input_ids=inputs.input_ids, pixel_values=pixel_values, use_cache=False).logits[0]
+    _cast(model, stored)
     return _Trial(inputs.input_ids, inputs.pixel_values, logits.float())
+
+
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Changes the dtype of the weights alone: buffers such as rotary frequencies stay in float32, as when loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _refuse_overflow(trial: _Trial, dtype: torch.dtype) -> None:
