@@ -64,6 +64,11 @@ def build_llava(section: ModelSection, image: ImageSection, dtype: torch.dtype, 
     vision_tower = load_vision_tower(section.vision_tower, front.vision_config, dtype)
     image_token_id = int(front.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     model = _join(section, language_model, vision_tower, image_token_id, seed)
+    if isinstance(
+        section.language_model, RandomLanguageModel
+    ):  # its config names the special tokens of another tokenizer
+        model.generation_config.eos_token_id = front.tokenizer.eos_token_id
+        model.generation_config.bos_token_id = front.tokenizer.bos_token_id
     check_packing(model)
     model.config.image_seq_length = front.n_image_tokens
     return Llava(model, front.processor, front.n_image_tokens)

@@ -25,7 +25,7 @@ from llava_train.model.export_template import portable
 from llava_train.template_marks import has_marks, hide_marks, show_marks
 from tests.data.chat_tokenizers import TOKENIZERS
 from tests.tiny import LANGUAGE_MODEL, VISION_TOWER, encoder_of, model_section, tiny_llava
-from tests.use.exported import LLAMA3_ROPE, llava_of
+from tests.use.exports import LLAMA3_ROPE, llava_of
 
 CONVERSATION = (
     Turn("system", "Be kind."),

@@ -15,11 +15,13 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from typer.testing import CliRunner, Result
 
 from llava_train.cli import app
-from llava_train.files import damage
+from llava_train.files import damage, write_manifest
+from llava_train.model.weights import save_projector
 from llava_train.use import export as export_room
 from llava_train.use import hub
 from llava_train.use.export import ExportError, export
-from tests.use.exported import QUESTION, write_run
+from tests.tiny import model_section, tiny_llava
+from tests.use.exports import LORA, QUESTION, write_picture, write_run
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("runs") / "mine-lora", lora=True)
+    return write_run(tmp_path_factory.mktemp("runs") / "mine-lora", trainable=LORA)
 
 
 def command(*arguments: object) -> Result:
@@ -59,6 +61,18 @@ def test_a_stage_leaves_the_files_that_the_command_writes(run: Path, tmp_path: P
     files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != "COMPLETE"}
     assert files.pop("README.md")
     assert files == {path.name: path.read_bytes() for path in (run / "model").iterdir() if path.name != "COMPLETE"}
+
+
+def test_a_projector_alone_is_exported_between_its_parts(run: Path, tmp_path: Path) -> None:
+    section = model_section()
+    llava = tiny_llava(section)
+    torch.nn.init.normal_(llava.model.model.multi_modal_projector.linear_1.weight)
+    save_projector(llava.model, section, tmp_path / "stage1/model")
+    write_manifest(tmp_path / "stage1/model")
+    (tmp_path / "stage1/config.yaml").write_text((run / "config.yaml").read_text())
+    export(str(tmp_path / "stage1"), tmp_path / "out")
+    expected = llava.model.model.multi_modal_projector.linear_1.weight
+    assert torch.equal(weights(tmp_path / "out")["multi_modal_projector.linear_1.weight"], expected)
 
 
 def test_an_export_is_a_source_too(run: Path, tmp_path: Path) -> None:
@@ -110,6 +124,13 @@ def test_a_lora_run_leaves_its_base_and_the_adapter_beside_it(lora_run: Path, tm
     trained, base = weights(lora_run / "model"), weights(tmp_path / "out")
     differ = {name for name in trained if not torch.equal(trained[name], base[name])}
     assert differ and all("_proj.weight" in name and name.startswith("language_model.") for name in differ)
+
+
+def test_a_vision_tower_that_trained_beside_adapters_is_in_the_base(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", trainable={**LORA, "vision_tower": {"lr": 1e-4}})
+    export(str(run), tmp_path / "out")
+    trained, base = weights(run / "model"), weights(tmp_path / "out")
+    assert all(torch.equal(trained[name], base[name]) for name in trained if name.startswith("vision_tower"))
 
 
 @pytest.mark.parametrize("below", ["", "adapter"])
@@ -271,8 +292,6 @@ def test_the_card_names_hub_parts_data_sets_and_earlier_stages(run: Path, tmp_pa
 
 
 def test_the_code_of_the_card_runs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.use.exported import write_picture
-
     export(str(run), tmp_path / "out")
     write_picture(tmp_path / "picture.jpg")
     monkeypatch.chdir(tmp_path)
@@ -283,8 +302,6 @@ def test_the_code_of_the_card_runs(run: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_template_that_ends_in_text_tells_servers_so(tmp_path: Path) -> None:
-    from tests.tiny import model_section
-
     section = model_section(chat_template="llava_v0").model_dump(mode="json")
     run = write_run(tmp_path / "v0", model=section)
     export(str(run), tmp_path / "out")

@@ -16,7 +16,7 @@ from llava_train.model.export_files import write_model
 from llava_train.use.export import export
 from tests.data.chat_tokenizers import llama_like
 from tests.tiny import encoder_of
-from tests.use.exported import LLAMA3_ROPE, QUESTION, llava_of, use_plainly, write_picture, write_run
+from tests.use.exports import LLAMA3_ROPE, LORA, QUESTION, llava_of, use_plainly, write_picture, write_run
 
 VERSIONS = ["5", pytest.param("4", marks=pytest.mark.transformers4)]
 
@@ -119,7 +119,7 @@ def test_transformers_4_reads_rope_where_it_looks(found: Any) -> None:
 def test_peft_puts_the_adapter_on_the_export_of_a_lora_run(
     version: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    run = write_run(tmp_path / "run", lora=True)
+    run = write_run(tmp_path / "run", trainable=LORA)
     export(str(run), tmp_path / "out")
     first = request.getfixturevalue("transformers4") if version == "4" else None
     folders = {"out": tmp_path / "out", "trained": run / "model"}
