@@ -20,6 +20,7 @@ from llava_train.model.weights import save_projector
 from llava_train.use import export as export_room
 from llava_train.use import hub
 from llava_train.use.export import ExportError, export
+from tests.model.test_export_files import as_vllm_reads
 from tests.tiny import model_section, tiny_llava
 from tests.use.exports import LORA, QUESTION, write_picture, write_run
 
@@ -121,6 +122,9 @@ def test_a_lora_run_leaves_its_base_and_the_adapter_beside_it(lora_run: Path, tm
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+    adapter = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+    in_vllm = [as_vllm_reads(name.removeprefix("base_model.model.")) for name in adapter]
+    assert all(name.startswith("language_model.model.layers.") for name in in_vllm)
     trained, base = weights(lora_run / "model"), weights(tmp_path / "out")
     differ = {name for name in trained if not torch.equal(trained[name], base[name])}
     assert differ and all("_proj.weight" in name and name.startswith("language_model.") for name in differ)
