@@ -29,16 +29,15 @@ from llava_train.model.build import Llava
 from llava_train.model.export_files import write_model
 from llava_train.model.export_template import portable
 from llava_train.model.trainable import part_module
-from llava_train.model.weights import ADAPTER_FOLDER, PROJECTOR_FILE
+from llava_train.model.weights import ADAPTER_FOLDER, PROJECTOR_FILE, RESULT_FOLDER
 from llava_train.stage_file import RUN_CARD
 from llava_train.use.loading import load_base, load_llava, run_config
 from llava_train.use.model_card import ModelCard
 from llava_train.use.prompts import Prompts
 
 _CPU = torch.device("cpu")
-_SAME, _ROUNDED = 1e-5, 0.1
-"""Largest difference of logits, as a share of the largest logit: the same weights, and weights merged in 16 bits."""
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_SAME, _MERGED, _MERGED_IN_16_BITS = 1e-5, 1e-3, 0.1
+"""Largest difference of logits, as a share of the largest: of the same weights, and of an adapter and merged ones."""
 
 
 class ExportError(UserError):
@@ -89,29 +88,28 @@ def export(
         LoadError, BuildError, HandOffError: the source cannot be loaded.
     """
     _check_out(out, overwrite)
-    run_dir = _run_of(Path(source))
     llava = load_llava(source, trust_remote_code=trust_remote_code)
-    card = ModelCard.of(source, run_dir, llava)
-    adapter = run_dir / ADAPTER_FOLDER if run_dir and not merge_lora else None
-    trained = None
-    if run_dir and adapter and (adapter / _ADAPTER_FILES[0]).is_file():
+    card = ModelCard.of(source, _run_of(Path(source)), llava)
+    adapter = None if merge_lora else _adapter_of(Path(source))
+    trained = by_adapter = None
+    if adapter:
         trained = _try(llava.model, llava.processor)
-        llava = _without_adapter(run_dir, llava)
-    with _beside(out) as folder:
+        llava = _without_adapter(adapter.parent, llava)
+    with _beside(out.absolute()) as folder:
         before = _try(llava.model, llava.processor)
         _cast(llava.model, dtype or llava.model.dtype)
         _write(llava, folder)
-        in_memory = before if dtype is None else _try(llava.model, llava.processor)
-        _refuse_overflow(in_memory, llava.model.dtype)
-        stored, by_adapter = llava.model.dtype, None
-        del llava
-        again = _load_plainly(folder, stored)
-        difference = _compare(in_memory, _try(*again, as_users_do=True), _SAME)
-        if trained and adapter:
-            _copy_adapter(adapter, folder / ADAPTER_FOLDER, out)
-            adapted = PeftModel.from_pretrained(again[0], str(folder / ADAPTER_FOLDER)).eval()
-            by_adapter = _compare(trained, _try(adapted, again[1]), _SAME * 100 if _is_exact(stored) else _ROUNDED)
-        card.write(folder, name or out.name, has_adapter=trained is not None)
+        in_memory, stored = _try(llava.model, llava.processor) if dtype else before, llava.model.dtype
+        _refuse_overflow(in_memory, stored)
+        del llava  # two models may be too many
+        model, processor = _load_plainly(folder, stored)
+        difference = _compare(in_memory, _try(model, processor, as_users_do=True), _SAME)
+        if adapter and trained:
+            _copy_adapter(adapter, folder / ADAPTER_FOLDER)
+            adapted = PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER)).eval()
+            tolerance = _MERGED if stored == torch.float32 else _MERGED_IN_16_BITS
+            by_adapter = _compare(trained, _try(adapted, processor), tolerance)
+        card.write(folder, name or out.absolute().name, has_adapter=adapter is not None)
         write_manifest(folder, exported_from=source)
     return Exported(out, difference, _difference(before, in_memory), by_adapter)
 
@@ -129,7 +127,15 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 def _run_of(source: Path) -> Path | None:
     """The run that a source is, or is the `model/` or `adapter/` of."""
-    return next((folder for folder in (source, source.absolute().parent) if (folder / RUN_CARD).is_file()), None)
+    places = [source, source.parent] if source.name in (RESULT_FOLDER, ADAPTER_FOLDER) else [source]
+    return next((folder for folder in places if (folder / RUN_CARD).is_file()), None)
+
+
+def _adapter_of(source: Path) -> Path | None:
+    """The adapter of a run with LoRA; None for a run without and for `model/`, which has it in its weights."""
+    run_dir = None if source.name == RESULT_FOLDER else _run_of(source)
+    found = run_dir and (run_dir / ADAPTER_FOLDER / "adapter_config.json").is_file()
+    return run_dir / ADAPTER_FOLDER if run_dir and found else None
 
 
 def _without_adapter(run_dir: Path, trained: Llava) -> Llava:
@@ -155,6 +161,8 @@ def _beside(out: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise ExportError(f"cannot write {out}: {error}") from error
     finally:
+        if replaced.exists() and not out.exists():
+            replaced.rename(out)
         for each in (folder, replaced):
             shutil.rmtree(each, ignore_errors=True)
 
@@ -167,8 +175,8 @@ def _write(llava: Llava, folder: Path) -> None:
     write_model(llava.model, llava.processor, Prompts(llava).end_ids[0], folder)
 
 
-def _copy_adapter(source: Path, target: Path, out: Path) -> None:
-    """The adapter for `out`; the projector beside it is part of the model there."""
+def _copy_adapter(source: Path, target: Path) -> None:
+    """The adapter; the projector that stands beside it in a run is part of the exported model."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(PROJECTOR_FILE, "README.md"))
 
 
@@ -232,7 +240,3 @@ def _compare(expected: _Trial, found: _Trial, tolerance: float) -> float:
 
 def _difference(one: _Trial, other: _Trial) -> float:
     return float((one.logits - other.logits).abs().max())
-
-
-def _is_exact(dtype: torch.dtype) -> bool:
-    return dtype == torch.float32

@@ -146,6 +146,12 @@ def test_an_adapter_is_merged_on_request(lora_run: Path, tmp_path: Path, below: 
         torch.testing.assert_close(weights(tmp_path / "out")[name], tensor, rtol=1e-5, atol=1e-6)
 
 
+def test_the_merged_model_of_a_lora_run_can_be_named(lora_run: Path, tmp_path: Path) -> None:
+    export(str(lora_run / "model"), tmp_path / "out")
+    assert not (tmp_path / "out/adapter").exists()
+    assert "| mine-lora | projector" in (tmp_path / "out/README.md").read_text()
+
+
 def test_merging_does_no_harm_without_adapters(run: Path, tmp_path: Path) -> None:
     assert command(run, tmp_path / "out", "--merge-lora").exit_code == 0
 
@@ -163,6 +169,13 @@ def test_a_folder_that_something_else_lives_in_is_refused(run: Path, tmp_path: P
     assert command(run, run / "model", "--overwrite").exit_code == 2, "the run itself is no export"
 
 
+def test_the_folder_one_is_in_can_be_exported_to(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(str(run), Path())
+    assert damage(tmp_path / "here") is None
+
+
 def test_an_earlier_export_is_replaced_on_request_only(run: Path, tmp_path: Path) -> None:
     assert command(run, tmp_path / "out").exit_code == 0
     done = command(run, tmp_path / "out", "--dtype", "bf16")
@@ -178,7 +191,7 @@ def test_an_earlier_export_is_replaced_on_request_only(run: Path, tmp_path: Path
     [(OSError(errno.ENOSPC, "No space left on device"), ExportError), (KeyboardInterrupt(), KeyboardInterrupt)],
     ids=["disk full", "Ctrl-C"],
 )
-@pytest.mark.parametrize("step", ["write_model", "_load_plainly", "write_manifest"])
+@pytest.mark.parametrize("step", ["write_model", "_load_plainly", "write_manifest", "rename_durably"])
 def test_a_failed_export_leaves_nothing_and_spares_the_earlier_one(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, failure: BaseException, raised: Any
 ) -> None:
