@@ -152,10 +152,11 @@ def export(
 
         wanted = DTYPES[dtype.value] if dtype else None
         found = export_model(source, out, wanted, merge_lora, overwrite, trust_remote_code, name=push_to_hub)
-        print(f"{found.folder}: loaded again, its logits differ from the model's by {found.difference:.3g} at most")
-        if wanted:
-            print(f"--dtype {dtype.value if dtype else ''} changes them by {found.by_dtype:.3g} at most")
+        print(f"{found.folder}: loaded again, its logits (up to {found.largest:.3g}) differ from the model's by")
+        print(f"  {found.difference:.3g} at most")
+        if dtype:
+            print(f"  {found.by_dtype:.3g} at most from those before --dtype {dtype.value}")
         if found.by_adapter is not None:
-            print(f"{found.folder}/adapter: with it, they differ from the trained model's by {found.by_adapter:.3g}")
+            print(f"  {found.by_adapter:.3g} at most from the trained model's, with {found.folder}/adapter on")
         if push_to_hub:
             print(push(found.folder, push_to_hub, private))

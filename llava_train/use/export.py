@@ -53,6 +53,8 @@ class Exported:
     """From the model in memory."""
     by_dtype: float
     """What the change of the dtype does to the logits."""
+    largest: float
+    """Of the model's logits, to compare with."""
     by_adapter: float | None
     """From the trained model, with the adapter on; None where no adapter was written."""
 
@@ -64,6 +66,8 @@ class _Trial:
     input_ids: torch.Tensor  # int64 [1, T]
     pixel_values: torch.Tensor  # float32 [1, 3, H, W]
     logits: torch.Tensor  # float32 [T, V]
+    dtype: torch.dtype
+    """Of the model's weights."""
 
 
 def export(
@@ -99,19 +103,16 @@ def export(
         before = _try(llava.model, llava.processor)
         _cast(llava.model, dtype or llava.model.dtype)
         _write(llava, folder)
-        in_memory, stored = _try(llava.model, llava.processor) if dtype else before, llava.model.dtype
-        _refuse_overflow(in_memory, stored)
+        in_memory = _try(llava.model, llava.processor) if dtype else before
+        _refuse_overflow(in_memory)
         del llava  # two models may be too many
-        model, processor = _load_plainly(folder, stored)
+        model, processor = _load_plainly(folder, in_memory.dtype)
         difference = _compare(in_memory, _try(model, processor, as_users_do=True), _SAME)
         if adapter and trained:
-            _copy_adapter(adapter, folder / ADAPTER_FOLDER)
-            adapted = PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER)).eval()
-            tolerance = _MERGED if stored == torch.float32 else _MERGED_IN_16_BITS
-            by_adapter = _compare(trained, _try(adapted, processor), tolerance)
+            by_adapter = _add_adapter(adapter, folder, model, processor, trained, {before.dtype, in_memory.dtype})
         card.write(folder, name or out.absolute().name, has_adapter=adapter is not None)
         write_manifest(folder, exported_from=source)
-    return Exported(out, difference, _difference(before, in_memory), by_adapter)
+    return Exported(out, difference, _difference(before, in_memory), float(before.logits.abs().max()), by_adapter)
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
@@ -175,9 +176,19 @@ def _write(llava: Llava, folder: Path) -> None:
     write_model(llava.model, llava.processor, Prompts(llava).end_ids[0], folder)
 
 
-def _copy_adapter(source: Path, target: Path) -> None:
-    """The adapter; the projector that stands beside it in a run is part of the exported model."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(PROJECTOR_FILE, "README.md"))
+def _add_adapter(
+    adapter: Path,
+    folder: Path,
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    trained: _Trial,
+    dtypes: set[torch.dtype],
+) -> float:
+    """Copies an adapter, puts it on what was written, and compares. The projector beside it is in the model already."""
+    shutil.copytree(adapter, folder / ADAPTER_FOLDER, ignore=shutil.ignore_patterns(PROJECTOR_FILE, "README.md"))
+    adapted = PeftModel.from_pretrained(model, str(folder), subfolder=ADAPTER_FOLDER).eval()
+    tolerance = _MERGED if dtypes == {torch.float32} else _MERGED_IN_16_BITS
+    return _compare(trained, _try(adapted, processor), tolerance)
 
 
 def _load_plainly(folder: Path, stored: torch.dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -209,7 +220,7 @@ def _try(model: Any, processor: LlavaProcessor, as_users_do: bool = False) -> _T
     pixel_values = inputs.pixel_values.to(computing)
     logits = model(input_ids=inputs.input_ids, pixel_values=pixel_values, use_cache=False).logits[0]
     _cast(model, stored)
-    return _Trial(inputs.input_ids, inputs.pixel_values, logits.float())
+    return _Trial(inputs.input_ids, inputs.pixel_values, logits.float(), stored)
 
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -218,9 +229,9 @@ def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _refuse_overflow(trial: _Trial, dtype: torch.dtype) -> None:
+def _refuse_overflow(trial: _Trial) -> None:
     if not trial.logits.isfinite().all():
-        raise ExportError(f"the logits are not finite in {dtype}; choose --dtype bf16 or fp32")
+        raise ExportError(f"the logits are not finite in {trial.dtype}; choose --dtype bf16 or fp32")
 
 
 def _compare(expected: _Trial, found: _Trial, tolerance: float) -> float:

@@ -27,6 +27,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE = re.compile(r"\.(jsonl?|gz|parquet|arrow)$")
 _NATIVE_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """Vision towers that vLLM's own LLaVA has."""
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,12 @@ class ModelCard:
         n_parameters = sum(parameter.numel() for parameter in llava.model.parameters())
         origin = source if _is_hub_id(source) else Path(source).name
         return cls(stages, parts, origin, llava.model.config, n_parameters, Prompts(llava).stop_string)
+
+    @property
+    def max_lora_rank(self) -> int | None:
+        """What vLLM must be told: the rank of the adapter, or the next above that it knows."""
+        lora = self.stages[-1].config.trainable.lora if self.stages else None
+        return next((rank for rank in _VLLM_RANKS if lora and rank >= lora.rank), None)
 
     def write(self, folder: Path, name: str, has_adapter: bool) -> None:
         """Writes README.md.
