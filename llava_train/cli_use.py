@@ -41,6 +41,7 @@ MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option(help="0: always the most likely token.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this share.")]
 Seed = Annotated[int | None, typer.Option(help="Of the draws.")]
+ChatTemplate = Annotated[str | None, typer.Option(help="Name or jinja file; default: the model's own.")]
 AllowUrls = Annotated[bool, typer.Option("--allow-urls", help="Fetch http(s) pictures from public addresses.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")]
 
@@ -59,6 +60,7 @@ def ask(
     device: OnDevice = DeviceName.auto,
     dtype: InDtype = DtypeName.auto,
     quantize: Quantize = None,
+    chat_template: ChatTemplate = None,
     allow_urls: AllowUrls = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -71,7 +73,7 @@ def ask(
         from llava_train.use.llava import question_about
 
         pictures = [read_image(picture, allow_urls) for picture in [image, *(more or [])]]
-        llava = _load(model, device, dtype, quantize, trust_remote_code)
+        llava = _load(model, device, dtype, quantize, chat_template, trust_remote_code)
         asked = question_about(pictures, question, system)
         chosen = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         for piece in llava.stream(asked, **chosen):
@@ -90,6 +92,7 @@ def chat(
     device: OnDevice = DeviceName.auto,
     dtype: InDtype = DtypeName.auto,
     quantize: Quantize = None,
+    chat_template: ChatTemplate = None,
     allow_urls: AllowUrls = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -101,16 +104,25 @@ def chat(
         from llava_train.use.terminal_chat import TerminalChat
 
         chosen = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        llava = _load(model, device, dtype, quantize, trust_remote_code)
+        llava = _load(model, device, dtype, quantize, chat_template, trust_remote_code)
         TerminalChat(llava, input, _say, system, allow_urls, chosen).run()
 
 
 def _load(
-    model: str, device: DeviceName, dtype: DtypeName, quantize: QuantizationName | None, trust_remote_code: bool
+    model: str,
+    device: DeviceName,
+    dtype: DtypeName,
+    quantize: QuantizationName | None,
+    chat_template: str | None,
+    trust_remote_code: bool,
 ) -> Any:
     from llava_train.use.llava import LLaVA
 
-    settings: dict[str, Any] = {"dtype": dtype.value, "trust_remote_code": trust_remote_code}
+    settings: dict[str, Any] = {
+        "dtype": dtype.value,
+        "chat_template": chat_template,
+        "trust_remote_code": trust_remote_code,
+    }
     if quantize:
         settings["quantization"] = quantize.value
     return LLaVA.from_pretrained(model, device.value, **settings)
@@ -136,6 +148,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     push_to_hub: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload it, too.")] = None,
     private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    chat_template: ChatTemplate = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a model for transformers 4 and 5, vLLM, SGLang and lmms-eval, and check what was written.
@@ -151,7 +164,7 @@ def export(
         from llava_train.use.export import export as export_model
 
         wanted = DTYPES[dtype.value] if dtype else None
-        found = export_model(source, out, wanted, merge_lora, overwrite, trust_remote_code, name=push_to_hub)
+        found = export_model(source, out, wanted, merge_lora, overwrite, chat_template, trust_remote_code, push_to_hub)
         print(f"{found.folder}: loaded again, its logits (up to {found.largest:.3g}) differ from the model's by")
         print(f"  {found.difference:.3g} at most")
         if dtype:

@@ -290,7 +290,8 @@ class StageConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     model: ModelSection
     init_from: str | None = None
-    """Run folder (or LLaVA model) whose trained parts this stage starts from; `random` for a new projector."""
+    """Whose trained parts this stage starts from: a run folder; a LLaVA model of transformers or of the original (full,
+    or LoRA), folder or hub id; `mm_projector.bin` or its folder; `random` for a new projector."""
     trainable: TrainableSection
     data: Annotated[list[SourceSection], Field(min_length=1)]
     on_bad_sample: Literal["error", "skip"] = "error"

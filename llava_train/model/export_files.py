@@ -21,7 +21,7 @@ from typing import Any
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from llava_train.model.export_template import portable, reads_eos_token
+from llava_train.model.export_template import begins_with_bos, portable, reads_eos_token
 
 _WITH_VISION_MODEL = ("clip_vision_model", "siglip_vision_model")
 """Towers whose keys have a level `vision_model.` that transformers 5 has not in memory."""
@@ -37,7 +37,7 @@ def write_model(
     """Writes a model and its processor, all but the manifest and the model card.
 
     Args:
-        processor: with a chat template.
+        processor: with its chat template.
         end_of_turn_id: the token at which generation stops, beside the language model's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,11 +107,13 @@ def _write_processor_for_both(folder: Path, processor: LlavaProcessor, end_of_tu
     settings = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
     image_settings = {**settings["image_processor"], "processor_class": settings["processor_class"]}
     _write(folder / "preprocessor_config.json", image_settings)
-    template = portable(processor)
+    _change(folder / "tokenizer_config.json", lambda config: _tokenizer_for_both(config, processor, end_of_turn_id))
+    if processor.chat_template is None:
+        return
+    template = portable(processor.chat_template, processor)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     _write(folder / "chat_template.json", {"chat_template": template})
-    _change(folder / "tokenizer_config.json", lambda config: _tokenizer_for_both(config, processor, end_of_turn_id))
-    if _writes_bos(processor):
+    if begins_with_bos(processor):
         _change(folder / "tokenizer.json", lambda content: _without_bos(content, processor.tokenizer.bos_token))
 
 
@@ -133,13 +135,6 @@ def _tokenizer_for_both(config: dict[str, Any], processor: LlavaProcessor, end_o
     token = tokenizer.added_tokens_decoder.get(end_of_turn_id)
     if token is not None and token.special and not reads_eos_token(processor):
         config["eos_token"] = token.content
-
-
-def _writes_bos(processor: LlavaProcessor) -> bool:
-    """Whether the chat template begins with the begin-of-sequence token: the tokenizer must not add it again."""
-    bos = processor.tokenizer.bos_token
-    prompt = processor.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)
-    return bos is not None and prompt.startswith(bos)
 
 
 def _without_bos(content: dict[str, Any], bos: str) -> None:

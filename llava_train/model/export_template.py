@@ -7,7 +7,6 @@ from typing import Any
 from transformers import LlavaProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from llava_train.errors import UserError
 from llava_train.template_marks import hide_marks
 
 _QUESTION, _ANSWER = "Is it?", "Yes."
@@ -46,50 +45,54 @@ _AS_PARTS = """\
 """Stands before a template that takes lists of parts only, as those of llava-hf."""
 
 
-def portable(processor: LlavaProcessor) -> str:
-    """The template of a processor as an exported model has it.
-
-    Raises:
-        UserError: it writes a question about an image neither as a text nor as a list of parts.
-    """
-    template = processor.chat_template
+def portable(template: str, processor: LlavaProcessor) -> str:
+    """A template as an exported model has it. One that cannot ask about an image at all keeps what it takes."""
     takes_texts, takes_parts = (_takes(template, processor, as_parts) for as_parts in (False, True))
-    if not (takes_texts or takes_parts):
-        raise UserError("the chat template cannot write a question about an image and its answer")
-    if not takes_parts:
+    if takes_texts and not takes_parts:
         template = _AS_TEXTS + template
-    elif not takes_texts:
+    elif takes_parts and not takes_texts:
         template = _AS_PARTS + template
     return hide_marks(template)
 
 
+def begins_with_bos(processor: LlavaProcessor) -> bool:
+    """Whether the template writes the begin-of-sequence token, so that the tokenizer must not add it again."""
+    bos = processor.tokenizer.bos_token
+    texts = (_render(processor.chat_template, processor, as_parts) for as_parts in (False, True))
+    return bos is not None and any(text.startswith(bos) for text in texts)
+
+
 def reads_eos_token(processor: LlavaProcessor) -> bool:
     """Whether the text of a conversation depends on the tokenizer's end-of-sequence token."""
-    return _render(processor.chat_template, processor, False) != _render(
-        processor.chat_template, processor, False, eos_token="another"
+    template = processor.chat_template
+    return any(
+        _render(template, processor, as_parts) != _render(template, processor, as_parts, eos_token="another")
+        for as_parts in (False, True)
     )
 
 
 def _takes(template: str, processor: LlavaProcessor, as_parts: bool) -> bool:
     """Whether a template writes question, image and answer once each, its content given as texts or as parts."""
-    try:
-        text = _render(template, processor, as_parts)
-    except Exception:  # jinja passes on whatever the expressions of a template raise
-        return False
+    text = _render(template, processor, as_parts)
     found = [text.count(part) for part in (processor.image_token, _QUESTION, _ANSWER)]
     return found in ([1, 1, 1], [1, 0, 1]) and "'type'" not in text  # `plain` leaves the question out
 
 
 def _render(template: str, processor: LlavaProcessor, as_parts: bool, **tokens: str) -> str:
+    """A question about an image and its answer as text; empty where the template refuses them."""
+
     def content(text: str) -> Any:
         return [{"type": "text", "text": text}] if as_parts else text
 
     question: Any = f"{processor.image_token}\n{_QUESTION}"
     if as_parts:
         question = [{"type": "image"}, *content(_QUESTION)]
-    texts, _ = render_jinja_template(
-        conversations=[[{"role": "user", "content": question}, {"role": "assistant", "content": content(_ANSWER)}]],
-        chat_template=template,
-        **{**processor.tokenizer.special_tokens_map, **tokens},
-    )
+    try:
+        texts, _ = render_jinja_template(
+            conversations=[[{"role": "user", "content": question}, {"role": "assistant", "content": content(_ANSWER)}]],
+            chat_template=template,
+            **{**processor.tokenizer.special_tokens_map, **tokens},
+        )
+    except Exception:  # jinja passes on whatever the expressions of a template raise
+        return ""
     return str(texts[0])

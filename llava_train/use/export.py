@@ -76,6 +76,7 @@ def export(
     dtype: torch.dtype | None = None,
     merge_lora: bool = False,
     overwrite: bool = False,
+    chat_template: str | None = None,
     trust_remote_code: bool = False,
     name: str | None = None,
 ) -> Exported:
@@ -85,6 +86,7 @@ def export(
         dtype: of the weights; None for the one they have.
         merge_lora: write adapters into the weights, not beside them.
         overwrite: replace an earlier export in `out`.
+        chat_template: a name or a jinja file; None for the model's own, as `load_llava`.
         name: by which the model card tells how to load it; default: that of `out`.
 
     Raises:
@@ -92,7 +94,7 @@ def export(
         LoadError, BuildError, HandOffError: the source cannot be loaded.
     """
     _check_out(out, overwrite)
-    llava = load_llava(source, trust_remote_code=trust_remote_code)
+    llava = load_llava(source, chat_template=chat_template, trust_remote_code=trust_remote_code)
     card = ModelCard.of(source, _run_of(Path(source)), llava)
     adapter = None if merge_lora else _adapter_of(Path(source))
     trained = by_adapter = None
@@ -208,8 +210,9 @@ def _try(model: Any, processor: LlavaProcessor, as_users_do: bool = False) -> _T
         as_users_do: let processor and tokenizer do what they do by themselves.
     """
     content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    template = portable(processor.chat_template, processor)
     text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], chat_template=portable(processor), add_generation_prompt=True
+        [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True
     )
     bos = processor.tokenizer.bos_token
     adds = as_users_do or bos is None or not text.startswith(bos)

@@ -55,7 +55,7 @@ def test_the_answer_is_what_the_model_says_most_likely_token_by_token(folder: Pa
 @pytest.mark.parametrize(
     ("model", "image", "question", "message"),
     [
-        ("..", "red.png", QUESTION, "holds no model (config.json); name the folder of a finished stage 2"),
+        ("..", "red.png", QUESTION, "understood are"),
         ("model", "blue.png", QUESTION, "blue.png: the image file is missing"),
         ("model", "broken.png", QUESTION, "broken.png: not a readable image"),
         ("model", "red.png", "<image><image>What?", "2 <image> placeholders, but 1 images"),

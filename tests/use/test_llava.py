@@ -280,7 +280,7 @@ def test_what_is_no_finished_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other/notes.txt").write_text("nothing")
     for name, message in {
         "run": "is a run without a finished model/; start its stage again",
-        "other": "holds no model",
+        "other": "holds notes.txt; understood are: ",
     }.items():
         with pytest.raises(UserError, match=message):
             LLaVA.from_pretrained(tmp_path / name)
