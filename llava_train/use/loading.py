@@ -39,8 +39,8 @@ def load_llava(
         name: a run folder (of stage 1: its projector between the parts it was trained for), its `model/`, the
             `adapter/` of a LoRA run, an original LLaVA checkpoint, a llava-hf folder, or a hub id.
         dtype: of all weights; None for the one they were saved in.
-        chat_template: a name or a jinja file; None for the model's own. The original LLaVA keeps none in its checkpoints:
-            without one it is `vicuna_v1`, that of LLaVA-1.5.
+        chat_template: a name or a jinja file; None for the model's own. The original LLaVA keeps none in its
+            checkpoints: without one it is `vicuna_v1`, that of LLaVA-1.5.
         settings: for transformers' `from_pretrained`, such as `quantization_config`.
 
     Raises:
