@@ -165,6 +165,42 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or any LLaVA model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    dtype: InDtype = DtypeName.auto,
+    merge_lora: Annotated[bool, typer.Option("--merge-lora", help="Adapters into the weights, not beside.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload it, too.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    chat_template: ChatTemplate = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Write a model for transformers 4 and 5, vLLM, SGLang and lmms-eval, and check what was written.
+
+    Example: llava-train export runs/llava-1.5-7b-stage2 llava-mine --dtype bf16 --push-to-hub me/llava-mine
+    """
+    with user_errors():
+        if push_to_hub:
+            from llava_train.use.hub import check_push, push
+
+            check_push(push_to_hub)
+        from llava_train.devices import DTYPES
+        from llava_train.use.export import export as export_model
+
+        wanted = DTYPES.get(dtype.value)
+        found = export_model(source, out, wanted, merge_lora, overwrite, chat_template, trust_remote_code, push_to_hub)
+        print(f"{found.folder}: loaded again, its logits (up to {found.largest:.3g}) differ from the model's by")
+        print(f"  {found.difference:.3g} at most")
+        if wanted:
+            print(f"  {found.by_dtype:.3g} at most from those before --dtype {dtype.value}")
+        if found.by_adapter is not None:
+            print(f"  {found.by_adapter:.3g} at most from the trained model's, with {found.folder}/adapter on")
+        if push_to_hub:
+            print(push(found.folder, push_to_hub, private))
+
+
 class MetricName(str, Enum):
     vqa = "vqa"
     exact = "exact"

@@ -21,6 +21,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from llava_train.config import ModelSection
 from llava_train.errors import UserError
 from llava_train.files import damage, sha256
+from llava_train.model.export_files import write_model
 from llava_train.model.fit import copy_weights
 from llava_train.model.foreign import load_transformers
 from llava_train.model.foreign_files import ForeignError, Kind, NothingUnderstood, State, kind_of, local_path
@@ -137,11 +138,7 @@ def export_model(
             folder.parent / ADAPTER_FOLDER / PROJECTOR_FILE,
         )
         model = peft_model.merge_and_unload()
-    model.config.text_config.architectures = [_causal_lm_class(model)]
-    _set_generation_end(model, end_of_turn_id)
-    model.save_pretrained(str(folder))
-    processor.save_pretrained(str(folder))
-    _write_config_for_older_readers(folder / "config.json")
+    write_model(model, processor, end_of_turn_id, folder)
 
 
 def _load_projector(folder: Path, model: LlavaForConditionalGeneration, section: ModelSection) -> str:
@@ -211,28 +208,3 @@ def _identity(part: Any) -> Any:
 
 def _contiguous(state: Mapping[str, torch.Tensor]) -> State:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-
-
-def _causal_lm_class(model: LlavaForConditionalGeneration) -> str:
-    """Name of the text model's class with a head: serving engines look it up."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.config.text_config.model_type])
-
-
-def _set_generation_end(model: LlavaForConditionalGeneration, end_of_turn_id: int) -> None:
-    known = model.generation_config.eos_token_id
-    ends = known if isinstance(known, list) else [known]
-    model.generation_config.eos_token_id = list(
-        dict.fromkeys([end_of_turn_id, *(token for token in ends if token is not None)])
-    )
-
-
-def _write_config_for_older_readers(path: Path) -> None:
-    """transformers 4 reads a top-level `rope_theta`, and falls back to 10000 in silence without it."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    text_config = config["text_config"]
-    theta = (text_config.get("rope_parameters") or {}).get("rope_theta")
-    if theta is not None:
-        text_config["rope_theta"] = theta
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

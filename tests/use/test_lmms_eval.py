@@ -12,6 +12,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from llava_train.use.ask import answer_question
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from typer.testing import CliRunner, Result
@@ -20,7 +21,6 @@ from llava_train.cli import app
 from llava_train.data.chat_templates import load_template
 from llava_train.model.weights import export_model
 from llava_train.use import lmms_functions
-from llava_train.use.ask import answer_question
 from llava_train.use.lmms_eval import Evaluation, LmmsEvalError, command, find_model
 from llava_train.use.lmms_model import adapt, prepared
 from llava_train.use.lmms_task import TaskError, write_task
