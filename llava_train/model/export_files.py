@@ -111,6 +111,9 @@ def _write_processor_for_both(folder: Path, processor: LlavaProcessor, end_of_tu
     if processor.chat_template is None:
         return
     template = portable(processor.chat_template, processor)
+    end = _end_token(processor, end_of_turn_id)
+    if end is not None and reads_eos_token(processor):
+        template = f"{{%- set eos_token = {json.dumps(processor.tokenizer.eos_token)} -%}}\n{template}"
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     _write(folder / "chat_template.json", {"chat_template": template})
     if begins_with_bos(processor):
@@ -121,10 +124,8 @@ def _tokenizer_for_both(config: dict[str, Any], processor: LlavaProcessor, end_o
     """Settings of the tokenizer that neither version reads in its own way.
 
     lmms-eval stops at the tokenizer's end-of-sequence token, whatever the generation config says: so that is the
-    end of turn, wherever it is a token for itself that the template does not write anyway. Answers in batches need
-    padding on the left.
+    end of turn, wherever it is a token for itself. Answers in batches need padding on the left.
     """
-    tokenizer = processor.tokenizer
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["padding_side"] = "left"
     config["model_input_names"] = ["input_ids", "attention_mask"]  # else transformers 4 makes token_type_ids, too
@@ -132,9 +133,15 @@ def _tokenizer_for_both(config: dict[str, Any], processor: LlavaProcessor, end_o
         config.pop(key, None)
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config["eos_token"] = _end_token(processor, end_of_turn_id) or config.get("eos_token")
+
+
+def _end_token(processor: LlavaProcessor, end_of_turn_id: int) -> str | None:
+    """The token that ends a turn, where it is one for itself and another than the end of a sequence."""
+    tokenizer = processor.tokenizer
     token = tokenizer.added_tokens_decoder.get(end_of_turn_id)
-    if token is not None and token.special and not reads_eos_token(processor):
-        config["eos_token"] = token.content
+    is_other = token is not None and token.special and token.content != tokenizer.eos_token
+    return str(token.content) if token is not None and is_other else None
 
 
 def _without_bos(content: dict[str, Any], bos: str) -> None:

@@ -5,7 +5,6 @@ own. A model is read there by plain transformers, and a task of ours by plain `d
 
     OUTPUT/MODEL/*_results.json, *_samples_*.jsonl   what lmms-eval writes
            tasks/                                    files of questions, made into tasks
-           prepared/MODEL/                           links to the model, where its chat template needed a change
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class Evaluation:
 
 
 def evaluate(evaluation: Evaluation) -> int:
-    """Prepares model and tasks, and runs lmms-eval, which prints its table; returns its exit code.
+    """Makes tasks of files of questions, and runs lmms-eval, which prints its table; returns its exit code.
 
     lmms-eval catches what goes wrong in an evaluation and ends with 0; then this returns 1.
 
@@ -77,10 +76,6 @@ def evaluate(evaluation: Evaluation) -> int:
     own_device = _device_of(evaluation.python or sys.executable)
     device = evaluation.device or own_device
     model = find_model(evaluation.model)
-    if isinstance(model, Path):
-        from llava_train.use.lmms_model import prepared
-
-        model = prepared(model, evaluation.output / "prepared")
     tasks, folder = write_tasks(evaluation.tasks, evaluation.images, evaluation.output / "tasks")
     called = command(evaluation, str(model), device, tasks, folder)
     print(shlex.join(called), file=sys.stderr)
@@ -135,7 +130,7 @@ def write_tasks(tasks: Iterable[str], images: Path | None, folder: Path) -> tupl
 def command(
     evaluation: Evaluation, model: str, device: str, tasks: Sequence[str], include_path: Path | None
 ) -> list[str]:
-    """The command that runs lmms-eval on a prepared model. Raises LmmsEvalError."""
+    """The command that runs lmms-eval on a model. Raises LmmsEvalError."""
     if "," in model:
         raise LmmsEvalError(f"lmms-eval takes no path with a comma: {model}; rename or link the folder")
     if include_path and any(option.startswith("--include_path") for option in evaluation.more):

@@ -1,6 +1,6 @@
 """What lmms-eval calls for a task of ours, copied beside the task: its environment lacks this package.
 
-A question is `{"id", "question", "answer", "images": [path, ...]}`; the question holds `<image>` once for each image.
+A question is `{"id", "question", "answers", "images": [path, ...]}`; the question holds `<image>` once for each image.
 """
 
 from __future__ import annotations
@@ -36,5 +36,6 @@ def doc_to_messages(
 
 
 def process_results(question: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """An answer counts when it is the expected one to the letter, apart from white space around it."""
-    return {"exact_match": float(results[0].strip() == question["answer"].strip())}
+    """As `evaluate --metric exact`: an answer is one of the references, but for case and white space around it."""
+    references = [reference.strip().casefold() for reference in question["answers"]]
+    return {"exact_match": float(results[0].strip().casefold() in references)}
