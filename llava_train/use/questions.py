@@ -8,7 +8,7 @@ The shape of a record is told by its keys. As LLaVA's scripts ask, `{"question_i
     choice             `options`, and `answer`: the text of one, its number from 0, or its letter
 
 or a training record with its conversation (`data.samples`): each question is asked on its own, and the assistant's text
-is the reference.
+is the reference; `categories` has one for each question.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def _items_of(source: Source, index: int, metric: Metric, suffix: str, where: st
     if not isinstance(record, dict):
         raise QuestionError(f"a question is a JSON object, not {type(record).__name__}")
     if any(record.get(key) is not None for key in _CONVERSATIONS):
-        kinds = record.get("kinds")
-        categories = kinds if isinstance(kinds, list) else [record.get("category")]
+        categories = record.get("categories")
+        categories = categories if isinstance(categories, list) else [record.get("category")]
         return list(_of_sample(source.parse(record, index), metric, suffix, where, categories))
     return [_of_question(record, source, index, metric, suffix, where)]
 

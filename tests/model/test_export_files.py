@@ -12,7 +12,7 @@ import pytest
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import safe_open
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llava_train.config import CHAT_TEMPLATES, RandomLanguageModel, RandomVisionTower
@@ -157,14 +157,18 @@ def test_processor_files_of_both_versions_say_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "template, eos", [("chatml", "<|im_end|>"), ("vicuna_v1", "</s>"), ("plain", "</s>"), ("phi3", "</s>")]
+    "template, eos", [("chatml", "<|im_end|>"), ("vicuna_v1", "</s>"), ("plain", "</s>"), ("phi3", "<|end|>")]
 )
-def test_the_end_of_turn_is_the_tokenizers_where_that_changes_no_text(tmp_path: Path, template: str, eos: str) -> None:
-    """lmms-eval stops there. `phi3` writes the end-of-sequence token itself, after a finished conversation."""
+def test_the_end_of_turn_is_the_tokenizers_and_that_changes_no_text(tmp_path: Path, template: str, eos: str) -> None:
+    """lmms-eval stops there. `phi3` writes the end of a sequence, too, after a finished conversation."""
     llava = llava_of(template="vicuna_v1")
     llava.tokenizer.add_tokens(["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"], special_tokens=True)
     llava.processor.chat_template = load_template(template, llava.tokenizer)
-    assert read(written(llava, tmp_path / "out"), "tokenizer_config.json")["eos_token"] == eos
+    chat = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."}]
+    text = llava.processor.apply_chat_template(chat)
+    out = written(llava, tmp_path / "out")
+    assert read(out, "tokenizer_config.json")["eos_token"] == eos
+    assert AutoProcessor.from_pretrained(out).apply_chat_template(chat) == text
 
 
 # Chat templates

@@ -205,7 +205,7 @@ def test_training_data_is_asked_pair_by_pair(model: Path, tmp_path: Path) -> Non
     turns = [("human", "<image>\nWhat is it?"), ("gpt", "A dog."), ("human", "Where?"), ("gpt", "Here.")]
     conversation = [{"from": who, "value": value} for who, value in turns]
     rows = [
-        {"id": "x", "image": "a.png", "conversations": conversation, "kinds": ["what", "where"]},
+        {"id": "x", "image": "a.png", "conversations": conversation, "categories": ["what", "where"]},
         {"id": "y", "conversations": conversation[2:]},
     ]
     (tmp_path / "held_out.json").write_text(json.dumps(rows))
