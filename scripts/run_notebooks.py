@@ -2,7 +2,7 @@
 
     python scripts/run_notebooks.py notebooks/2-look-inside.ipynb
 
-Pictures are kept with 64 colours; progress bars and warnings of libraries, times, and this machine's paths are left out.
+Pictures are kept with 64 colours; progress bars, warnings of libraries, times and this machine's paths are left out.
 CI runs the same cells on tiny parts (`notebooks/conftest.py`) and keeps nothing.
 """
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
@@ -20,6 +22,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 N_COLOURS = 64
+DEEPSPEED_WARNING = re.compile(r"^\[[^\n]*\[WARNING\][^\0]*?detect it\.\n", re.MULTILINE)
 
 
 def smaller(png: str) -> str:
@@ -30,19 +33,29 @@ def smaller(png: str) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
+def joined(outputs: Iterable[NotebookNode]) -> list[NotebookNode]:
+    """The same with the pieces of a text that follow each other made one."""
+    kept: list[NotebookNode] = []
+    for output in outputs:
+        if kept and output.output_type == kept[-1].output_type == "stream":
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
 def tidy(notebook: NotebookNode) -> None:
     """Leaves what a reader of the notebook wants to see, in place."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type != "code":
             continue
-        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        cell.outputs = joined(output for output in cell.outputs if output.get("name") != "stderr")
         for output in cell.outputs:
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = smaller(output.data["image/png"])
             if "text" in output:
-                output.text = "\n".join(line for line in output.text.split("\n") if "[WARNING]" not in line)
-                output.text = output.text.replace(f"{ROOT}/", "")
+                output.text = DEEPSPEED_WARNING.sub("", output.text).replace(f"{ROOT}/", "")
     notebook.metadata.pop("language_info", None)
 
 
