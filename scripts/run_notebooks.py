@@ -2,7 +2,7 @@
 
     python scripts/run_notebooks.py notebooks/2-look-inside.ipynb
 
-Pictures are kept with 64 colours; progress bars, warnings of libraries, times and this machine's paths are left out.
+Pictures are kept with 256 colours; progress bars, warnings of libraries, times and paths of this machine are left out.
 CI runs the same cells on tiny parts (`notebooks/conftest.py`) and keeps nothing.
 """
 
@@ -21,7 +21,7 @@ from nbformat import NotebookNode
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-N_COLOURS = 64
+N_COLOURS = 256
 DEEPSPEED_WARNING = re.compile(r"^\[[^\n]*\[WARNING\][^\0]*?detect it\.\n", re.MULTILINE)
 
 
