@@ -231,7 +231,8 @@ def held_out_row(seed: str, n_things: int, name: str) -> tuple[dict[str, Any], S
     rng = random.Random(seed)
     scene = plan_scene(rng, n_things, HELD_OUT)
     turns = all_questions(rng, scene, HELD_OUT)
-    return {**_row(name, turns), "n_objects": n_things, "kinds": [turn.kind for turn in turns]}, scene
+    size = f"{n_things} object{'s' if n_things > 1 else ''}"
+    return {**_row(name, turns), "categories": [f"{turn.kind}, {size}" for turn in turns]}, scene
 
 
 def _row(name: str, turns: Sequence[Turn]) -> dict[str, Any]:

@@ -265,8 +265,20 @@ class LoggingSection(Section):
     wandb: WandbSection | None = None
 
 
+TextMetric = Literal["vqa", "exact", "pope", "anls", "caption"]
+"""What generated answers are measured by; `use.metrics` tells what each is."""
+
+
+class QuestionsSection(Section):
+    """A file of questions, as `llava-train evaluate` takes it."""
+
+    path: str
+    images: str | None = None
+    """Folder or archive that the image paths are relative to; default: the folder of `path`."""
+
+
 class EvalSection(Section):
-    """Held-out loss and a few generated answers while training."""
+    """Held-out loss, a few generated answers, and what they are worth, while training."""
 
     every: PositiveInt
     data: Annotated[list[SourceSection], Field(min_length=1)]
@@ -275,6 +287,12 @@ class EvalSection(Section):
     generate: Annotated[int, Field(ge=0)] = 4
     """Number of held-out prompts to answer."""
     max_new_tokens: PositiveInt = 64
+    metric: TextMetric | None = None
+    """A score of generated answers: `eval_METRIC` in metrics.jsonl."""
+    questions: QuestionsSection | None = None
+    """What the score is over; default: the first question of each sample of `data`, its answer being the reference."""
+    metric_samples: PositiveInt = 64
+    """The score is over the first so many questions."""
 
 
 class LoaderSection(Section):
@@ -290,7 +308,8 @@ class StageConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     model: ModelSection
     init_from: str | None = None
-    """Run folder (or LLaVA model) whose trained parts this stage starts from; `random` for a new projector."""
+    """Whose trained parts this stage starts from: a run folder; a LLaVA model of transformers or of the original (full,
+    or LoRA), folder or hub id; `mm_projector.bin` or its folder; `random` for a new projector."""
     trainable: TrainableSection
     data: Annotated[list[SourceSection], Field(min_length=1)]
     on_bad_sample: Literal["error", "skip"] = "error"

@@ -33,6 +33,8 @@ def contradictions(config: StageConfig) -> Iterator[str]:
         yield "engine.offload_optimizer: needs engine.zero: 1, 2 or 3, not 0"
     if config.eval and config.model.chat_template == "plain" and config.trainable.language_model:
         yield "model.chat_template: plain has no prompt to answer; a language model trains on a chat template"
+    if config.eval and config.eval.questions and not config.eval.metric:
+        yield "eval.questions: no score is computed over them; set eval.metric, or remove the key"
     yield from deepspeed_conflicts(config)
 
 

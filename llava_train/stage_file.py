@@ -53,13 +53,21 @@ def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
 
 def load_run_card(run_dir: Path) -> StageConfig:
     """The stage file that a run was trained with, as it left it in its folder. Raises ConfigError."""
+    stage = {key: value for key, value in _run_card(run_dir).items() if key != "about"}
+    return parse_stage(stage, str(run_dir / RUN_CARD))
+
+
+def load_run_about(run_dir: Path) -> dict[str, Any]:
+    """What a run noted beside its stage file: versions, number of ranks, its data. Raises ConfigError."""
+    return dict(_run_card(run_dir).get("about") or {})
+
+
+def _run_card(run_dir: Path) -> dict[str, Any]:
     path = run_dir / RUN_CARD
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        stage = {key: value for key, value in content.items() if key != "about"}
-    except (OSError, yaml.YAMLError, AttributeError) as error:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: cannot read what the run was trained with: {error}") from error
-    return parse_stage(stage, str(path))
 
 
 def parse_stage(content: dict[str, Any], origin: str) -> StageConfig:

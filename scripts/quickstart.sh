@@ -20,11 +20,12 @@ timed "model parts" python data/build_small_parts.py --out parts
 timed "scenes" python data/draw_scenes.py --out data/scenes
 timed "stage 1: the projector learns to see" python scripts/train.py --config configs/small/stage1.yaml
 timed "stage 2: the model learns to answer" python scripts/train.py --config configs/small/stage2.yaml
-timed "held-out scenes" python scripts/score_scenes.py --model runs/small-stage2/model --data data/scenes/held_out.json
+timed "held-out scenes" llava-train evaluate runs/small-stage2 --data data/scenes/held_out.json --metric exact --blind \
+    --batch-size 32 --max-new-tokens 24
 echo "All done after $SECONDS s. The model is in runs/small-stage2/model; ask it about a picture of your own:"
 echo
 echo "    source .venv/bin/activate"
-echo "    llava-train ask runs/small-stage2/model PICTURE.png \"What colour is the object?\""
+echo "    llava-train ask runs/small-stage2 PICTURE.png \"What colour is the object?\""
 echo
 echo "To train it differently, copy configs/small/stage2.yaml, give it another name: and run"
 echo

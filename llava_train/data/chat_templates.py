@@ -33,6 +33,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from llava_train.config import CHAT_TEMPLATES
 from llava_train.data.samples import IMAGE_PLACEHOLDER, Turn
 from llava_train.errors import UserError
+from llava_train.template_marks import show_marks
 
 
 class TemplateError(UserError):
@@ -161,11 +162,11 @@ def render(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation and the character spans `[start, end)` of what the assistant says.
 
-    With `prompt`, the text ends where an answer would begin.
+    With `prompt`, the text ends where an answer would begin. The template may be one of an exported model.
     """
     texts, spans = render_jinja_template(
         conversations=[[{"role": turn.role, "content": turn.text} for turn in turns]],
-        chat_template=template,
+        chat_template=show_marks(template),
         return_assistant_tokens_mask=True,
         add_generation_prompt=prompt,
         **tokenizer.special_tokens_map,

@@ -28,7 +28,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, RandomVisionTower
 from llava_train.model.attention import PACKED
 from llava_train.model.compatibility import BuildError, check_packing, refuse_unlike_llava
-from llava_train.model.processor import IMAGE_TOKEN, build_processor, config_from, tower_class
+from llava_train.model.processor import IMAGE_TOKEN, Front, build_processor, config_from, tower_class
 
 _VOCABULARY_MULTIPLE = 64
 
@@ -62,18 +62,16 @@ def build_llava(section: ModelSection, image: ImageSection, dtype: torch.dtype, 
     front = build_processor(section, image)
     language_model = load_language_model(section.language_model, dtype, len(front.tokenizer))
     vision_tower = load_vision_tower(section.vision_tower, front.vision_config, dtype)
-    image_token_id = int(front.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-    model = _join(section, language_model, vision_tower, image_token_id, seed)
+    model = join(section, front, language_model, vision_tower, seed)
+    if isinstance(section.language_model, RandomLanguageModel):  # its config knows no tokenizer
+        model.generation_config.eos_token_id = front.tokenizer.eos_token_id
+        model.generation_config.bos_token_id = front.tokenizer.bos_token_id
     check_packing(model)
-    model.config.image_seq_length = front.n_image_tokens
     return Llava(model, front.processor, front.n_image_tokens)
 
 
 def load_language_model(part: str | RandomLanguageModel, dtype: torch.dtype, n_tokens: int) -> PreTrainedModel:
-    """A causal language model with embeddings for at least `n_tokens` tokens. Raises BuildError.
-
-    New rows are the mean of the old ones: on every rank and in every stage the same.
-    """
+    """A causal language model with embeddings for at least `n_tokens` tokens. Raises BuildError."""
     origin = part if isinstance(part, str) else f"a {part.config.get('model_type')} with tokenizer {part.tokenizer}"
     try:
         if isinstance(part, RandomLanguageModel):
@@ -87,13 +85,21 @@ def load_language_model(part: str | RandomLanguageModel, dtype: torch.dtype, n_t
     except (OSError, ValueError) as error:
         raise BuildError(f"model.language_model: cannot load {origin}: {error}") from error
     refuse_unlike_llava(model)
+    widen(model, n_tokens)
+    return model
+
+
+@torch.no_grad()
+def widen(model: PreTrainedModel, n_tokens: int) -> None:
+    """Gives a language model embeddings for at least `n_tokens` tokens, in place.
+
+    New rows are the mean of the old ones: on every rank and in every stage the same.
+    """
     n_old = model.get_input_embeddings().num_embeddings
     if n_tokens > n_old:
         model.resize_token_embeddings(n_tokens, pad_to_multiple_of=_VOCABULARY_MULTIPLE, mean_resizing=False)
-        with torch.no_grad():
-            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-                layer.weight[n_old:] = layer.weight[:n_old].float().mean(dim=0).to(layer.weight.dtype)
-    return model
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[n_old:] = layer.weight[:n_old].float().mean(dim=0).to(layer.weight.dtype)
 
 
 def load_vision_tower(part: str | RandomVisionTower, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -115,18 +121,19 @@ def new_projector(section: ModelSection, config: LlavaConfig, dtype: torch.dtype
     return projector.to(dtype)
 
 
-def _join(
+def join(
     section: ModelSection,
+    front: Front,
     language_model: PreTrainedModel,
     vision_tower: PreTrainedModel,
-    image_token_id: int,
-    seed: int,
+    seed: int = 0,
 ) -> LlavaForConditionalGeneration:
-    """The parts as one LLaVA model. The parts' own tensors are used, none is copied."""
+    """The parts, and a fresh projector, as one LLaVA model. The parts' own tensors are used, none is copied."""
     config = LlavaConfig(
         vision_config=vision_tower.config,
         text_config=language_model.config,
-        image_token_index=image_token_id,
+        image_token_index=int(front.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),
+        image_seq_length=front.n_image_tokens,
         projector_hidden_act="linear" if section.projector == "linear" else "gelu",
         vision_feature_select_strategy="default" if section.vision_feature_select == "patch" else "full",
         vision_feature_layer=section.vision_feature_layer,

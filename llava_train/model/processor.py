@@ -65,7 +65,7 @@ def build_processor(section: ModelSection, image: ImageSection) -> Front:
     tokenizer = load_tokenizer(section.language_model)
     vision_config, image_settings = load_vision_config(section.vision_tower)
     size = _image_size(vision_config, image.size)
-    n_encoder_tokens = _count_encoder_tokens(section, vision_config, size)
+    n_encoder_tokens = count_encoder_tokens(vision_config, size, section.vision_feature_layer)
     check_class_token(section, vision_config, size, n_encoder_tokens)
     n_image_tokens = n_encoder_tokens - (section.vision_feature_select == "patch")
     processor = _processor(section, image, image_settings, tokenizer, vision_config, size, n_encoder_tokens)
@@ -183,13 +183,12 @@ def _processor(
 
 
 @torch.no_grad()
-def _count_encoder_tokens(section: ModelSection, config: PreTrainedConfig, size: int) -> int:
-    """Tokens the vision tower gives for a picture, class token included."""
+def count_encoder_tokens(config: PreTrainedConfig, size: int, layers: int | list[int]) -> int:
+    """Tokens the vision tower gives for a picture, class token included. `layers` must exist, else BuildError."""
     with torch.device("meta"):
         tower = tower_class(config, "vision_tower")(config)
         pixels = torch.zeros(1, 3, size, size, dtype=tower.dtype)
         hidden_states = tower(pixels, output_hidden_states=True).hidden_states
-    layers = section.vision_feature_layer
     for layer in [layers] if isinstance(layers, int) else layers:
         if not -len(hidden_states) <= layer < len(hidden_states):
             raise BuildError(

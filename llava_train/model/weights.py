@@ -8,7 +8,8 @@ and `projector.json` (a hash and what the projector joins). Any other leaves a w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,31 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from llava_train.config import ModelSection
 from llava_train.errors import UserError
 from llava_train.files import damage, sha256
-from llava_train.model.trainable import part_module
+from llava_train.model.export_files import write_model
+from llava_train.model.fit import copy_weights
+from llava_train.model.foreign import load_transformers
+from llava_train.model.foreign_files import ForeignError, Kind, NothingUnderstood, State, kind_of, local_path
+from llava_train.model.mm_projector import check_settings, feature_settings, load_mm_projector
+from llava_train.model.original import read_original, whole_state
+from llava_train.model.trainable import is_linear, part_module
 
 PROJECTOR_FILE = "projector.safetensors"
 PROJECTOR_CARD = "projector.json"
 RESULT_FOLDER = "model"
 ADAPTER_FOLDER = "adapter"
 
-State = dict[str, torch.Tensor]
-
 
 class HandOffError(UserError):
     """`init_from` cannot be used. The message names the folder and the mend."""
+
+
+@contextmanager
+def _of_init_from() -> Iterator[None]:
+    """What is wrong with weights is wrong with the key that names them."""
+    try:
+        yield
+    except ForeignError as error:
+        raise HandOffError(f"init_from: {error}") from error
 
 
 def save_projector(model: LlavaForConditionalGeneration, section: ModelSection, folder: Path) -> str:
@@ -44,32 +58,45 @@ def save_projector(model: LlavaForConditionalGeneration, section: ModelSection, 
     return digest
 
 
+@_of_init_from()
 def load_init(init_from: str, model: LlavaForConditionalGeneration, section: ModelSection) -> str:
     """Loads what an earlier stage trained into `model`; returns a line that says what it was.
 
     Args:
-        init_from: a run folder, a folder of such a result, or a LLaVA model (folder or hub id).
+        init_from: a run folder or a folder of such a result, a LLaVA model of transformers or of the original (with
+            or without LoRA), a folder with `mm_projector.bin` or that file, or the hub id of any of these.
 
     Raises:
         HandOffError: nothing there, a wrong hash, or parts that do not fit.
     """
     check_init(init_from)
-    folder = _result_of(init_from)
-    if is_whole_model(init_from):
-        return _load_whole_model(str(folder), model)
-    return _load_projector(folder, model, section)
+    path = _result_of(init_from)
+    if (path / PROJECTOR_CARD).is_file():
+        return _load_projector(path, model, section)
+    kind = kind_of(path)
+    if kind is Kind.MM_PROJECTOR:
+        load_mm_projector(path, model, section)
+    elif kind is Kind.TRANSFORMERS:
+        _continue_transformers(path, model, section)
+    else:
+        _continue_original(path, model, section)
+    return f"{'projector' if kind is Kind.MM_PROJECTOR else 'whole model'} from {path}"
 
 
+@_of_init_from()
 def is_whole_model(init_from: str) -> bool:
-    """Whether `init_from` names a whole model, not a projector alone."""
-    return not (_result_of(init_from) / PROJECTOR_CARD).is_file()
+    """Whether `init_from` names a whole model, not a projector alone. Raises HandOffError."""
+    path = _result_of(init_from)
+    return not (path / PROJECTOR_CARD).is_file() and kind_of(path) is not Kind.MM_PROJECTOR
 
 
 def _result_of(init_from: str) -> Path:
-    folder = Path(init_from)
-    return folder / RESULT_FOLDER if (folder / RESULT_FOLDER).is_dir() else folder
+    """The folder or file that is meant, downloaded if need be. Raises ForeignError."""
+    path = local_path(init_from)
+    return path / RESULT_FOLDER if (path / RESULT_FOLDER).is_dir() else path
 
 
+@_of_init_from()
 def check_init(init_from: str, output: str | None = None) -> None:
     """Refuses an `init_from` that cannot be continued, before any part is loaded.
 
@@ -80,17 +107,17 @@ def check_init(init_from: str, output: str | None = None) -> None:
         HandOffError: the run does not exist or is not finished.
     """
     folder, remedy = Path(init_from), "run that stage to its end first"
-    if output is not None and Path(output) in folder.parents and not folder.is_dir():
+    if output is not None and Path(output) in folder.parents and not folder.exists():
         raise HandOffError(f"init_from: there is no run {init_from}; {remedy}")
     if (folder / RESULT_FOLDER).is_dir():
         reason = damage(folder / RESULT_FOLDER)
         if reason is not None:
             raise HandOffError(f"init_from: {folder / RESULT_FOLDER} is not a finished result ({reason}); {remedy}")
-    elif folder.is_dir() and not any((folder / name).is_file() for name in (PROJECTOR_CARD, "config.json")):
-        raise HandOffError(
-            f"init_from: {init_from} holds no finished result ({RESULT_FOLDER}/{PROJECTOR_CARD} or a model's "
-            f"config.json); {remedy}"
-        )
+    elif folder.exists() and not (folder / PROJECTOR_CARD).is_file():
+        try:
+            kind_of(folder)
+        except NothingUnderstood as error:
+            raise HandOffError(f"init_from: {folder} holds no finished result ({error}); {remedy}") from error
 
 
 def export_model(
@@ -111,11 +138,7 @@ def export_model(
             folder.parent / ADAPTER_FOLDER / PROJECTOR_FILE,
         )
         model = peft_model.merge_and_unload()
-    model.config.text_config.architectures = [_causal_lm_class(model)]
-    _set_generation_end(model, end_of_turn_id)
-    model.save_pretrained(str(folder))
-    processor.save_pretrained(str(folder))
-    _write_config_for_older_readers(folder / "config.json")
+    write_model(model, processor, end_of_turn_id, folder)
 
 
 def _load_projector(folder: Path, model: LlavaForConditionalGeneration, section: ModelSection) -> str:
@@ -136,18 +159,34 @@ def _load_projector(folder: Path, model: LlavaForConditionalGeneration, section:
     return f"projector from {folder}, sha256 {digest[:16]}"
 
 
-def _load_whole_model(name: str, model: LlavaForConditionalGeneration) -> str:
-    try:
-        trained = LlavaForConditionalGeneration.from_pretrained(name, dtype=model.dtype)
-    except (OSError, ValueError) as error:
-        raise HandOffError(f"init_from: {name} is neither a run folder nor a LLaVA model: {error}") from error
-    try:
-        model.load_state_dict(trained.state_dict())
-    except RuntimeError as error:
+def _continue_transformers(folder: Path, model: LlavaForConditionalGeneration, section: ModelSection) -> None:
+    trained = load_transformers(folder, model.dtype)
+    config = trained.config
+    settings = {
+        "projector": "linear" if is_linear(trained) else "mlp2x_gelu",
+        "vision_feature_layer": config.vision_feature_layer,
+        "vision_feature_select": "patch" if config.vision_feature_select_strategy == "default" else "full",
+    }
+    check_settings(settings, section, folder)
+    _copy(model, trained.state_dict(), folder, config.image_token_id)
+
+
+def _continue_original(folder: Path, model: LlavaForConditionalGeneration, section: ModelSection) -> None:
+    original = read_original(folder, model.dtype)
+    settings = {"projector": "linear" if original.is_linear else "mlp2x_gelu", **feature_settings(original.settings)}
+    if original.vision_tower:
+        settings.pop("vision_tower")  # it brings its own
+    check_settings(settings, section, folder)
+    _copy(model, whole_state(original, model.state_dict()), folder, None)
+
+
+def _copy(model: LlavaForConditionalGeneration, state: State, folder: Path, image_token_id: int | None) -> None:
+    problem = copy_weights(model, state, image_token_id)
+    if problem is not None:
         raise HandOffError(
-            f"init_from: the model in {name} does not fit the parts of the model section: {error}"
-        ) from error
-    return f"whole model from {name}"
+            f"init_from: the model in {folder} does not fit the parts of the model section: {problem}; name there the "
+            "parts that it was made of"
+        )
 
 
 def _joined(section: ModelSection, model: LlavaForConditionalGeneration) -> dict[str, Any]:
@@ -169,28 +208,3 @@ def _identity(part: Any) -> Any:
 
 def _contiguous(state: Mapping[str, torch.Tensor]) -> State:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-
-
-def _causal_lm_class(model: LlavaForConditionalGeneration) -> str:
-    """Name of the text model's class with a head: serving engines look it up."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model.config.text_config.model_type])
-
-
-def _set_generation_end(model: LlavaForConditionalGeneration, end_of_turn_id: int) -> None:
-    known = model.generation_config.eos_token_id
-    ends = known if isinstance(known, list) else [known]
-    model.generation_config.eos_token_id = list(
-        dict.fromkeys([end_of_turn_id, *(token for token in ends if token is not None)])
-    )
-
-
-def _write_config_for_older_readers(path: Path) -> None:
-    """transformers 4 reads a top-level `rope_theta`, and falls back to 10000 in silence without it."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    text_config = config["text_config"]
-    theta = (text_config.get("rope_parameters") or {}).get("rope_theta")
-    if theta is not None:
-        text_config["rope_theta"] = theta
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,41 +1,108 @@
-"""Held-out loss and a few generated answers while training."""
+"""Held-out loss, generated answers and what they are worth, while training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import deepspeed
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from llava_train.config import StageConfig
-from llava_train.data.chat import ChatEncoder
+from llava_train.config import EvalSection, StageConfig
 from llava_train.data.images import decode_image
 from llava_train.data.loader import StepDataset
 from llava_train.data.problems import SampleError
-from llava_train.data.samples import Turn
+from llava_train.data.samples import IMAGE_PLACEHOLDER, Turn
 from llava_train.model.attention import PACKED
 from llava_train.model.build import Llava
 from llava_train.train.loop import BadSampleError, forward, refuse_bad
+from llava_train.train.tracking import Evaluated
 from llava_train.train.world import World
+from llava_train.use.generation import Prompt, Sampling, answers_of
+from llava_train.use.metrics import Score, judge, scores_of
+from llava_train.use.prompts import Prompts
+from llava_train.use.questions import Item, first_question, read_questions
+
+_BATCH = 8
+"""Questions that a rank answers together."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a run is evaluated on: a data set in its own order, and questions to answer."""
+
+    dataset: StepDataset
+    shown: tuple[Item, ...]
+    """Their answers are kept, to be read."""
+    measured: tuple[Item, ...]
+    """The score is over their answers."""
+
+
+def open_held_out(world: World, dataset: StepDataset, section: EvalSection) -> HeldOut:
+    """The first readable questions of the data set, and those of `eval.questions`. Every rank must call it.
+
+    Raises:
+        DataError, QuestionError: the questions cannot be read, or lack what the metric measures by.
+    """
+    of_data = section.metric is not None and section.questions is None
+    n = max(section.generate, section.metric_samples if of_data else 0)
+    indices = world.on_main(lambda: _readable(dataset, n))
+    metric = section.metric if of_data else None
+    items = tuple(first_question(dataset.mixture[index], f"eval.data, sample {index}", metric) for index in indices)
+    measured = items if of_data else ()
+    if section.metric and section.questions:
+        measured = tuple(read_questions(Path(section.questions.path), section.metric, section.questions.images))
+    return HeldOut(dataset, items[: section.generate], measured[: section.metric_samples])
+
+
+def _readable(dataset: StepDataset, n: int) -> list[int]:
+    """The first `n` samples whose pictures can be decoded."""
+    found: list[int] = []
+    for index in range(len(dataset.mixture)):
+        if len(found) == n:
+            break
+        try:
+            for picture in dataset.mixture[index].images:
+                decode_image(picture)
+        except SampleError:
+            continue
+        found.append(index)
+    return found
 
 
 def evaluate(
-    engine: deepspeed.DeepSpeedEngine, world: World, llava: Llava, dataset: StepDataset, config: StageConfig
-) -> tuple[float, int, list[dict[str, str]]]:
-    """Held-out loss, samples that it leaves out, and generated answers, on a data set in its own order.
-
-    Every rank must call it.
+    engine: deepspeed.DeepSpeedEngine, world: World, llava: Llava, held_out: HeldOut, config: StageConfig
+) -> Evaluated:
+    """Held-out loss, generated answers and their score. Every rank must call it.
 
     Raises:
         BadSampleError: a sample cannot be read, as the stage file says, or none can.
     """
     section = config.eval
     assert section is not None
-    loss, n_bad = held_out_loss(engine, world, dataset, config)
-    return loss, n_bad, answers(engine, world, llava, dataset, section.generate, section.max_new_tokens)
+    loss, n_bad = held_out_loss(engine, world, held_out.dataset, config)
+    items = list({id(item): item for item in (*held_out.shown, *held_out.measured)}.values())
+    texts = answers_to(items, engine, world, llava, held_out.dataset, config)
+    answers = {id(item): text for item, text in zip(items, texts, strict=True) if text is not None}
+    kept = tuple(
+        {"id": item.id, "prompt": item.turns[-1].text, "answer": answers[id(item)], "expected": item.references[0]}
+        for item in held_out.shown
+        if id(item) in answers
+    )
+    measured = [item for item in held_out.measured if id(item) in answers]
+    return Evaluated(loss, n_bad, kept, _scores(section, measured, [answers[id(item)] for item in measured]))
+
+
+def _scores(section: EvalSection, items: Sequence[Item], answers: Sequence[str]) -> dict[str, Score]:
+    """The metric's first score under its own name, further ones after it: `pope`, `pope_precision`."""
+    if section.metric is None or not items:
+        return {}
+    parts = judge(section.metric, answers, [item.references for item in items])
+    first, *others = scores_of(parts, [item.group for item in items])
+    return {section.metric: first, **{f"{section.metric}_{score.name}": score for score in others}}
 
 
 @torch.no_grad()
@@ -66,57 +133,47 @@ def held_out_loss(
 
 
 @torch.no_grad()
-def answers(
+def answers_to(
+    items: Sequence[Item],
     engine: deepspeed.DeepSpeedEngine,
     world: World,
     llava: Llava,
     dataset: StepDataset,
-    n_answers: int,
-    max_new_tokens: int,
-) -> list[dict[str, str]]:
-    """Greedy answers to the first question of the first readable samples.
+    config: StageConfig,
+) -> list[str | None]:
+    """Greedy answers, on every rank; None to what cannot be asked. Each rank answers a share, in batches.
 
-    Every rank must call it and computes the same: under ZeRO 3 each needs the others' parameters.
+    Under ZeRO 3 every rank needs the others' parameters: all run the same batches and tokens, and each batch ends with
+    a blank picture, so that no rank passes over the vision tower.
     """
-    found: list[dict[str, str]] = []
+    assert config.eval is not None
+    known, found, sampling = Prompts(llava), dict[int, str](), Sampling(max_new_tokens=config.eval.max_new_tokens)
+    in_step = config.engine.zero == 3 and world.n_ranks > 1
+    padding = [_blank_prompt(known, dataset)] if in_step else []
+    own, n_batches = range(len(items))[world.rank :: world.n_ranks], -(-len(items) // (_BATCH * world.n_ranks))
     with evaluating(engine), generating(llava.model):
-        for index in range(len(dataset.mixture)):
-            if len(found) == n_answers:
-                break
-            world.beat("generating answers")
-            try:
-                sample = dataset.mixture[index]
-                images = [decode_image(picture) for picture in sample.images]
-            except SampleError:
-                continue
-            question = _until_first_answer(sample.turns)
-            n_images = sum(turn.text.count("<image>") for turn in question)
-            text, _ = dataset.encoder.render(question, prompt=True)
-            answer = generate(llava, text, images[:n_images], max_new_tokens, dataset.encoder)
-            expected = sample.turns[len(question)].text
-            found.append({"id": sample.id, "prompt": question[-1].text, "answer": answer, "expected": expected})
-    return found
+        for number in range(n_batches):
+            world.beat(f"generating answers, batch {number + 1} of {n_batches}")
+            prompts = {}
+            for index in own[number * _BATCH : (number + 1) * _BATCH]:
+                with suppress(SampleError):
+                    prompts[index] = _prompt(items[index], known, dataset)
+            if asked := [*prompts.values(), *padding]:
+                texts = answers_of(llava, known, asked, sampling, synced_gpus=in_step)
+                found.update(zip(prompts, texts, strict=False))  # without the blank one's
+    for share in world.gather(found):
+        found.update(share)
+    return [found.get(index) for index in range(len(items))]
 
 
-def generate(llava: Llava, text: str, images: Sequence[Any], max_new_tokens: int, encoder: ChatEncoder) -> str:
-    """The greedy answer to a rendered prompt."""
-    stop = encoder.stop_string()
-    inputs = llava.processor(text=text, images=list(images) or None, add_special_tokens=False, return_tensors="pt").to(
-        llava.model.device
-    )
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(llava.model.dtype)
-    output = llava.model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=encoder.end_of_turn_id(),
-        stop_strings=stop,
-        tokenizer=llava.tokenizer,
-        pad_token_id=llava.tokenizer.pad_token_id,
-    )
-    answer = str(llava.tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))
-    return (answer.partition(stop)[0] if stop else answer).strip()
+def _prompt(item: Item, known: Prompts, dataset: StepDataset) -> Prompt:
+    """Raises SampleError."""
+    pixels = [dataset.preprocessor(decode_image(picture)) for picture in item.pictures]
+    return Prompt(known.encode(item.turns, len(pixels)), torch.stack(pixels) if pixels else None)
+
+
+def _blank_prompt(known: Prompts, dataset: StepDataset) -> Prompt:
+    return Prompt(known.encode((Turn("user", IMAGE_PLACEHOLDER),), 1), dataset.preprocessor.blank()[None])
 
 
 @contextmanager
@@ -140,7 +197,3 @@ def generating(model: LlavaForConditionalGeneration) -> Iterator[None]:
         yield
     finally:
         language_model.set_attn_implementation(PACKED)
-
-
-def _until_first_answer(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    return turns[: next(i for i, turn in enumerate(turns) if turn.role == "assistant")]

@@ -38,7 +38,7 @@ from llava_train.model.weights import (
 )
 from llava_train.train.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
 from llava_train.train.engine import gathered, start_engine
-from llava_train.train.evaluate import evaluate
+from llava_train.train.evaluate import evaluate, open_held_out
 from llava_train.train.interrupt import STOP_FILE
 from llava_train.train.loop import Loop
 from llava_train.train.resume import Resumption, find_resumption, load
@@ -183,10 +183,11 @@ def _evaluation(
     if section is None or held_out is None:
         return lambda step: None
     dataset = new_dataset(held_out, seed=None, batch_size=min(config.batch.size, section.max_samples))
+    asked = open_held_out(world, dataset, section)
 
     def evaluate_after(step: int) -> None:
         if step % section.every == 0 or step == n_steps:
-            tracker.evaluation(step, *evaluate(engine, world, llava, dataset, config))
+            tracker.evaluation(step, evaluate(engine, world, llava, asked, config))
 
     return evaluate_after
 

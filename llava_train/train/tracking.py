@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from llava_train.data.problems import KINDS
 from llava_train.files import write_durably
 from llava_train.model.trainable import PartSummary
 from llava_train.train.world import World
+from llava_train.use.metrics import Score, in_words
 
 METRICS_FILE = "metrics.jsonl"
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -29,6 +31,16 @@ ANSWERS_FILE = "answers.jsonl"
 FILES = (METRICS_FILE, QUARANTINE_FILE, BAD_STEPS_FILE, ANSWERS_FILE)
 
 Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation found: the held-out loss, samples that it leaves out, answers, and their scores by name."""
+
+    loss: float
+    n_bad: int
+    answers: tuple[dict[str, str], ...] = ()
+    scores: Mapping[str, Score] = field(default_factory=dict)
 
 
 class Tracker:
@@ -93,11 +105,17 @@ class Tracker:
             if not self.console.is_terminal:
                 self.say(f"step {step}/{self.n_steps}  {line}")
 
-    def evaluation(self, step: int, loss: float, n_bad: int, answers: Iterable[Mapping[str, str]]) -> None:
-        """Keeps and shows the held-out loss, how many samples it leaves out, and the generated answers."""
-        self._keep({"step": step, "eval_loss": loss, "eval_n_bad": n_bad})
-        self.say(f"step {step}  held-out loss {loss:.4f}" + (f", {n_bad} samples left out" if n_bad else ""))
-        for answer in answers:
+    def evaluation(self, step: int, found: Evaluated) -> None:
+        """Keeps and shows the held-out loss, how many samples it leaves out, scores, and generated answers."""
+        metrics: Metrics = {"step": step, "eval_loss": found.loss, "eval_n_bad": found.n_bad}
+        for name, score in found.scores.items():
+            metrics |= {f"eval_{name}": score.value, f"eval_{name}_low": score.low, f"eval_{name}_high": score.high}
+        self._keep(metrics)
+        left_out = f", {found.n_bad} samples left out" if found.n_bad else ""
+        self.say(f"step {step}  held-out loss {found.loss:.4f}{left_out}")
+        for name, score in found.scores.items():
+            self.say(f"  {name} {in_words(score)}, {score.n} questions")
+        for answer in found.answers:
             self._append(ANSWERS_FILE, {"step": step, **answer})
             self.say(f"  {answer['prompt']!r} -> {answer['answer']!r} (expected {answer['expected']!r})")
 

@@ -66,20 +66,23 @@ def fetch(
     Raises:
         FetchError: another scheme, a private address, too large, too slow, or not there.
     """
-    connections: list[http.client.HTTPConnection] = []
+    sockets: list[socket.socket] = []
     expired = threading.Event()
 
     def give_up() -> None:
         expired.set()
-        for connection in connections:
-            with suppress(OSError, AttributeError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+        for each in sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
 
     timer = threading.Timer(timeout_s, give_up)
     timer.daemon = True
     timer.start()
     try:
-        return _follow(url, max_bytes, time.monotonic() + timeout_s, allowed, connections)
+        content = _follow(url, max_bytes, time.monotonic() + timeout_s, allowed, sockets)
+        if expired.is_set():  # a connection that was shut down looks like one that ended
+            raise TimeoutError
+        return content
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, FetchError):
             raise
@@ -88,8 +91,8 @@ def fetch(
         raise FetchError(f"{url:.200}: cannot be fetched: {reason}") from error
     finally:
         timer.cancel()
-        for connection in connections:
-            connection.close()
+        for each in sockets:
+            each.close()
 
 
 def _follow(
@@ -97,11 +100,11 @@ def _follow(
     max_bytes: int,
     deadline: float,
     allowed: Callable[[Address], bool],
-    connections: list[http.client.HTTPConnection],
+    sockets: list[socket.socket],
 ) -> bytes:
     for _ in range(_MAX_REDIRECTS + 1):
         connection, target = _connect(url, deadline - time.monotonic(), allowed)
-        connections.append(connection)
+        sockets.append(connection.sock)
         connection.request("GET", target, headers={"User-Agent": "llava_train", "Accept": "image/*"})
         response = connection.getresponse()
         location = response.getheader("Location")

@@ -102,6 +102,7 @@ class LLaVA:
         *,
         dtype: Precision = "auto",
         quantization: Quantization | None = None,
+        chat_template: str | None = None,
         trust_remote_code: bool = False,
     ) -> LLaVA:
         """Loads a run folder, its `model/`, a LoRA run, an original LLaVA checkpoint, or any llava-hf model.
@@ -109,6 +110,7 @@ class LLaVA:
         Args:
             dtype: `auto` for that of the weights, or float32 where the device is slow in it.
             quantization: the language model in 4 (NF4) or 8 bits, by bitsandbytes, on CUDA.
+            chat_template: name or jinja file; None for the model's own, `vicuna_v1` where it has none.
             trust_remote_code: run Python code that the model brings along.
 
         Raises:
@@ -117,7 +119,7 @@ class LLaVA:
         place = pick_device(device)
         settings = {} if quantization is None else _quantized(quantization, place)
         wanted = None if dtype == "auto" else pick_dtype(dtype, torch.float32, place)
-        llava = load_llava(name, wanted, trust_remote_code=trust_remote_code, **settings)
+        llava = load_llava(name, wanted, chat_template=chat_template, trust_remote_code=trust_remote_code, **settings)
         self = cls.__new__(cls)
         self._hold(llava, None if quantization else place, dtype, str(name))
         return self

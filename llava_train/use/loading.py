@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_train.config import StageConfig
 from llava_train.data.chat_templates import load_template
@@ -17,7 +15,7 @@ from llava_train.devices import DTYPES
 from llava_train.errors import UserError
 from llava_train.files import read_manifest
 from llava_train.model.build import Llava, build_llava
-from llava_train.model.processor import VISION_TOWERS
+from llava_train.model.foreign import load_whole
 from llava_train.model.trainable import part_module
 from llava_train.model.weights import ADAPTER_FOLDER, PROJECTOR_CARD, PROJECTOR_FILE, RESULT_FOLDER, load_init
 from llava_train.stage_file import RUN_CARD, load_run_card
@@ -28,7 +26,12 @@ class LoadError(UserError):
 
 
 def load_llava(
-    name: str | Path, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False, **settings: Any
+    name: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+    **settings: Any,
 ) -> Llava:
     """Loads a model on the CPU, with its chat template, in evaluation mode and with ordinary attention (sdpa).
 
@@ -36,6 +39,8 @@ def load_llava(
         name: a run folder (of stage 1: its projector between the parts it was trained for), its `model/`, the
             `adapter/` of a LoRA run, an original LLaVA checkpoint, a llava-hf folder, or a hub id.
         dtype: of all weights; None for the one they were saved in.
+        chat_template: a name or a jinja file; None for the model's own. The original LLaVA keeps none in its
+            checkpoints: without one it is `vicuna_v1`, that of LLaVA-1.5.
         settings: for transformers' `from_pretrained`, such as `quantization_config`.
 
     Raises:
@@ -51,7 +56,10 @@ def load_llava(
         if is_adapter:
             _add_adapter(llava, folder)
     else:
-        llava = _load_whole(str(folder if folder.is_dir() else name), dtype, trust_remote_code, settings)
+        trusted = {"trust_remote_code": True} if trust_remote_code else {}
+        llava = load_whole(folder if folder.exists() else name, dtype, **settings, **trusted)
+    if chat_template or not llava.processor.chat_template:
+        llava.processor.chat_template = load_template(chat_template or "vicuna_v1", llava.tokenizer)
     llava.model.model.language_model.set_attn_implementation("sdpa")
     llava.model.eval()
     return llava
@@ -97,26 +105,3 @@ def _result_of(folder: Path) -> Path:
 
 def _add_adapter(llava: Llava, folder: Path) -> None:
     PeftModel.from_pretrained(llava.model, str(folder)).merge_and_unload()
-
-
-def _load_whole(name: str, dtype: torch.dtype | None, trust_remote_code: bool, settings: dict[str, Any]) -> Llava:
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise LoadError(f"{name} holds no model (config.json); name the folder of a finished stage 2")
-    try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model = LlavaForConditionalGeneration.from_pretrained(
-            name, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **settings
-        )
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{name} is no run, and no LLaVA model that transformers loads: {error}") from error
-    kind = model.config.vision_config.model_type
-    if kind not in VISION_TOWERS:
-        raise LoadError(f"{name} sees by a {kind}; supported: {', '.join(VISION_TOWERS)}")
-    return Llava(model, processor, _count_image_tokens(processor))
-
-
-def _count_image_tokens(processor: LlavaProcessor) -> int:
-    """Tokens that a picture takes in the language model: what the processor widens `<image>` to."""
-    blank = Image.new("RGB", (32, 32))
-    input_ids = processor(images=blank, text=processor.image_token, return_tensors="pt").input_ids
-    return int((input_ids == processor.image_token_id).sum())

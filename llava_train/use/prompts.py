@@ -7,7 +7,6 @@ begin-of-sequence token to the tokenizer.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,7 @@ from llava_train.data.problems import SampleError
 from llava_train.data.samples import IMAGE_PLACEHOLDER, Turn
 from llava_train.errors import UserError
 from llava_train.model.build import Llava
-
-_MARK = re.compile(r"\{%-?\s*generation\b")
+from llava_train.template_marks import has_marks
 
 
 class Prompts:
@@ -29,7 +27,7 @@ class Prompts:
         template = llava.processor.chat_template
         if not template:
             raise UserError("the model has no chat template, so nothing says how to ask it; export its run again")
-        is_ours = bool(_MARK.search(template))
+        is_ours = has_marks(template)
         self.max_tokens = int(llava.model.config.text_config.max_position_embeddings)
         make = ChatEncoder if is_ours else _ForeignEncoder
         self._encoder = make(llava.tokenizer, template, llava.n_image_tokens, self.max_tokens)

@@ -241,7 +241,7 @@ def test_generation_stops_at_a_text_where_no_control_token_ends_an_answer(tokeni
 
 def test_generation_stops_at_a_control_token_with_text_behind_it(tmp_path) -> None:
     text = load_template("chatml", TOKENIZERS["bytes"]).replace(
-        "text_of(message.content) + '<|im_end|>' ", "text_of(message.content) + '<|im_end|>\\n' "
+        "text_of(message) + '<|im_end|>' ", "text_of(message) + '<|im_end|>\\n' "
     )
     chat = ChatEncoder(TOKENIZERS["bytes"], text, 1, 100)
     assert chat.render((Turn("assistant", "A"),))[0] == "<|im_start|>assistant\nA<|im_end|>\n\n"

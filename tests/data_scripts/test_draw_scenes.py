@@ -253,10 +253,10 @@ def test_held_out_rows_tell_their_size_and_kinds(planned: dict[str, Rows]) -> No
     words |= {"Is there": "existence", "Is the": "relation"}
     sizes: dict[int, int] = defaultdict(int)
     for row, scene in planned["held_out.json"]:
-        sizes[row["n_objects"]] += 1
-        assert row["n_objects"] == len(scene.things)
+        sizes[len(scene.things)] += 1
+        size = f"{len(scene.things)} object{'s' if len(scene.things) > 1 else ''}"
         asked = [next(words[w] for w in words if re.match(rf"{w}\b", q)) for q, _ in turns_of(row)]
-        assert row["kinds"] == asked and len(set(asked)) == len(asked)
+        assert row["categories"] == [f"{kind}, {size}" for kind in asked] and len(set(asked)) == len(asked)
     assert dict(sizes) == {1: 200, 2: 200, 3: 200}
 
 

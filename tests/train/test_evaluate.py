@@ -1,14 +1,22 @@
-"""Generated answers end where training ended them."""
+"""Generated answers end where training ended them, and are measured the same on any number of ranks."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from llava_train.data.samples import Turn
-from llava_train.train.evaluate import generate, generating
-from tests.tiny import encoder_of, model_section, tiny_llava
+from llava_train.train.evaluate import generating
+from llava_train.use.generation import Prompt, Sampling, answers_of
+from llava_train.use.metrics import vqa_accuracy
+from llava_train.use.prompts import Prompts
+from tests.tiny import model_section, tiny_llava
+from tests.train.helpers import read_lines, run_many, write_samples, write_stage
 
 
 class Scripted(nn.Module):
@@ -26,10 +34,107 @@ class Scripted(nn.Module):
 @pytest.mark.parametrize(("template", "end"), [("llava_v0", "###"), ("vicuna_v1", "</s>"), ("chatml", "<|im_end|>")])
 def test_an_answer_ends_with_the_text_that_ends_turns_in_training(template: str, end: str) -> None:
     llava = tiny_llava(model_section(chat_template=template))
-    encoder = encoder_of(llava)
     said = llava.tokenizer(f"A # cat{end}Human: more", add_special_tokens=False).input_ids
     llava.model.lm_head = Scripted(said, llava.model.config.text_config.vocab_size)
-    prompt, _ = encoder.render((Turn("user", "What?"),), prompt=True)
+    known = Prompts(llava)
+    prompt = Prompt(known.encode((Turn("user", "What?"),), 0), None)
     with generating(llava.model):
-        assert generate(llava, prompt, [], 30, encoder) == "A # cat"
+        assert answers_of(llava, known, [prompt], Sampling(max_new_tokens=30)) == ["A # cat"]
     assert llava.tokenizer.decode(llava.model.lm_head.rest) == "Human: more"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of three steps under every ZeRO stage, on one rank and on two, with and without a metric."""
+    folder = tmp_path_factory.mktemp("metrics")
+    write_samples(folder / "data.json", "iitiitiitiit")
+    write_samples(folder / "held-out.json", "titxiiittbiitmiii", seed=1)
+    rows = [{"question_id": i, "text": "Is it?", "label": "yes" if i % 3 else "no"} for i in range(5)]
+    (folder / "pope.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation = {"every": 2, "data": [{"path": "held-out.json"}], "generate": 3, "max_new_tokens": 6}
+    measured: dict[str, Any] = {
+        "vqa": {"metric": "vqa", "metric_samples": 12},
+        "pope": {"metric": "pope", "questions": {"path": "pope.jsonl"}},
+        "none": {},
+    }
+    for n_ranks in (1, 2):
+        stages = {}
+        for zero, name in [(0, "vqa"), (2, "vqa"), (3, "vqa"), (3, "pope"), (3, "none")]:
+            settings = {"eval": {**evaluation, **measured[name]}, "engine": {"zero": zero, "precision": "fp32"}}
+            run = f"{name}-{zero}-{n_ranks}"
+            stages[run] = write_stage(folder / f"{run}.yaml", on_bad_sample="skip", max_bad_share=1, **settings)
+        outcomes = run_many({run: ["--config", path] for run, path in stages.items()}, folder, n_ranks)
+        for run, ranks in outcomes.items():
+            assert [outcome.code for outcome in ranks] == [0] * n_ranks, f"{run}: {ranks[0].stderr[-3000:]}"
+    return folder
+
+
+def evaluations(folder: Path, run: str) -> list[dict[str, Any]]:
+    return [line for line in read_lines(folder / "runs" / run / "metrics.jsonl") if "eval_loss" in line]
+
+
+def answers(folder: Path, run: str) -> list[dict[str, Any]]:
+    return read_lines(folder / "runs" / run / "answers.jsonl")
+
+
+@pytest.mark.parametrize("run", ["vqa-2-1", "vqa-3-1", "vqa-0-2", "vqa-2-2", "vqa-3-2"])
+def test_score_and_answers_are_the_same_on_any_ranks_and_zero_stage(folder: Path, run: str) -> None:
+    expected = evaluations(folder, "vqa-0-1")
+    assert [line["step"] for line in expected] == [2, 3]
+    assert {"eval_vqa", "eval_vqa_low", "eval_vqa_high"} <= expected[0].keys()
+    for ours, theirs in zip(evaluations(folder, run), expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert answers(folder, run) == answers(folder, "vqa-0-1")
+
+
+def test_a_metric_changes_nothing_that_is_learnt(folder: Path) -> None:
+    """Training goes on as if nothing had been generated."""
+    kept = [read_lines(folder / f"runs/{name}-3-2/metrics.jsonl") for name in ("vqa", "pope", "none")]
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in kept]
+    assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 3
+    assert answers(folder, "none-3-2") == answers(folder, "vqa-3-2")
+
+
+def test_questions_of_a_file_are_measured(folder: Path) -> None:
+    for run in ("pope-3-1", "pope-3-2"):
+        last = evaluations(folder, run)[-1]
+        assert 0 <= last["eval_pope_low"] <= last["eval_pope"] <= last["eval_pope_high"] <= 1
+        names = ("precision", "recall", "f1", "yes_share")
+        assert {f"eval_pope_{name}" for name in names} <= last.keys()
+        assert len(answers(folder, run)) == 2 * 3
+
+
+def test_the_score_is_that_of_the_answers(folder: Path, tmp_path: Path) -> None:
+    """With every measured answer shown, it can be computed again."""
+    stage = write_stage(
+        folder / "all.yaml",
+        on_bad_sample="skip",
+        max_bad_share=1,
+        eval={"every": 3, "data": [{"path": "held-out.json"}], "generate": 50, "metric": "vqa", "max_new_tokens": 6},
+    )
+    [done] = run_many({"all": ["--config", stage]}, folder)["all"]
+    assert done.code == 0, done.stderr
+    shown = answers(folder, "all")
+    assert len(shown) == 15, "all but the two whose pictures cannot be read"
+    expected = sum(vqa_accuracy(line["answer"], [line["expected"]]) for line in shown) / len(shown)
+    assert evaluations(folder, "all")[-1]["eval_vqa"] == pytest.approx(expected)
+    assert "held-out loss" in done.stdout and "vqa " in done.stdout
+
+
+def test_what_cannot_be_measured_is_told_before_training(folder: Path) -> None:
+    stages = {
+        "bad-label": {"metric": "pope"},
+        "no-metric": {"questions": {"path": "pope.jsonl"}},
+        "no-answers": {"metric": "vqa", "questions": {"path": "pope.jsonl"}},
+        "no-file": {"metric": "vqa", "questions": {"path": "none.jsonl"}},
+    }
+    held_out = {"every": 1, "data": [{"path": "held-out.json"}]}
+    paths = {name: write_stage(folder / f"{name}.yaml", eval={**held_out, **more}) for name, more in stages.items()}
+    done = run_many({name: ["--config", path] for name, path in paths.items()}, folder)
+    told = {name: ranks[0].stderr for name, ranks in done.items()}
+    assert {ranks[0].code for ranks in done.values()} == {2}
+    assert 'wanted "yes" or "no"' in told["bad-label"] and "eval.data, sample 0" in told["bad-label"]
+    assert "eval.questions: no score is computed over them; set eval.metric" in told["no-metric"]
+    assert "pope.jsonl:1: metric vqa measures by answers or answer" in told["no-answers"]
+    assert "none.jsonl: there is no such file or folder" in told["no-file"]
+    assert not any((folder / "runs" / name / "metrics.jsonl").is_file() for name in stages)

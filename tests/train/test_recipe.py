@@ -19,6 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
+from llava_train import LLaVA
 from llava_train.data.chat import ChatEncoder
 from llava_train.data.sources import open_source
 from llava_train.files import damage, sha256, write_manifest
@@ -250,6 +251,21 @@ def test_the_adapter_gives_the_merged_model(recipe: Recipe, monkeypatch: pytest.
             assert not torch.allclose(
                 adapted(input_ids=input_ids, pixel_values=pixel_values).logits, expected, atol=1e-4
             )
+
+
+def test_every_run_can_be_asked_and_an_adapter_answers_as_its_merged_model(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recipe.folder)
+    question = (next(recipe.folder.glob("data/smoke/**/*.png")), "What is in the picture?")
+    names = ["smoke-stage1", "smoke-stage2", "smoke-stage2-lora", "smoke-stage2-lora/adapter", "linear-stage1"]
+    told = {name: LLaVA.from_pretrained(recipe.run(name), "cpu") for name in names}
+    answers = {name: llava.generate([question], max_new_tokens=12)[0] for name, llava in told.items()}
+    assert answers["smoke-stage2-lora"] == answers["smoke-stage2-lora/adapter"]
+    assert len(set(answers.values())) == len(names) - 1
+    trained = load_file(recipe.run("smoke-stage1") / "model/projector.safetensors")
+    for name, tensor in told["smoke-stage1"].model.model.multi_modal_projector.state_dict().items():
+        assert torch.equal(tensor, trained[name])
 
 
 @pytest.mark.cuda

@@ -7,10 +7,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from llava_train import LLaVA
 from llava_train.cli import app
 from llava_train.data.samples import Turn
-from llava_train.model.weights import export_model
+from llava_train.files import write_manifest
+from llava_train.use.terminal_chat import TerminalChat
 from tests.tiny import encoder_of, model_section, tiny_llava
+from tests.use.exported import export_tiny
 
 QUESTION = "What is it?"
 
@@ -19,8 +22,8 @@ QUESTION = "What is it?"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported model in `model` and a picture beside it."""
     folder = tmp_path_factory.mktemp("ask")
-    llava = tiny_llava(model_section(chat_template="chatml"))
-    export_model(llava.model, llava.processor, encoder_of(llava).end_of_turn_id(), folder / "model")
+    export_tiny(folder / "model")
+    write_manifest(folder / "model", name="ask")
     Image.new("RGB", (40, 30), "red").save(folder / "red.png")
     (folder / "broken.png").write_bytes(b"no picture")
     return folder
@@ -28,7 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("below", ["", "model"])
 def test_the_answer_is_what_the_model_says_most_likely_token_by_token(folder: Path, below: str) -> None:
-    done = CliRunner().invoke(app, ["ask", str(folder / below), str(folder / "red.png"), QUESTION])
+    done = CliRunner().invoke(
+        app, ["ask", str(folder / below), str(folder / "red.png"), QUESTION, "--max-new-tokens", "128"]
+    )
     assert done.exit_code == 0, done.output
 
     llava = tiny_llava(model_section(chat_template="chatml"))
@@ -50,13 +55,53 @@ def test_the_answer_is_what_the_model_says_most_likely_token_by_token(folder: Pa
 @pytest.mark.parametrize(
     ("model", "image", "question", "message"),
     [
-        ("..", "red.png", QUESTION, "holds no model (config.json); name the folder of a finished stage 2"),
+        ("..", "red.png", QUESTION, "understood are"),
         ("model", "blue.png", QUESTION, "blue.png: the image file is missing"),
         ("model", "broken.png", QUESTION, "broken.png: not a readable image"),
-        ("model", "red.png", "<image>What?", "the question holds <image>; leave it out"),
+        ("model", "red.png", "<image><image>What?", "2 <image> placeholders, but 1 images"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(folder: Path, model: str, image: str, question: str, message: str) -> None:
     done = CliRunner().invoke(app, ["ask", str(folder / model), str(folder / image), question])
-    assert done.exit_code != 0
+    assert done.exit_code == 2
     assert message in str(done.output)
+
+
+def test_a_conversation_in_the_terminal(folder: Path) -> None:
+    lines = [
+        "",
+        "/what",
+        "/image nowhere.png",
+        f"/image {folder / 'red.png'}",
+        QUESTION,
+        "And?",
+        "/reset",
+        "Hi",
+        "/quit",
+    ]
+    done = CliRunner().invoke(
+        app, ["chat", str(folder / "model"), "--max-new-tokens", "6"], input="\n".join(lines), catch_exceptions=False
+    )
+    assert done.exit_code == 0, done.output
+    assert "error: /what is not known" in done.output
+    assert "error: nowhere.png: the image file is missing" in done.output
+    llava = LLaVA.from_pretrained(folder / "model")
+    chat, anew = llava.chat(), llava.chat()
+    answers = [chat.ask(QUESTION, folder / "red.png", max_new_tokens=6), chat.ask("And?", max_new_tokens=6)]
+    answers.append(anew.ask("Hi", max_new_tokens=6))
+    position = 0
+    for answer in answers:
+        position = done.output.index(answer, position) + len(answer)
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(folder: Path) -> None:
+    said: list[str] = []
+    lines = iter(["Hi", "/quit"])
+
+    def say(text: str) -> None:
+        said.append(text)
+        if len(said) == 2:
+            raise KeyboardInterrupt
+
+    TerminalChat(LLaVA.from_pretrained(folder / "model"), lambda _: next(lines), say).run()
+    assert said[2:] == ["\n"]

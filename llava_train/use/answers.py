@@ -1,0 +1,142 @@
+"""The file of answers, as LLaVA's `model_vqa_loader.py` writes it, so that its scripts read ours.
+
+    {"question_id": 7, "prompt": "What is it?", "text": "a dog", "answer_id": "5f1c", "model_id": "m", "metadata": {}}
+
+`metadata` says what the answer was computed from. An interrupted evaluation goes on from what stands in the file, and
+only where that is the same: answers of two models in one file would be a score of neither. With several ranks each
+appends to a part of its own beside the file; parts are put together whenever the evaluation starts or ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_train.errors import UserError
+from llava_train.files import file_facts, write_durably
+from llava_train.model.weights import ADAPTER_FOLDER, RESULT_FOLDER
+from llava_train.use.questions import Item
+
+PREFIX = "answers-"
+"""Of the names of the files that an evaluation leaves, if nobody names them."""
+
+
+class AnswersError(UserError):
+    """The file holds other answers, or no answers. The message names it and the mend."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said; for a choice the most likely option, and the sums of log-probabilities of all."""
+
+    text: str
+    log_likelihoods: tuple[float, ...] = ()
+
+
+class AnswersFile:
+    """Answers to `items`, by their index.
+
+    Args:
+        origin: what the answers depend on: `model`, `questions` and the settings.
+    """
+
+    def __init__(self, path: Path, items: Sequence[Item], model_id: str, origin: Mapping[str, Any]) -> None:
+        self.path, self.items, self.model_id, self.origin = path, items, model_id, dict(origin)
+        told = json.dumps(self.origin, sort_keys=True)
+        ids = (hashlib.sha256(f"{told}\n{index}".encode()).hexdigest()[:22] for index in range(len(items)))
+        self._indices = {answer_id: index for index, answer_id in enumerate(ids)}
+        self._ids = list(self._indices)
+
+    def part(self, rank: int, n_ranks: int) -> Path:
+        """The file that a rank appends to."""
+        return self.path if n_ranks == 1 else self.path.with_name(f"{self.path.name}.rank{rank}")
+
+    def append(self, part: Path, answers: Mapping[int, Answer]) -> None:
+        """Adds answers at the end, in one write."""
+        with part.open("a", encoding="utf-8") as file:
+            file.write("".join(self._line(index, answer) for index, answer in answers.items()))
+
+    def merge(self) -> dict[int, Answer]:
+        """Puts the parts together, in the order of the questions, and drops a line that was cut off; the answers.
+
+        Only rank 0 may call it, while no rank appends.
+
+        Raises:
+            AnswersError: a file that holds answers of another model, to other questions, or with other settings.
+        """
+        found: dict[int, Answer] = {}
+        paths = [path for path in (self.path, *self._parts()) if path.is_file()]
+        for path in paths:
+            found.update(self._read(path))
+        if paths:
+            write_durably(self.path, "".join(self._line(index, found[index]) for index in sorted(found)))
+        for path in self._parts():
+            path.unlink()
+        return found
+
+    def delete(self) -> None:
+        """Deletes the file and its parts."""
+        for path in (self.path, *self._parts()):
+            path.unlink(missing_ok=True)
+
+    def _parts(self) -> list[Path]:
+        return sorted(path for path in self.path.parent.iterdir() if path.name.startswith(f"{self.path.name}.rank"))
+
+    def _line(self, index: int, answer: Answer) -> str:
+        metadata = dict(self.origin)
+        if answer.log_likelihoods:
+            metadata["log_likelihoods"] = answer.log_likelihoods
+        record = {
+            "question_id": self.items[index].id,
+            "prompt": self.items[index].prompt,
+            "text": answer.text,
+            "answer_id": self._ids[index],
+            "model_id": self.model_id,
+            "metadata": metadata,
+        }
+        return json.dumps(record, ensure_ascii=False) + "\n"
+
+    def _read(self, path: Path) -> dict[int, Answer]:
+        lines = path.read_bytes().decode("utf-8", "replace").split("\n")[:-1]  # what follows the last was cut off
+        found = {}
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                origin, text, answer_id = dict(record["metadata"]), str(record["text"]), record["answer_id"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise AnswersError(f"{path}:{number}: not an answer of `llava-train evaluate`; {_MEND}") from error
+            likelihoods = tuple(origin.pop("log_likelihoods", ()))
+            self._check(path, origin)
+            found[self._indices[answer_id]] = Answer(text, likelihoods)
+        return found
+
+    def _check(self, path: Path, origin: dict[str, Any]) -> None:
+        if origin != self.origin:
+            keys = sorted(key for key in {*origin, *self.origin} if origin.get(key) != self.origin.get(key))
+            raise AnswersError(f"{path} holds answers with another {', '.join(keys)}; {_MEND}")
+
+
+_MEND = "name another file (--answers), or replace it (--overwrite)"
+
+
+def digest_of_model(name: str) -> str:
+    """Changes with any file of a model's folder; of a hub id it is the id."""
+    folder = Path(name) / RESULT_FOLDER if (Path(name) / RESULT_FOLDER).is_dir() else Path(name)
+    if not folder.is_dir():
+        return _digest([name])
+    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(PREFIX)]
+    files += [path for path in (folder / ADAPTER_FOLDER).glob("*") if path.is_file()]
+    return _digest([f"{path.relative_to(folder)} {file_facts(path)}" for path in sorted(files)])
+
+
+def digest_of_questions(items: Sequence[Item]) -> str:
+    """Changes with what is asked, and with the names of the pictures."""
+    return _digest(repr((item.id, item.turns, list(map(str, item.pictures)), item.options)) for item in items)
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "replace")).hexdigest()[:16]

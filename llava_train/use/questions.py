@@ -1,0 +1,204 @@
+"""Questions with what they are measured by, from the files of LLaVA's evaluations or from training data.
+
+The shape of a record is told by its keys. As LLaVA's scripts ask, `{"question_id", "image", "text", "category"}`, with
+
+    vqa, exact, anls   `answers` (texts, or VQA's `{"answer": text}`) or `answer`
+    pope               `label` (as POPE's own files) or `answer`: yes or no
+    caption            `captions`, `caption`, `answers` or `answer`
+    choice             `options`, and `answer`: the text of one, its number from 0, or its letter
+
+or a training record with its conversation (`data.samples`): each question is asked on its own, and the assistant's text
+is the reference; `categories` has one for each question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llava_train.data.pictures import EmbeddedPicture, Picture
+from llava_train.data.samples import IMAGE_PLACEHOLDER, Sample, Turn, check_placeholders
+from llava_train.data.sources import Source, open_source
+from llava_train.errors import UserError
+from llava_train.use.metrics import Metric
+
+_REFERENCES: dict[Metric, tuple[str, ...]] = {
+    "vqa": ("answers", "answer"),
+    "exact": ("answers", "answer"),
+    "anls": ("answers", "answer"),
+    "pope": ("label", "answer"),
+    "caption": ("captions", "caption", "answers", "answer"),
+    "choice": ("answer",),
+}
+_CONVERSATIONS = ("conversations", "messages", "texts")
+
+
+class QuestionError(UserError):
+    """A record that cannot be asked or measured. What `read_questions` raises names file and line."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question and what its answer is measured by.
+
+    The texts of `turns` hold `<image>` once for each of `pictures`, in order.
+    """
+
+    id: Any
+    turns: tuple[Turn, ...]
+    pictures: tuple[Picture, ...]
+    references: tuple[str, ...]
+    where: str
+    """File and line."""
+    options: tuple[str, ...] = ()
+    category: str | None = None
+
+    @property
+    def prompt(self) -> str:
+        """What is asked, without placeholders."""
+        return self.turns[-1].text.replace(IMAGE_PLACEHOLDER, "").strip()
+
+    @property
+    def group(self) -> Hashable:
+        """What the item shares with others that are not independent of it: its pictures."""
+        has_names = self.pictures and not any(isinstance(picture, EmbeddedPicture) for picture in self.pictures)
+        return tuple(map(str, self.pictures)) if has_names else self.where
+
+
+def read_questions(path: Path, metric: Metric, images: str | None = None, suffix: str = "") -> list[Item]:
+    """The questions of a file, in its order.
+
+    Args:
+        images: folder or archive that image paths are relative to; default: the folder of `path`.
+        suffix: follows each question on a line of its own.
+
+    Raises:
+        DataError: the file or the images cannot be opened.
+        QuestionError: a record that is no question, or lacks what the metric measures by.
+    """
+    for given in (path, Path(images or path)):
+        if not given.exists():
+            raise QuestionError(f"{given}: there is no such file or folder")
+    source, items = open_source(path, images), list[Item]()
+    for index in range(len(source)):
+        line = source.line(index)
+        where = f"{path}:{line}" if line else f"{path}, record {index}"
+        try:
+            items += _items_of(source, index, metric, suffix, where)
+        except UserError as error:
+            raise QuestionError(f"{where}: {error}") from error
+    return items
+
+
+def first_question(sample: Sample, where: str, metric: Metric | None) -> Item:
+    """The first question of a training sample. Raises QuestionError where the metric cannot measure its answer."""
+    try:
+        return replace(next(_of_sample(sample, metric, "", where, [None])), id=sample.id)
+    except QuestionError as error:
+        raise QuestionError(f"{where}: {error}") from error
+
+
+def _items_of(source: Source, index: int, metric: Metric, suffix: str, where: str) -> list[Item]:
+    record = source.records[index]
+    if not isinstance(record, dict):
+        raise QuestionError(f"a question is a JSON object, not {type(record).__name__}")
+    if any(record.get(key) is not None for key in _CONVERSATIONS):
+        categories = record.get("categories")
+        categories = categories if isinstance(categories, list) else [record.get("category")]
+        return list(_of_sample(source.parse(record, index), metric, suffix, where, categories))
+    return [_of_question(record, source, index, metric, suffix, where)]
+
+
+def _of_sample(
+    sample: Sample, metric: Metric | None, suffix: str, where: str, categories: Sequence[Any]
+) -> Iterator[Item]:
+    """Each pair of a conversation, asked on its own with all the pictures so far."""
+    system = tuple(turn for turn in sample.turns if turn.role == "system")
+    spoken, n_shown = sample.turns[len(system) :], 0
+    for number, (asked, answered) in enumerate(zip(spoken[::2], spoken[1::2], strict=True)):
+        options, references = _measured_by({"answer": answered.text}, metric) if metric else ((), (answered.text,))
+        n_shown += asked.text.count(IMAGE_PLACEHOLDER)
+        yield Item(
+            sample.id if len(spoken) == 2 else f"{sample.id}-{number}",
+            (*system, Turn("user", _asked(asked.text, n_shown, suffix))),
+            sample.images[:n_shown],
+            references,
+            where,
+            options,
+            _category(categories[number] if number < len(categories) else categories[-1]),
+        )
+
+
+def _of_question(record: dict[str, Any], source: Source, index: int, metric: Metric, suffix: str, where: str) -> Item:
+    text = next((record[key] for key in ("text", "question") if isinstance(record.get(key), str)), None)
+    if text is None:
+        raise QuestionError('no question: wanted "text", or the "conversations" of a training record')
+    listed = record.get("image") or []
+    pictures = tuple(map(source.pictures.picture, listed if isinstance(listed, list) else [listed]))
+    turns = (Turn("user", _asked(text, len(pictures), suffix)),)
+    check_placeholders(turns, len(pictures))
+    options, references = _measured_by(record, metric)
+    ids = [record[key] for key in ("question_id", "id") if record.get(key) is not None]
+    return Item(
+        ids[0] if ids else index, turns, pictures, references, where, options, _category(record.get("category"))
+    )
+
+
+def _asked(text: str, n_pictures: int, suffix: str) -> str:
+    """The text with a placeholder for each picture: its own ones, and before it those that it lacks."""
+    text = f"{IMAGE_PLACEHOLDER}\n" * (n_pictures - text.count(IMAGE_PLACEHOLDER)) + text
+    return f"{text}\n{suffix}" if suffix else text
+
+
+def _category(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _measured_by(record: dict[str, Any], metric: Metric) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Options, of a choice, and references. Raises QuestionError."""
+    keys = _REFERENCES[metric]
+    key = next((key for key in keys if record.get(key) not in (None, "", [])), None)
+    if key is None:
+        raise QuestionError(f"metric {metric} measures by {' or '.join(keys)}, which is missing")
+    if metric == "choice":
+        return _choice(record.get("options"), record[key])
+    references = _texts(record[key], key)
+    if metric == "pope":
+        references = tuple(label.strip().lower() for label in references)
+        if references not in (("yes",), ("no",)):
+            raise QuestionError(f'{key}: {record[key]!r}; wanted "yes" or "no"')
+    return (), references
+
+
+def _texts(value: Any, key: str) -> tuple[str, ...]:
+    texts = []
+    for each in value if isinstance(value, list) else [value]:
+        text = each.get("answer") if isinstance(each, dict) else each
+        if not isinstance(text, str | int | float) or isinstance(text, bool):
+            raise QuestionError(f"{key}: {value!r:.80} is neither a text nor a list of texts")
+        texts.append(str(text))
+    return tuple(texts)
+
+
+def _choice(options: Any, answer: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The options and, as the one reference, the right one of them."""
+    if isinstance(options, dict):
+        letters, listed = [str(letter) for letter in options], list(options.values())
+    else:
+        listed = options if isinstance(options, list) else []
+        letters = [chr(ord("A") + number) for number in range(len(listed))]
+    if (
+        len(listed) < 2
+        or not all(isinstance(option, str) and option for option in listed)
+        or len({*listed}) < len(listed)
+    ):
+        raise QuestionError("options: wanted two or more different texts")
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(listed):
+        return tuple(listed), (listed[answer],)
+    if answer in listed:
+        return tuple(listed), (answer,)
+    if answer in letters:
+        return tuple(listed), (listed[letters.index(answer)],)
+    raise QuestionError(f"answer: {answer!r} is none of the options: not a text, number from 0, or letter")

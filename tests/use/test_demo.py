@@ -1,0 +1,342 @@
+"""The demo page, in Chromium and past it."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from llava_train.cli import app
+from llava_train.data.samples import Turn
+from llava_train.errors import UserError
+from llava_train.model.weights import export_model
+from llava_train.use.examples import examples_for
+from llava_train.use.llava import LLaVA, Question
+from tests import tiny
+from tests.train.helpers import environment
+
+httpx = pytest.importorskip("httpx")
+gradio = pytest.importorskip("gradio")
+
+from llava_train.use import demo  # noqa: E402
+from llava_train.use.demo_visits import Answers, Visit  # noqa: E402
+
+QUESTION, LONGEST = "What is it?", 256
+SEEN = """() => {
+    window.seen = []
+    const look = () => {
+        const answers = document.querySelectorAll('[data-testid="bot"]')
+        if (answers.length) window.seen.push(answers[answers.length - 1].innerText)
+    }
+    new MutationObserver(look).observe(document.body, {subtree: true, childList: true, characterData: true})
+}"""
+"""Keeps what the last answer on the page looked like, whenever the page changes."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a model, and files to upload."""
+    folder = tmp_path_factory.mktemp("demo")
+    llava = tiny.tiny_llava(tiny.model_section(chat_template="chatml"))
+    export_model(llava.model, llava.processor, tiny.encoder_of(llava).end_of_turn_id(), folder / "shapes/model")
+    rng = random.Random(0)
+    noise = Image.frombytes("RGB", (60, 40), rng.randbytes(60 * 40 * 3))
+    Image.new("RGB", (60, 40), "red").save(folder / "picture.png")
+    noise.save(folder / "animated.gif")
+    noise.save(whole := io.BytesIO(), "JPEG")
+    (folder / "truncated.jpg").write_bytes(whole.getvalue()[:-400])
+    (folder / "text.png").write_text("no picture")
+    Image.new("1", (3000, 1000)).save(folder / "large.png")
+    (folder / "heavy.png").write_bytes(rng.randbytes(1_200_000))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llava(folder: Path) -> LLaVA:
+    return LLaVA.from_pretrained(folder / "shapes/model")
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[str]:
+    """The address of `llava-train demo`."""
+    port = free_port()
+    limits = ["--max-upload-mb", "1", "--max-megapixels", "2", "--port", str(port)]
+    command = [
+        sys.executable,
+        "-c",
+        "from llava_train.cli import app; app()",
+        "demo",
+        str(folder / "shapes/model"),
+        *limits,
+    ]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            line = next((line for line in process.stdout if "answers at" in line), "")
+            assert line == f"shapes answers at http://127.0.0.1:{port}; Ctrl-C ends it\n"
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+        assert process.wait(timeout=60) == 0
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: Any, served: str) -> Iterator[Any]:
+    """The page, opened; it may talk to its own server only."""
+    page, asked = chromium.new_page(viewport={"width": 1280, "height": 800}), []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(served)
+    page.get_by_role("button", name="Ask").wait_for()
+    page.evaluate(SEEN)
+    yield page
+    page.close()
+    assert [url for url in asked if not url.startswith((served, "data:", "blob:"))] == []
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def upload(page: Any, file: Path) -> None:
+    page.locator('input[type="file"]').first.set_input_files(file)
+
+
+def show(page: Any, file: Path) -> None:
+    """Uploads a picture and waits until the server has looked at it."""
+    upload(page, file)
+    page.locator('#picture img[src$=".webp"]').wait_for()
+
+
+def ask(page: Any, text: str) -> None:
+    page.get_by_placeholder("Your question").fill(text)
+    page.get_by_role("button", name="Ask").click()
+
+
+def set_longest(page: Any, n_tokens: int) -> None:
+    page.get_by_role("button", name="Settings").click()
+    field = page.get_by_label("number input for Longest answer, in tokens")
+    field.fill(str(n_tokens))
+    field.press("Tab")
+
+
+def wait_for_answers(page: Any, n_answers: int) -> str:
+    """The last answer, when it is whole."""
+    page.wait_for_function(f"document.querySelectorAll('[data-testid=\"bot\"]').length == {n_answers}")
+    page.get_by_role("button", name="Ask").wait_for()
+    return str(page.locator('[data-testid="bot"]').last.inner_text())
+
+
+def bare(text: str) -> str:
+    """Without what HTML shows otherwise: white space and control characters."""
+    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]", "", text)
+
+
+@pytest.mark.browser
+def test_an_answer_streams_in_and_is_the_models_own(page: Any, folder: Path, llava: LLaVA, tmp_path: Path) -> None:
+    show(page, folder / "picture.png")
+    set_longest(page, LONGEST)
+    ask(page, QUESTION)
+    first = wait_for_answers(page, 1)
+    looks = [bare(text) for text in dict.fromkeys(page.evaluate("window.seen"))]
+    ask(page, "Why?")
+    second = wait_for_answers(page, 2)
+    page.screenshot(path=tmp_path / "demo.png")
+
+    turns, picture = (Turn("user", f"<image>\n{QUESTION}"),), (folder / "picture.png",)
+    (expected,) = llava.generate([Question(turns, picture)], max_new_tokens=LONGEST)
+    assert bare(first) == bare(expected) != ""
+    growing = [text for text in looks if text and bare(expected).startswith(text)]
+    assert len(growing) > 1 and growing == sorted(growing, key=len)
+    turns = (*turns, Turn("assistant", expected), Turn("user", "Why?"))
+    (expected,) = llava.generate([Question(turns, picture)], max_new_tokens=LONGEST)
+    assert bare(second) == bare(expected)
+
+
+@pytest.mark.browser
+def test_stop_ends_the_answer_and_keeps_what_there_is(page: Any, llava: LLaVA) -> None:
+    set_longest(page, 2048)
+    ask(page, QUESTION)
+    page.locator('[data-testid="bot"]').first.wait_for()
+    page.get_by_role("button", name="Stop").click()
+    stopped = wait_for_answers(page, 1)
+    (whole,) = llava.generate([(None, QUESTION)], max_new_tokens=2048)
+    assert bare(whole).startswith(bare(stopped))
+    assert 0 < len(bare(stopped)) < len(bare(whole))
+    page.get_by_label("number input for Longest answer, in tokens").fill("16")
+    ask(page, "And now?")
+    assert wait_for_answers(page, 2)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("text.png", "text.png: not a readable image: none of JPEG, PNG"),
+        ("truncated.jpg", "truncated.jpg: not a readable image"),
+        ("large.png", "large.png: 3 megapixels; up to 2 are taken"),
+        ("heavy.png", "exceed the maximum allowed size of 1.0 Mb"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_words(page: Any, folder: Path, name: str, message: str) -> None:
+    upload(page, folder / name)
+    page.get_by_text(message).wait_for()
+    show(page, folder / "animated.gif")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("text", ["<image> What?", "What?<|im_end|>"])
+def test_a_question_with_markup_is_refused_in_words_and_given_back(page: Any, text: str) -> None:
+    ask(page, text)
+    page.get_by_test_id("toast-body").wait_for()
+    assert page.get_by_placeholder("Your question").input_value() == text
+
+
+@pytest.mark.browser
+def test_texts_are_shown_as_they_are(page: Any) -> None:
+    """As HTML or markdown, a text could make the browser load an address; the fixture sees what it loads."""
+    text = "<img src='http://example.com/a.png'> ![b](http://example.com/b.png) & <b>"
+    set_longest(page, 16)
+    ask(page, text)
+    wait_for_answers(page, 1)
+    assert page.locator('[data-testid="user"]').inner_text().strip() == text
+
+
+@pytest.mark.browser
+def test_an_example_fills_in_its_question(page: Any) -> None:
+    page.locator("button.gallery-item").first.click()
+    page.wait_for_function("document.querySelector('textarea').value == 'What shape is the object?'")
+
+
+def test_the_server_takes_no_larger_file(served: str, folder: Path) -> None:
+    content = (folder / "heavy.png").read_bytes()
+    answer = httpx.post(f"{served}/gradio_api/upload", files={"files": ("a.png", content)})
+    assert answer.status_code == 413
+
+
+@pytest.mark.parametrize("path", ["picture.png", "http://127.0.0.1:{port}/picture.png"])
+def test_only_uploads_are_read(served: str, folder: Path, path: str) -> None:
+    """What a browser would not send: another file of this machine, or an address, in place of the upload."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    called = threading.Event()
+    threading.Thread(target=lambda: (listener.accept(), called.set()), daemon=True).start()
+    forged = path.format(port=listener.getsockname()[1]) if "{" in path else str(folder / path)
+    config = httpx.get(f"{served}/config").json()
+    uploads = [each for each in config["dependencies"] if [event for _, event in each["targets"]] == ["upload"]]
+    number = next(each["id"] for each in uploads if each["inputs"])
+    data = [{"path": forged, "meta": {"_type": "gradio.FileData"}}, None]
+    body = {"data": data, "fn_index": number, "session_hash": "forged"}
+    httpx.post(f"{served}/gradio_api/queue/join", json=body).raise_for_status()
+    with httpx.stream("GET", f"{served}/gradio_api/queue/data?session_hash=forged", timeout=60) as events:
+        messages = [json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: ")]
+    assert [each["success"] for each in messages if each["msg"] == "process_completed"] == [False]
+    assert not called.is_set()
+
+
+def test_there_is_no_api_beside_the_page(served: str) -> None:
+    assert httpx.get(f"{served}/gradio_api/info").json()["named_endpoints"] == {}
+
+
+def test_an_answer_does_not_come_back_into_another_conversation() -> None:
+    """gradio may ask for one more piece after the visitor has begun another."""
+
+    class Speaker:
+        closed = False
+
+        def stream(self, question: Question, **settings: Any) -> Iterator[str]:
+            try:
+                yield from ("one", " two", " three")
+            finally:
+                self.closed = True
+
+    speaker, visit = Speaker(), Visit()
+    answers = Answers(cast(LLaVA, speaker), [], demo.Limits())
+    pieces = answers.ask(QUESTION, visit, 0.0, 16)
+    assert [next(pieces)[0][-1]["content"] for _ in range(3)] == [QUESTION, "one", "one two"]
+    answers.clear(visit)
+    assert list(pieces) == [] and visit == Visit()
+    assert speaker.closed
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = CliRunner().invoke(app, ["demo", str(folder / "nothing"), "--port", port])
+    assert done.exit_code == 2
+    assert f"error: cannot listen on 127.0.0.1:{port} (Address already in use)" in done.stderr
+
+
+def test_without_gradio_it_is_said_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llava_train.use.demo", None)
+    done = CliRunner().invoke(app, ["demo", str(folder / "shapes/model")])
+    assert done.exit_code == 2
+    assert "pip install 'llava_train[demo]'" in done.stderr
+
+
+@pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_all_but_loopback_is_warned_of(
+    llava: LLaVA, host: str, warned: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched: dict[str, Any] = {}
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **settings: launched.update(settings))
+    monkeypatch.setattr(demo, "wait_for_end", lambda: None)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    demo.serve(llava, examples_for("no run"), demo.Limits(), host, 7860)
+    assert (launched["server_name"], launched["share"], launched["max_file_size"]) == (host, False, 10 * 2**20)
+    assert ("everyone who can reach 0.0.0.0:7860 can ask" in capsys.readouterr().err) == warned
+
+
+def test_examples_are_a_folders_or_the_runs_held_out_data(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    shutil.copy(folder / "picture.png", tmp_path / "own/a.png")
+    shutil.copy(folder / "animated.gif", tmp_path / "own/b.gif")
+    (tmp_path / "own/b.txt").write_text("What moves?\n")
+    own = examples_for(folder / "shapes", tmp_path / "own")
+    assert [(each.picture.size, each.question) for each in own] == [
+        ((60, 40), "What is in this picture?"),
+        ((60, 40), "What moves?"),
+    ]
+    with pytest.raises(UserError, match="holds no picture"):
+        (tmp_path / "empty").mkdir()
+        examples_for("no run", tmp_path / "empty")
+
+    data = tiny.write_data(tmp_path, n_samples=9)
+    stage = tiny.stage(data, eval={"every": 1, "data": [{"path": str(data)}]})
+    card = {**json.loads(stage.model_dump_json()), "about": {"llava_train": "0"}}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(card))
+    for model in ("run", "run/model"):
+        found = [each.question for each in examples_for(tmp_path / model)]
+        assert found and all(re.fullmatch(r"(what )+\?", question) for question in found)
+        assert len(set(found)) == len(found)
+    data.unlink()
+    assert [each.question for each in examples_for(tmp_path / "run")] == [
+        each.question for each in examples_for("no run")
+    ]

@@ -1,0 +1,350 @@
+"""Evaluating a tiny model: formats, baselines, resuming, ranks, wrong input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from llava_train.cli import app
+from llava_train.model.weights import export_model
+from llava_train.use.evaluate import Evaluation, _Asker, evaluate
+from llava_train.use.llava import LLaVA, Question, question_about
+from llava_train.use.questions import QuestionError, read_questions
+from tests.tiny import encoder_of, model_section, tiny_llava
+from tests.train.helpers import read_lines, run_ranks
+
+N = 7
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `model/` of a finished run."""
+    run = tmp_path_factory.mktemp("run")
+    llava = tiny_llava(model_section(chat_template="chatml"))
+    export_model(llava.model, llava.processor, encoder_of(llava).end_of_turn_id(), run / "model")
+    return run / "model"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Seven questions about four pictures, as POPE has them."""
+    rows = []
+    for number in range(N):
+        image = f"images/{number // 2}.png"
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (30 + number, 40), (40 * number, 90, 20)).save(tmp_path / image)
+        label, category = ("yes", "random") if number % 3 else ("no", "popular")
+        text = "Is there a " + "very " * number + "red ball?"
+        rows.append({"question_id": 100 + number, "image": image, "text": text, "label": label, "category": category})
+    return write(tmp_path / "pope.jsonl", rows)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(model: Path, data: Path, *more: str, metric: str = "pope") -> list[str]:
+    settings = ["--metric", metric, "--max-new-tokens", "5", "--batch-size", "2"]
+    return ["evaluate", str(model), "--data", str(data), *settings, "--answers", str(data.parent / "a.jsonl"), *more]
+
+
+def run(model: Path, data: Path, *more: str, metric: str = "pope") -> Result:
+    return CliRunner(env={"COLUMNS": "80"}).invoke(app, command(model, data, *more, metric=metric))
+
+
+def test_answers_are_those_of_the_model_in_the_format_of_llava(model: Path, data: Path) -> None:
+    done = run(model, data, "--json")
+    assert done.exit_code == 0, done.output
+    llava, rows = LLaVA.from_pretrained(model, "cpu"), read_lines(data)
+    answers = read_lines(data.parent / "a.jsonl")
+    assert [answer.keys() for answer in answers] == [
+        {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
+    ] * N
+    assert [(answer["question_id"], answer["prompt"]) for answer in answers] == [
+        (row["question_id"], row["text"]) for row in rows
+    ]
+    alone = [llava.generate_from_image(data.parent / r["image"], r["text"], max_new_tokens=5) for r in rows]
+    assert [answer["text"] for answer in answers] == alone
+    assert len({answer["answer_id"] for answer in answers}) == N
+    report = json.loads(done.stdout)
+    assert report == json.loads((data.parent / "a.scores.json").read_text())
+    names = [score["name"] for score in report["scores"] if score["category"] is None]
+    assert names == ["accuracy", "precision", "recall", "f1", "yes_share"]
+    assert {score["category"]: score["n"] for score in report["scores"]} == {None: N, "popular": 3, "random": 4}
+
+
+def test_blind_shows_both_baselines_beside_each_score(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Question] = []
+    generate = LLaVA.generate
+    monkeypatch.setattr(LLaVA, "generate", lambda self, qs, **more: asked.extend(qs) or generate(self, qs, **more))
+    report = evaluate(Evaluation(str(model), data, "pope", answers=data.parent / "a.jsonl", blind=True))
+    assert report is not None
+    assert list(report.scores[None]) == ["picture", "blank", "most frequent"]
+    best = {score.name: score.value for score in report.scores[None]["most frequent"]}
+    assert best["accuracy"] == 1  # the label of each category is always the same here
+    blank, mean = asked[N:], tuple(int(255 * share) for share in (0.48145466, 0.4578275, 0.40821073))
+    for question in blank:
+        [(_, colour)] = question.images[0].getcolors()
+        assert colour == mean
+    assert len(read_lines(data.parent / "a.blank.jsonl")) == N
+    shown = run(model, data, "--blind", "--max-new-tokens", "128")
+    assert len(asked) == 2 * N, "nothing was asked again"
+    assert "most frequent" in shown.stdout and "random (4)" in shown.stdout
+    assert "100.0 [64.6, 100.0]" in shown.stdout
+
+
+def test_a_question_that_comes_again_is_asked_once_about_a_blank_picture(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(data, [{**row, "text": "Is it?" if row["question_id"] % 2 else "Is it red?"} for row in read_lines(data)])
+    n_asked = 0
+    generate = LLaVA.generate
+
+    def counted(self: LLaVA, questions: Any, **more: Any) -> list[str]:
+        nonlocal n_asked
+        n_asked += len(questions)
+        return generate(self, questions, **more)
+
+    monkeypatch.setattr(LLaVA, "generate", counted)
+    evaluate(Evaluation(str(model), data, "pope", answers=data.parent / "a.jsonl", blind=True, max_new_tokens=5))
+    assert n_asked == N + 2
+    blank = LLaVA.from_pretrained(model, "cpu")
+    colour = tuple(int(255 * share) for share in (0.48145466, 0.4578275, 0.40821073))
+    for row, answer in zip(read_lines(data), read_lines(data.parent / "a.blank.jsonl"), strict=True):
+        picture = Image.new("RGB", Image.open(data.parent / row["image"]).size, colour)
+        assert answer["text"] == blank.generate_from_image(picture, row["text"], max_new_tokens=5)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_evaluation_goes_on(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, allowed, answers = list[int](), 4, _Asker.answers
+
+    def counted(self: _Asker, indices: list[int], way: str) -> Any:
+        if len(asked) == allowed:
+            raise Killed
+        asked.extend(indices)
+        return answers(self, indices, way)
+
+    monkeypatch.setattr(_Asker, "answers", counted)
+    path = data.parent / "a.jsonl"
+    assert isinstance(run(model, data).exception, Killed)
+    assert len(read_lines(path)) == 4
+    path.write_bytes(path.read_bytes()[:-9])  # the last line was cut off
+    kept, allowed = asked[:3], 99
+    asked.clear()
+    assert run(model, data).exit_code == 0
+    assert sorted(kept + asked) == list(range(N))
+    assert run(model, data, "--answers", str(data.parent / "whole.jsonl")).exit_code == 0
+    assert path.read_bytes() == (data.parent / "whole.jsonl").read_bytes()
+
+
+def test_a_limited_evaluation_is_continued_by_a_whole_one(model: Path, data: Path) -> None:
+    first = run(model, data, "--limit", "3", "--json")
+    assert json.loads(first.stdout)["n"] == 3
+    before = read_lines(data.parent / "a.jsonl")
+    assert json.loads(run(model, data, "--json").stdout)["n"] == N
+    assert read_lines(data.parent / "a.jsonl")[:3] == before
+    assert json.loads(run(model, data, "--limit", "3", "--json").stdout)["n"] == 3
+    assert len(read_lines(data.parent / "a.jsonl")) == N
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        (["--max-new-tokens", "6"], "another max_new_tokens"),
+        (["--prompt-suffix", "Be brief."], "another prompt_suffix, questions"),
+        (["--dtype", "fp32"], "another dtype"),
+    ],
+)
+def test_answers_of_another_evaluation_are_refused(model: Path, data: Path, more: list[str], what: str) -> None:
+    run(model, data)
+    content = (data.parent / "a.jsonl").read_bytes()
+    refused = run(model, data, *more)
+    assert refused.exit_code == 2 and what in refused.stderr and "--overwrite" in refused.stderr
+    assert (data.parent / "a.jsonl").read_bytes() == content
+    assert run(model, data, *more, "--overwrite").exit_code == 0
+
+
+def test_answers_of_another_model_or_program_are_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    run(model, data)
+    other = tmp_path / "other"
+    llava = tiny_llava(model_section(chat_template="vicuna_v1"))
+    export_model(llava.model, llava.processor, encoder_of(llava).end_of_turn_id(), other)
+    assert "another model" in run(other, data).stderr
+    write(data.parent / "a.jsonl", [{"question_id": 100, "text": "yes"}])
+    assert "a.jsonl:1: not an answer of" in run(model, data).stderr
+
+
+def test_two_ranks_give_what_one_gives(model: Path, data: Path, tmp_path: Path) -> None:
+    alone = run(model, data, "--blind", "--json")
+    content = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "a.jsonl").unlink()
+    done = run_ranks(["-m", "llava_train", *command(model, data, "--blind", "--json")], tmp_path, 2).check()
+    assert (tmp_path / "a.jsonl").read_bytes() == content
+    assert json.loads(done.stdout[0]) == json.loads(alone.stdout) and not done.stdout[1]
+    assert not list(tmp_path.glob("*.rank*"))
+
+
+def test_on_two_ranks_an_error_is_said_once(model: Path, data: Path, tmp_path: Path) -> None:
+    done = run_ranks(["-m", "llava_train", *command(tmp_path / "no-model", data)], tmp_path, 2)
+    assert done.codes == [2, 2]
+    assert [text.count("error: ") for text in done.stderr] == [1, 0]
+
+
+def test_training_data_is_asked_pair_by_pair(model: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    turns = [("human", "<image>\nWhat is it?"), ("gpt", "A dog."), ("human", "Where?"), ("gpt", "Here.")]
+    conversation = [{"from": who, "value": value} for who, value in turns]
+    rows = [
+        {"id": "x", "image": "a.png", "conversations": conversation, "categories": ["what", "where"]},
+        {"id": "y", "conversations": conversation[2:]},
+    ]
+    (tmp_path / "held_out.json").write_text(json.dumps(rows))
+    items = read_questions(tmp_path / "held_out.json", "exact")
+    assert [(item.id, item.prompt, item.references, item.category) for item in items] == [
+        ("x-0", "What is it?", ("A dog.",), "what"),
+        ("x-1", "Where?", ("Here.",), "where"),
+        ("y", "Where?", ("Here.",), None),
+    ]
+    assert [item.turns[-1].text for item in items] == ["<image>\nWhat is it?", "<image>\nWhere?", "Where?"]
+    done = run(model, tmp_path / "held_out.json", metric="exact")
+    assert done.exit_code == 0, done.output
+    assert "where" in done.stdout
+
+
+def test_questions_may_share_an_id_as_those_of_textvqa_do(model: Path, tmp_path: Path) -> None:
+    annotated = [{"answer": "two", "answer_confidence": "yes", "answer_id": i} for i in range(10)]
+    rows = [{"question_id": "x", "text": text, "answers": annotated} for text in ("How many?", "Which number?")]
+    done = run(model, write(tmp_path / "q.jsonl", rows), "--json", metric="vqa")
+    assert json.loads(done.stdout)["n"] == 2, done.output
+    assert [row["prompt"] for row in read_lines(tmp_path / "a.jsonl")] == ["How many?", "Which number?"]
+
+
+def test_a_question_is_asked_with_the_pictures_so_far(tmp_path: Path) -> None:
+    turns = [("human", "<image>\nWhat is it?"), ("gpt", "A dog."), ("human", "Like <image>?"), ("gpt", "No.")]
+    conversation = [{"from": who, "value": value} for who, value in turns]
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"id": "x", "image": ["a.png", "b.png"], "conversations": conversation}])
+    )
+    first, second = read_questions(tmp_path / "a.json", "exact", suffix="Be brief.")
+    assert first.turns[-1].text == "<image>\nWhat is it?\nBe brief." and len(first.pictures) == 1
+    assert second.turns[-1].text == "<image>\nLike <image>?\nBe brief." and len(second.pictures) == 2
+    assert first.prompt == "What is it?\nBe brief."
+    assert first.group != second.group
+
+
+def test_questions_about_one_picture_are_a_group_and_others_are_not(tmp_path: Path) -> None:
+    rows = [{"text": "?", "answer": "a", **image} for image in ({"image": "a.png"}, {"image": "a.png"}, {}, {})]
+    groups = [item.group for item in read_questions(write(tmp_path / "q.jsonl", rows), "exact")]
+    assert groups[0] == groups[1] and len(set(groups)) == 3
+
+
+def test_a_choice_is_made_by_likelihood(model: Path, data: Path) -> None:
+    options = ["a", "some very long option indeed", "ball"]
+    rows = [{**row, "options": options, "answer": number % 3} for number, row in enumerate(read_lines(data))]
+    done = run(model, write(data, rows), "--blind", "--json", metric="choice")
+    assert done.exit_code == 0, done.output
+    llava = LLaVA.from_pretrained(model, "cpu")
+    answers = read_lines(data.parent / "a.jsonl")
+    for answer, row in zip(answers, rows, strict=True):
+        picture = Image.open(data.parent / row["image"])
+        (sums, _) = zip(*llava.log_likelihoods(question_about(picture, row["text"]), options), strict=True)
+        assert answer["metadata"]["log_likelihoods"] == pytest.approx(sums, abs=1e-3)
+        assert answer["text"] == options[max(range(3), key=sums.__getitem__)]
+    assert {score["name"] for score in json.loads(done.stdout)["scores"]} == {"accuracy", "accuracy_norm"}
+    assert run(model, data, "--blind", "--json", metric="choice").stdout == done.stdout  # from the file
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "right"),
+    [
+        ("cat", ["dog", "cat"], "cat"),
+        (1, ["dog", "cat"], "cat"),
+        ("B", ["dog", "cat"], "cat"),
+        ("B", ["B", "A"], "B"),  # a text before a letter
+        ("b", {"a": "dog", "b": "cat"}, "cat"),
+    ],
+)
+def test_the_right_option_is_a_text_a_number_or_a_letter(tmp_path: Path, answer: Any, options: Any, right: str) -> None:
+    path = write(tmp_path / "q.jsonl", [{"question_id": 1, "text": "?", "options": options, "answer": answer}])
+    assert read_questions(path, "choice")[0].references == (right,)
+
+
+@pytest.mark.parametrize(
+    ("metric", "row", "message"),
+    [
+        ("vqa", {"image": "a.png"}, 'no question: wanted "text"'),
+        ("vqa", {"text": "What?"}, "metric vqa measures by answers or answer, which is missing"),
+        ("vqa", {"text": "What?", "answers": [None]}, "answers: [None] is neither a text nor a list of texts"),
+        ("pope", {"text": "What?", "label": "maybe"}, """label: 'maybe'; wanted "yes" or "no\""""),
+        ("caption", {"text": "What?", "captions": []}, "captions or caption or answers or answer, which is missing"),
+        ("choice", {"text": "What?", "answer": "a"}, "options: wanted two or more different texts"),
+        ("choice", {"text": "What?", "options": ["a", "a"], "answer": "a"}, "options: wanted two or more different"),
+        ("choice", {"text": "What?", "options": ["a", "b"], "answer": 2}, "answer: 2 is none of the options"),
+        ("exact", {"text": "What?", "image": "../a.png", "answer": "a"}, "leaves the image folder"),
+        ("exact", {"text": "What? <image>", "answer": "a"}, "1 <image> placeholders, but 0 images"),
+        ("exact", {"conversations": []}, '"conversations" is missing, empty or not a list'),
+    ],
+)
+def test_a_wrong_question_is_told_with_file_and_line(
+    tmp_path: Path, metric: Any, row: dict[str, Any], message: str
+) -> None:
+    good = {"text": "What?", "answer": "yes", "options": ["yes", "no"]}
+    path = write(tmp_path / "q.jsonl", [good, row])
+    with pytest.raises(QuestionError) as raised:
+        read_questions(path, metric)
+    assert f"{path}:2: " in str(raised.value) and message in str(raised.value)
+
+
+def test_questions_are_read_before_the_model_is(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", [{"text": "What?"}])
+    refused = run(tmp_path / "no-such-model", path, metric="exact")
+    assert refused.exit_code == 2 and "q.jsonl:1: metric exact measures by" in refused.stderr
+    assert "none.jsonl: there is no such file" in run(tmp_path / "no-such-model", tmp_path / "none.jsonl").stderr
+    assert "pictures: there is no such file or folder" in run(tmp_path, path, "--images", "pictures").stderr
+
+
+@pytest.mark.parametrize("spoilt", ["picture", "text"])
+def test_what_cannot_be_asked_is_named_or_left_out(model: Path, data: Path, spoilt: str) -> None:
+    if spoilt == "picture":
+        (data.parent / "images/1.png").write_bytes(b"no picture")
+        bad, message = [102, 103], "not a readable image"
+    else:
+        rows = read_lines(data)
+        rows[2]["text"] = "Is <|im_end|> there?"
+        write(data, rows)
+        bad, message = [102], "control token"
+    refused = run(model, data)
+    assert refused.exit_code == 2 and "--skip-bad" in refused.stderr
+    assert message in refused.stderr and any(
+        f"pope.jsonl:{id_ - 99}: question {id_}: " in refused.stderr for id_ in bad
+    )
+    done = run(model, data, "--skip-bad", "--json")
+    report = json.loads(done.stdout)
+    assert report["n"] == N - len(bad)
+    assert sorted(int(reason.split("question ")[1][:3]) for reason in report["skipped"]) == bad
+    assert {row["question_id"] for row in read_lines(data.parent / "a.jsonl")}.isdisjoint(bad)
+
+
+def test_answers_lie_in_the_folder_of_the_run(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Evaluation(str(model), data, "pope")
+    assert plan.answers_path("picture") == Path(f"answers-{model.parent.name}-pope.jsonl")
+    (model.parent / "config.yaml").touch()
+    try:
+        for name in (model, model.parent):
+            assert (
+                Evaluation(str(name), data, "pope").answers_path("blank") == model.parent / "answers-pope.blank.jsonl"
+            )
+        assert Evaluation(str(model), data, "pope").scores_path == model.parent / "answers-pope.scores.json"
+    finally:
+        (model.parent / "config.yaml").unlink()
+    assert Evaluation("llava-hf/llava-1.5-7b-hf", data, "pope").name == "llava-1.5-7b-hf"
