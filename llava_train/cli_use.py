@@ -1,4 +1,4 @@
-"""The part of the `llava-train` command that uses trained models."""
+"""The commands of `llava-train` that talk with a trained model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from llava_train.errors import UserError, user_errors
 
@@ -163,126 +162,3 @@ def _load(
 def _say(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-@app.command()
-def export(
-    source: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or any LLaVA model.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    dtype: InDtype = DtypeName.auto,
-    merge_lora: Annotated[bool, typer.Option("--merge-lora", help="Adapters into the weights, not beside.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload it, too.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
-    chat_template: ChatTemplate = None,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
-    """Write a model for transformers 4 and 5, vLLM, SGLang and lmms-eval, and check what was written.
-
-    Example: llava-train export runs/llava-1.5-7b-stage2 llava-mine --dtype bf16 --push-to-hub me/llava-mine
-    """
-    with user_errors():
-        if push_to_hub:
-            from llava_train.use.hub import check_push, push
-
-            check_push(push_to_hub)
-        from llava_train.devices import DTYPES
-        from llava_train.use.export import export as export_model
-
-        wanted = DTYPES.get(dtype.value)
-        found = export_model(source, out, wanted, merge_lora, overwrite, chat_template, trust_remote_code, push_to_hub)
-        print(f"{found.folder}: loaded again, its logits (up to {found.largest:.3g}) differ from the model's by")
-        print(f"  {found.difference:.3g} at most")
-        if wanted:
-            print(f"  {found.by_dtype:.3g} at most from those before --dtype {dtype.value}")
-        if found.by_adapter is not None:
-            print(f"  {found.by_adapter:.3g} at most from the trained model's, with {found.folder}/adapter on")
-        if push_to_hub:
-            print(push(found.folder, push_to_hub, private))
-
-
-class MetricName(str, Enum):
-    vqa = "vqa"
-    exact = "exact"
-    pope = "pope"
-    anls = "anls"
-    caption = "caption"
-    choice = "choice"
-
-
-@app.command()
-def evaluate(
-    model: Model,
-    data: Annotated[Path, typer.Option(help="Questions: LLaVA's JSONL with references, or training data.")],
-    metric: Annotated[MetricName, typer.Option(help="How answers are measured.")],
-    images: Annotated[str | None, typer.Option(help="Folder, ZIP or TAR of the pictures. Default: of --data.")] = None,
-    answers: Annotated[Path | None, typer.Option(help="Answers file. Default: in the run's folder.")] = None,
-    prompt_suffix: Annotated[str, typer.Option(help="A line after each question.")] = "",
-    max_new_tokens: MaxNewTokens = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
-    blind: Annotated[bool, typer.Option("--blind", help="Also with blank pictures, and the best guess.")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be asked, and list it.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an answers file.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
-    device: OnDevice = DeviceName.auto,
-    dtype: InDtype = DtypeName.auto,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
-    """Measure a model's answers to a file of questions. The same command goes on after an interruption.
-
-    Example: llava-train evaluate runs/llava-1.5-7b-stage2 --data pope.jsonl --images coco/val2014 --metric pope --blind
-
-    On several GPUs: torchrun --nproc_per_node 8 -m llava_train evaluate ...
-    """
-    with user_errors():
-        from llava_train.use.evaluate import Evaluation, print_report
-        from llava_train.use.evaluate import evaluate as evaluate_plan
-
-        plan = Evaluation(
-            model,
-            data,
-            metric.value,
-            images,
-            answers,
-            prompt_suffix,
-            max_new_tokens,
-            batch_size,
-            limit,
-            blind,
-            skip_bad,
-            overwrite,
-            device.value,
-            dtype.value,
-            trust_remote_code,
-        )
-        report = evaluate_plan(plan, Console(stderr=True))
-        if report is not None:
-            print_report(plan, report, json_)
-
-
-@app.command("lmms-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def lmms_eval(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Run folder, its model/, an exported folder, or a hub id.")],
-    tasks: Annotated[str, typer.Option(help="Tasks of lmms-eval and files of questions, with commas between.")],
-    images: Annotated[
-        Path | None, typer.Option(help="Pictures of the files of questions. Default: the folder of each.")
-    ] = None,
-    output_path: Annotated[Path, typer.Option("--output-path", "--output_path")] = Path("runs/lmms-eval"),
-    python: Annotated[str | None, typer.Option(help="Of the environment with lmms-eval; default: this one.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu. Default: cuda where it is.")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the questions.")] = 1,
-    model_args: Annotated[str, typer.Option("--model-args", "--model_args", help="dtype=float32 for example.")] = "",
-) -> None:
-    """Run lmms-eval on a model; other options go to it as they are.
-
-    Example: llava-train lmms-eval runs/NAME --tasks mme,gqa,held_out.json --python lmms-env/bin/python --limit 100
-    """
-    with user_errors():
-        from llava_train.use.lmms_eval import Evaluation, evaluate
-
-        names, more = tuple(name.strip() for name in tasks.split(",")), tuple(context.args)
-        raise SystemExit(
-            evaluate(Evaluation(model, names, output_path, images, python, device, gpus, model_args, more))
-        )

@@ -28,6 +28,8 @@ from llava_train.files import read_manifest, rename_durably, write_manifest
 from llava_train.model.build import Llava
 from llava_train.model.export_files import write_model
 from llava_train.model.export_template import portable
+from llava_train.model.foreign_files import MM_PROJECTOR_FILE
+from llava_train.model.mm_projector import save_mm_projector
 from llava_train.model.trainable import part_module
 from llava_train.model.weights import ADAPTER_FOLDER, PROJECTOR_FILE, RESULT_FOLDER
 from llava_train.stage_file import RUN_CARD
@@ -115,6 +117,22 @@ def export(
         card.write(folder, name or out.absolute().name, has_adapter=adapter is not None)
         write_manifest(folder, exported_from=source)
     return Exported(out, difference, _difference(before, in_memory), float(before.logits.abs().max()), by_adapter)
+
+
+def export_projector(source: str, out: Path, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
+    """Writes the projector as `mm_projector.bin` of the original LLaVA into a folder; returns the file's path.
+
+    Raises:
+        ExportError: the file exists.
+        LoadError, BuildError, HandOffError: the source cannot be loaded.
+    """
+    path = out / MM_PROJECTOR_FILE
+    if path.exists() and not overwrite:
+        raise ExportError(f"{path} exists; --overwrite replaces it")
+    llava = load_llava(source, dtype)
+    out.mkdir(parents=True, exist_ok=True)
+    save_mm_projector(llava.model, path)
+    return path
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

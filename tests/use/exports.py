@@ -23,6 +23,8 @@ from tests.tiny import LANGUAGE_MODEL, VISION_TOWER, encoder_of, model_section, 
 from tests.train.helpers import environment
 
 QUESTION = "What is it?"
+RED = Image.new("RGB", (40, 30), "red")
+BLUE = Image.new("RGB", (30, 90), "blue")
 LORA = {"projector": {"lr": 1e-3}, "language_model": {"lr": 1e-4, "lora": {"rank": 2, "alpha": 4}}}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -48,6 +50,13 @@ def llava_of(
     llava = tiny_llava(section)
     llava.model.model.language_model.set_attn_implementation("sdpa")
     return llava
+
+
+def export_tiny(folder: Path, chat_template: str = "chatml") -> Path:
+    """An exported model in `folder`."""
+    llava = tiny_llava(model_section(chat_template=chat_template))
+    export_model(llava.model, llava.processor, encoder_of(llava).end_of_turn_id(), folder)
+    return folder
 
 
 def write_run(run_dir: Path, **changes: Any) -> Path:

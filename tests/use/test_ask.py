@@ -13,7 +13,7 @@ from llava_train.data.samples import Turn
 from llava_train.files import write_manifest
 from llava_train.use.terminal_chat import TerminalChat
 from tests.tiny import encoder_of, model_section, tiny_llava
-from tests.use.exported import export_tiny
+from tests.use.exports import export_tiny
 
 QUESTION = "What is it?"
 

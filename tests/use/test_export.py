@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from typer.testing import CliRunner, Result
 
+from llava_train import LLaVA
 from llava_train.cli import app
 from llava_train.files import damage, write_manifest
 from llava_train.model.weights import save_projector
@@ -22,7 +23,7 @@ from llava_train.use import hub
 from llava_train.use.export import ExportError, export
 from tests.model.test_export_files import as_vllm_reads
 from tests.tiny import model_section, tiny_llava
-from tests.use.exports import LORA, QUESTION, write_picture, write_run
+from tests.use.exports import LORA, QUESTION, export_tiny, write_picture, write_run
 
 
 @pytest.fixture(scope="module")
@@ -397,3 +398,15 @@ def test_a_failed_upload_keeps_the_export(run: Path, tmp_path: Path, monkeypatch
     assert done.exit_code == 2
     assert f"{tmp_path / 'out'} is complete, but was not uploaded: no network; try `hf upload me/mine" in done.output
     assert damage(tmp_path / "out") is None
+
+
+def test_the_projector_alone_goes_out_under_the_names_of_the_original(tmp_path: Path) -> None:
+    source = export_tiny(tmp_path / "model")
+    done = CliRunner().invoke(app, ["export", str(source), str(tmp_path / "out"), "--mm-projector"])
+    assert done.exit_code == 0, done.output
+    written = torch.load(tmp_path / "out/mm_projector.bin", weights_only=True)
+    projector = LLaVA.from_pretrained(source).model.model.multi_modal_projector
+    assert torch.equal(written["model.mm_projector.0.weight"], projector.linear_1.weight)
+    assert torch.equal(written["model.mm_projector.2.bias"], projector.linear_2.bias)
+    again = CliRunner().invoke(app, ["export", str(source), str(tmp_path / "out"), "--mm-projector"])
+    assert again.exit_code == 2 and "exists; --overwrite replaces it" in again.output

@@ -25,7 +25,7 @@ from llava_train.model.weights import export_model
 from llava_train.use.generation import Sampling, left_padded, visible
 from llava_train.use.llava import Question, question_about
 from tests.tiny import model_section, tiny_llava
-from tests.use.exported import BLUE, RED, export_tiny
+from tests.use.exports import BLUE, RED, export_tiny
 
 QUESTIONS: list[Any] = [
     (RED, "What is it?"),
