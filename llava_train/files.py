@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,9 +19,16 @@ MANIFEST = "COMPLETE"
 _CHECKSUM = "xxh128"
 """Key of a manifest's own checksum: a flipped bit in it could send a run to another step in silence."""
 _CHUNK_BYTES = 1 << 20
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 FileFacts = dict[str, Any]
 """Size (`n_bytes`) and checksum (`xxh128`) of a file."""
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a name means a repository of the hub: `owner/name`, and there is no folder `owner` that lacks it."""
+    path = Path(name)
+    return bool(_HUB_ID.fullmatch(str(name))) and not path.exists() and not path.parent.is_dir()
 
 
 def write_manifest(folder: Path, files: dict[str, FileFacts] | None = None, **facts: Any) -> None:

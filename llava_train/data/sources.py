@@ -7,7 +7,6 @@ owner/name a data set of the Hugging Face hub, where there is no such file
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,8 +20,8 @@ from llava_train.data.pictures import PictureFolder, Pictures, PictureStore, Pre
 from llava_train.data.problems import DataError, SampleError
 from llava_train.data.records import GZIP_MAGIC, JsonRecords
 from llava_train.data.samples import Sample, parse_record, record_id
+from llava_train.files import is_hub_id
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SUFFIXES_OF_FILES = (".json", ".jsonl", ".gz", ".parquet", ".arrow", ".zip", ".tar")
 """What misses such a file must not be told of the hub."""
 _BINARY_MAGIC = {b"PAR1": "parquet", b"ARRO": "arrow", b"\xff\xff\xff\xff": "arrow"}
@@ -175,9 +174,7 @@ def _kind_of_file(path: Path) -> str:
 
 
 def _looks_like_hub_id(path: Path) -> bool:
-    """`owner/name`, when there is no folder `owner` in which a file is missing."""
-    is_id = _HUB_ID.fullmatch(str(path)) and path.suffix not in _SUFFIXES_OF_FILES
-    return bool(is_id) and not path.parent.is_dir()
+    return is_hub_id(path) and path.suffix not in _SUFFIXES_OF_FILES
 
 
 def _unreadable(path: Path, reason: str | None) -> DataError:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from llava_train.errors import UserError
+from llava_train.files import is_hub_id
 
 State = dict[str, torch.Tensor]
 
@@ -26,7 +27,7 @@ MM_PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
 ADAPTER_CONFIG = "adapter_config.json"
 
-_FROM_THE_HUB = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
+_FROM_THE_HUB = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _UNDERSTOOD = (
     f"{MM_PROJECTOR_FILE}; an original LLaVA checkpoint (config.json, weights with model.mm_projector.*); its LoRA "
@@ -56,8 +57,13 @@ def local_path(name: str | Path) -> Path:
     """The file or folder itself, or a copy of a repository of the hub. Raises ForeignError."""
     if Path(name).exists():
         return Path(name)
+    if not is_hub_id(name):
+        raise ForeignError(f"{name}: there is no such folder; name a run, a model's folder, or a hub id (owner/name)")
     try:
-        return Path(snapshot_download(str(name), allow_patterns=list(_FROM_THE_HUB)))
+        folder = Path(snapshot_download(str(name), allow_patterns=list(_FROM_THE_HUB)))
+        if not any(folder.glob("*.safetensors")):  # where there are both, the other format would double the download
+            folder = Path(snapshot_download(str(name), allow_patterns=[*_FROM_THE_HUB, "*.bin"]))
+        return folder
     except (OSError, ValueError) as error:
         raise ForeignError(f"{name} is neither a run folder nor a LLaVA model, here or on the hub: {error}") from error
 

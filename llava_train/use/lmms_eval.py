@@ -10,7 +10,6 @@ own. A model is read there by plain transformers, and a task of ours by plain `d
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -19,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_train.errors import UserError
+from llava_train.files import is_hub_id
 from llava_train.model.weights import RESULT_FOLDER
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILES_OF_QUESTIONS = (".json", ".jsonl", ".gz", ".parquet", ".arrow")
 _PROBE = """
 import importlib, json
@@ -96,7 +95,7 @@ def find_model(name: str) -> Path | str:
         folder = folder / RESULT_FOLDER
     if (folder / "config.json").is_file():
         return folder.absolute()
-    if not folder.exists() and _HUB_ID.fullmatch(name) and not folder.parent.is_dir():
+    if is_hub_id(name):
         return name
     raise LmmsEvalError(
         f"{name} holds no model (config.json); name the folder of a finished stage 2, an exported one, or a hub id"

@@ -19,11 +19,11 @@ from transformers import LlavaConfig
 
 from llava_train import __version__
 from llava_train.config import SourceSection, StageConfig
+from llava_train.files import is_hub_id
 from llava_train.model.build import Llava
 from llava_train.stage_file import RUN_CARD, ConfigError, load_run_about, load_run_card
 from llava_train.use.prompts import Prompts
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE = re.compile(r"\.(jsonl?|gz|parquet|arrow)$")
 _NATIVE_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """Vision towers that vLLM's own LLaVA has."""
@@ -77,7 +77,7 @@ class ModelCard:
             section = stages[-1].config.model
             parts = {name: _name_of(getattr(section, name)) for name in parts}
         n_parameters = sum(parameter.numel() for parameter in llava.model.parameters())
-        origin = source if _is_hub_id(source) else Path(source).name
+        origin = source if is_hub_id(source) else Path(source).name
         return cls(stages, parts, origin, llava.model.config, n_parameters, Prompts(llava).stop_string)
 
     @property
@@ -110,7 +110,7 @@ class ModelCard:
         """What the hub reads: https://huggingface.co/docs/hub/model-cards."""
         sources = [source for stage in self.stages for source in stage.config.data]
         found = {
-            "base_model": [name for name in [*self.parts.values(), self.origin] if name and _is_hub_id(name)],
+            "base_model": [name for name in [*self.parts.values(), self.origin] if name and is_hub_id(name)],
             "datasets": list(dict.fromkeys(source.path for source in sources if _is_hub_data(source))),
         }
         front = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "license": "other"}
@@ -152,12 +152,8 @@ def _last_metrics(run_dir: Path) -> dict[str, Any]:
 def _name_of(part: Any) -> str:
     if not isinstance(part, str):
         return f"random {part.config.get('model_type')}"
-    return part if _is_hub_id(part) else Path(part).name
-
-
-def _is_hub_id(name: str) -> bool:
-    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+    return part if is_hub_id(part) else Path(part).name
 
 
 def _is_hub_data(source: SourceSection) -> bool:
-    return _is_hub_id(source.path) and not _FILE.search(source.path)
+    return is_hub_id(source.path) and not _FILE.search(source.path)

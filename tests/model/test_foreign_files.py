@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_train.model import foreign_files
-from llava_train.model.foreign_files import ForeignError, Kind, kind_of
+from llava_train.model.foreign_files import ForeignError, Kind, kind_of, local_path
 from llava_train.model.weights import HandOffError, check_init, export_model, is_whole_model, load_init
 from llava_train.use.loading import load_llava
 from tests.model import originals
@@ -117,13 +117,37 @@ def test_a_shard_that_is_missing_or_elsewhere_is_named(file: str, parts: tuple[P
 
 def test_what_the_hub_holds_is_told_apart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(originals.projector(), tmp_path / "mm_projector.bin")
-    monkeypatch.setattr(
-        foreign_files, "snapshot_download", lambda name, allow_patterns: str(tmp_path / name[len("someone/") :])
-    )
-    assert not is_whole_model("someone/.")
-    assert load_init("someone/.", tiny_llava().model, model_section()) == f"projector from {tmp_path}"
+    monkeypatch.setattr(foreign_files, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
+    assert not is_whole_model("someone/projector")
+    assert load_init("someone/projector", tiny_llava().model, model_section()) == f"projector from {tmp_path}"
 
 
 def test_the_file_of_a_run_below_output_is_found(tmp_path: Path) -> None:
     torch.save(originals.projector(), tmp_path / "mm_projector.bin")
     check_init(str(tmp_path / "mm_projector.bin"), str(tmp_path))
+
+
+def test_of_a_repository_with_both_formats_only_safetensors_are_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        if "*.bin" in allow_patterns:
+            (tmp_path / "pytorch_model.bin").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(foreign_files, "snapshot_download", download)
+    assert local_path("someone/model") == tmp_path
+    assert (tmp_path / "pytorch_model.bin").exists()
+    (tmp_path / "model.safetensors").touch()
+    asked.clear()
+    local_path("someone/model")
+    assert len(asked) == 1 and "*.bin" not in asked[0]
+
+
+@pytest.mark.parametrize("name", ["nowhere", "/nowhere/at/all", "runs/a/model", "tests/nothing"])
+def test_a_missing_folder_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(ForeignError, match="there is no such folder"):
+        local_path(name)

@@ -78,7 +78,7 @@ def test_a_run_that_does_not_exist_is_not_looked_up_on_the_hub() -> None:
 
 
 def test_a_folder_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(HandOffError, match="init_from: no/such/run is neither a run folder nor a LLaVA model"):
+    with pytest.raises(HandOffError, match="init_from: no/such/run: there is no such folder"):
         load_init("no/such/run", tiny_llava().model, model_section())
 
 
