@@ -30,6 +30,12 @@ def pick_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dt
     return DTYPES[name]
 
 
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Changes the dtype of the weights alone: buffers such as rotary frequencies stay in float32, as when loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def imitates_bf16(device: torch.device) -> bool:
     """Whether a device is a CPU without instructions for bf16: it is tens of times slower there than fp32."""
     return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -18,7 +19,15 @@ from llava_train.config import ImageSection, ModelSection
 from llava_train.model.build import Llava, join, load_vision_tower, widen
 from llava_train.model.compatibility import BuildError
 from llava_train.model.fit import misfits, shapes_of
-from llava_train.model.foreign_files import ForeignError, Kind, State, kind_of, local_path
+from llava_train.model.foreign_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    ForeignError,
+    Kind,
+    State,
+    kind_of,
+    local_path,
+)
 from llava_train.model.mm_projector import feature_settings
 from llava_train.model.original import Original, named_like, read_original
 from llava_train.model.processor import Front, build_processor, count_encoder_tokens
@@ -50,9 +59,19 @@ def load_whole(name: str | Path, dtype: torch.dtype | None = None, **settings: A
 
 
 def load_transformers(folder: Path, dtype: torch.dtype | None = None, **settings: Any) -> LlavaForConditionalGeneration:
-    """A model of transformers from a folder. Raises ForeignError."""
+    """A model of transformers from a folder; the adapter that an export of ours has beside it is merged.
+
+    Raises:
+        ForeignError: nothing that transformers loads, or an adapter beside weights that shall be quantized.
+    """
+    has_adapter = (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file()
+    if has_adapter and "quantization_config" in settings:
+        raise ForeignError(f"{folder} has an adapter beside it; quantize `llava-train export --merge-lora` of its run")
     try:
-        return LlavaForConditionalGeneration.from_pretrained(str(folder), dtype=dtype or "auto", **settings).eval()
+        model = LlavaForConditionalGeneration.from_pretrained(str(folder), dtype=dtype or "auto", **settings)
+        if has_adapter:
+            PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER)).merge_and_unload()
+        return model.eval()
     except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
         raise ForeignError(f"{folder} is not a LLaVA model that transformers loads: {error}") from error
 

@@ -26,8 +26,11 @@ State = dict[str, torch.Tensor]
 MM_PROJECTOR_FILE = "mm_projector.bin"
 NON_LORA_FILE = "non_lora_trainables.bin"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FOLDER = "adapter"
+"""Beside a model of ours with LoRA."""
 
-_FROM_THE_HUB = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_SMALL_BINS = (MM_PROJECTOR_FILE, NON_LORA_FILE, "adapter_model.bin")
+_FROM_THE_HUB = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", *_SMALL_BINS)
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _UNDERSTOOD = (
     f"{MM_PROJECTOR_FILE}; an original LLaVA checkpoint (config.json, weights with model.mm_projector.*); its LoRA "
@@ -62,7 +65,7 @@ def local_path(name: str | Path) -> Path:
     try:
         folder = Path(snapshot_download(str(name), allow_patterns=list(_FROM_THE_HUB)))
         if not any(folder.glob("*.safetensors")):  # where there are both, the other format would double the download
-            folder = Path(snapshot_download(str(name), allow_patterns=[*_FROM_THE_HUB, "*.bin"]))
+            folder = Path(snapshot_download(str(name), allow_patterns=[*_FROM_THE_HUB, "pytorch_model*.bin*"]))
         return folder
     except (OSError, ValueError) as error:
         raise ForeignError(f"{name} is neither a run folder nor a LLaVA model, here or on the hub: {error}") from error

@@ -24,7 +24,15 @@ from llava_train.files import damage, sha256
 from llava_train.model.export_files import write_model
 from llava_train.model.fit import copy_weights
 from llava_train.model.foreign import load_transformers
-from llava_train.model.foreign_files import ForeignError, Kind, NothingUnderstood, State, kind_of, local_path
+from llava_train.model.foreign_files import (
+    ADAPTER_FOLDER,
+    ForeignError,
+    Kind,
+    NothingUnderstood,
+    State,
+    kind_of,
+    local_path,
+)
 from llava_train.model.mm_projector import check_settings, feature_settings, load_mm_projector
 from llava_train.model.original import read_original, whole_state
 from llava_train.model.trainable import is_linear, part_module
@@ -32,7 +40,6 @@ from llava_train.model.trainable import is_linear, part_module
 PROJECTOR_FILE = "projector.safetensors"
 PROJECTOR_CARD = "projector.json"
 RESULT_FOLDER = "model"
-ADAPTER_FOLDER = "adapter"
 
 
 class HandOffError(UserError):

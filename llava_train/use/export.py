@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from llava_train.devices import pick_dtype
+from llava_train.devices import cast_parameters, pick_dtype
 from llava_train.errors import UserError
 from llava_train.files import read_manifest, rename_durably, write_manifest
 from llava_train.model.build import Llava
@@ -105,7 +105,7 @@ def export(
         llava = _without_adapter(adapter.parent, llava)
     with _beside(out.absolute()) as folder:
         before = _try(llava.model, llava.processor)
-        _cast(llava.model, dtype or llava.model.dtype)
+        cast_parameters(llava.model, dtype or llava.model.dtype)
         _write(llava, folder)
         in_memory = _try(llava.model, llava.processor) if dtype else before
         _refuse_overflow(in_memory)
@@ -237,17 +237,11 @@ def _try(model: Any, processor: LlavaProcessor, as_users_do: bool = False) -> _T
     columns = np.linspace(0, 255, 3 * 40 * 60).astype(np.uint8).reshape(40, 60, 3)
     inputs = processor(text=text, images=Image.fromarray(columns), return_tensors="pt", add_special_tokens=adds)
     stored, computing = model.dtype, pick_dtype("auto", model.dtype, _CPU)
-    _cast(model, computing)
+    cast_parameters(model, computing)
     pixel_values = inputs.pixel_values.to(computing)
     logits = model(input_ids=inputs.input_ids, pixel_values=pixel_values, use_cache=False).logits[0]
-    _cast(model, stored)
+    cast_parameters(model, stored)
     return _Trial(inputs.input_ids, inputs.pixel_values, logits.float(), stored)
-
-
-def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Changes the dtype of the weights alone: buffers such as rotary frequencies stay in float32, as when loaded."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 def _refuse_overflow(trial: _Trial) -> None:

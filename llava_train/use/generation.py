@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,7 +99,7 @@ def answers_of(
     """An answer for each prompt of a batch. `settings` go to transformers' `generate`."""
     inputs = model_inputs(llava, prompts)
     with _seeded(sampling.seed, llava.model.device):
-        output = llava.model.generate(**inputs, **_arguments(llava, known, sampling), **settings)
+        output = llava.model.generate(**inputs, **_arguments(llava, known, sampling, prompts), **settings)
     texts = llava.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return ["".join(visible([text], known.stop_string)) for text in texts]
 
@@ -117,7 +117,7 @@ def stream_answer(llava: Llava, known: Prompts, prompt: Prompt, sampling: Sampli
             with _seeded(sampling.seed, llava.model.device):
                 llava.model.generate(
                     **model_inputs(llava, [prompt]),
-                    **_arguments(llava, known, sampling),
+                    **_arguments(llava, known, sampling, [prompt]),
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([stop]),
                 )
@@ -166,9 +166,11 @@ def _n_possible(text: str, stop: str | None) -> int:
     return next((n for n in lengths if stop and text.endswith(stop[:n])), 0)
 
 
-def _arguments(llava: Llava, known: Prompts, sampling: Sampling) -> dict[str, Any]:
+def _arguments(llava: Llava, known: Prompts, sampling: Sampling, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Keyword arguments of `generate`; no answer leaves what the model can read."""
+    n_left = known.max_tokens - max(len(prompt.input_ids) for prompt in prompts)
     return {
-        **sampling.settings(),
+        **replace(sampling, max_new_tokens=min(sampling.max_new_tokens, n_left)).settings(),
         "eos_token_id": known.end_ids,
         "pad_token_id": llava.tokenizer.pad_token_id or 0,
         "stop_strings": known.stop_string,

@@ -9,33 +9,31 @@ A question is turns and pictures; the turns hold `<image>` where a picture goes,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
-from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_train.config import ImageSection, ModelSection
 from llava_train.data.chat import IGNORED
 from llava_train.data.chat_templates import load_template
 from llava_train.data.images import ImagePreprocessor
 from llava_train.data.samples import IMAGE_PLACEHOLDER, Turn
-from llava_train.devices import pick_device, pick_dtype
+from llava_train.devices import cast_parameters, pick_device, pick_dtype
 from llava_train.errors import UserError
 from llava_train.model.build import Llava, build_llava
 from llava_train.model.processor import load_vision_config
 from llava_train.use.generation import Prompt, Sampling, answers_of, model_inputs, stream_answer
 from llava_train.use.images import ImageLike, read_image
-from llava_train.use.loading import load_llava
+from llava_train.use.loading import load_llava, quantized
 from llava_train.use.prompts import Prompts
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Quantization = Literal["4bit", "8bit"]
-
-_NOT_QUANTIZED = ["vision_tower", "multi_modal_projector", "lm_head"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ class LLaVA:
             UserError: no finished model there, or a device that is not there.
         """
         place = pick_device(device)
-        settings = {} if quantization is None else _quantized(quantization, place)
+        settings = {} if quantization is None else quantized(quantization, place)
         wanted = None if dtype == "auto" else pick_dtype(dtype, torch.float32, place)
         llava = load_llava(name, wanted, chat_template=chat_template, trust_remote_code=trust_remote_code, **settings)
         self = cls.__new__(cls)
@@ -126,7 +124,7 @@ class LLaVA:
 
     def _hold(self, llava: Llava, place: torch.device | None, dtype: Precision, name: str) -> None:
         if place is not None:
-            llava.model.to(place, pick_dtype(dtype, llava.model.dtype, place))
+            cast_parameters(llava.model.to(place), pick_dtype(dtype, llava.model.dtype, place))
         self._llava, self.name = llava, name
         self._prompts = Prompts(llava)
         self._preprocess = ImagePreprocessor(llava.processor.image_processor)
@@ -182,7 +180,7 @@ class LLaVA:
         Raises:
             UserError: a picture that cannot be read, or a question that cannot be asked.
         """
-        chosen = sampling or Sampling(**settings)
+        chosen = _sampling(sampling, settings)
         asked = [question if isinstance(question, Question) else question_about(*question) for question in questions]
         answers: list[str] = []
         for start in range(0, len(asked), batch_size):
@@ -199,7 +197,7 @@ class LLaVA:
             UserError: a picture that cannot be read, or a question that cannot be asked.
         """
         prompt = self.prompt(question, allow_urls)
-        return stream_answer(self._llava, self._prompts, prompt, sampling or Sampling(**settings))
+        return stream_answer(self._llava, self._prompts, prompt, _sampling(sampling, settings))
 
     @torch.inference_mode()
     def log_likelihoods(
@@ -275,23 +273,12 @@ def _listed(images: ImageLike | Sequence[ImageLike] | None) -> tuple[ImageLike, 
     return (images,) if isinstance(images, str | Path | bytes | Image.Image) else tuple(images)
 
 
+def _sampling(sampling: Sampling | None, settings: dict[str, Any]) -> Sampling:
+    try:
+        return replace(sampling or Sampling(), **settings)
+    except TypeError as error:
+        raise UserError(f"{error}; known are: {', '.join(field.name for field in fields(Sampling))}") from None
+
+
 def _with_placeholders(text: str, n_images: int) -> str:
     return text if IMAGE_PLACEHOLDER in text else f"{IMAGE_PLACEHOLDER}\n" * n_images + text
-
-
-def _quantized(quantization: str, place: torch.device) -> dict[str, Any]:
-    """Settings of transformers' `from_pretrained`. Raises UserError."""
-    if place.type != "cuda":
-        raise UserError(f"{quantization}: quantized weights need a CUDA device")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"{quantization}: quantized weights need bitsandbytes; pip install bitsandbytes") from error
-    bits: dict[str, dict[str, Any]] = {
-        "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
-        "8bit": {"load_in_8bit": True},
-    }
-    if quantization not in bits:
-        raise UserError(f"quantization {quantization!r} is not known; choose {' or '.join(bits)}")
-    config = BitsAndBytesConfig(llm_int8_skip_modules=_NOT_QUANTIZED, **bits[quantization])
-    return {"quantization_config": config, "device_map": {"": place}}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig
 
 from llava_train.config import StageConfig
 from llava_train.data.chat_templates import load_template
@@ -19,6 +20,8 @@ from llava_train.model.foreign import load_whole
 from llava_train.model.trainable import part_module
 from llava_train.model.weights import ADAPTER_FOLDER, PROJECTOR_CARD, PROJECTOR_FILE, RESULT_FOLDER, load_init
 from llava_train.stage_file import RUN_CARD, load_run_card
+
+_NOT_QUANTIZED = ["vision_tower", "multi_modal_projector", "lm_head"]
 
 
 class LoadError(UserError):
@@ -105,3 +108,21 @@ def _result_of(folder: Path) -> Path:
 
 def _add_adapter(llava: Llava, folder: Path) -> None:
     PeftModel.from_pretrained(llava.model, str(folder)).merge_and_unload()
+
+
+def quantized(quantization: str, place: torch.device) -> dict[str, Any]:
+    """Settings of `load_llava` for a language model in 4 (NF4) or 8 bits. Raises UserError."""
+    if place.type != "cuda":
+        raise UserError(f"{quantization}: quantized weights need a CUDA device")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{quantization}: quantized weights need bitsandbytes; pip install bitsandbytes") from error
+    bits: dict[str, dict[str, Any]] = {
+        "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+        "8bit": {"load_in_8bit": True},
+    }
+    if quantization not in bits:
+        raise UserError(f"quantization {quantization!r} is not known; choose {' or '.join(bits)}")
+    config = BitsAndBytesConfig(llm_int8_skip_modules=_NOT_QUANTIZED, **bits[quantization])
+    return {"quantization_config": config, "device_map": {"": place}}

@@ -1,8 +1,8 @@
 """Conversation -> the token ids that a model goes on from.
 
 A model of ours carries the chat template that it was trained with, and is asked by the code that encoded its training
-samples. A template from elsewhere (llava-hf) has no generation marks, takes content as a list of parts, and leaves the
-begin-of-sequence token to the tokenizer.
+samples. A template from elsewhere (llava-hf) takes content as a list of parts, leaves the begin-of-sequence token to
+the tokenizer, and marks no end of an answer.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llava_train.data.chat import ChatEncoder
+from llava_train.data.chat_templates import render
 from llava_train.data.problems import SampleError
 from llava_train.data.samples import IMAGE_PLACEHOLDER, Turn
 from llava_train.errors import UserError
 from llava_train.model.build import Llava
 from llava_train.template_marks import has_marks
+
+_ANSWER = "answer"
 
 
 class Prompts:
@@ -27,7 +30,7 @@ class Prompts:
         template = llava.processor.chat_template
         if not template:
             raise UserError("the model has no chat template, so nothing says how to ask it; export its run again")
-        is_ours = has_marks(template)
+        is_ours = _is_ours(template, llava.tokenizer)
         self.max_tokens = int(llava.model.config.text_config.max_position_embeddings)
         make = ChatEncoder if is_ours else _ForeignEncoder
         self._encoder = make(llava.tokenizer, template, llava.n_image_tokens, self.max_tokens)
@@ -75,7 +78,7 @@ class Prompts:
 
 
 class _ForeignEncoder(ChatEncoder):
-    """Encodes by a chat template without generation marks."""
+    """Encodes by a chat template that was not made to train with."""
 
     def render(self, turns: tuple[Turn, ...], prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """Text, and the span of the last answer: what follows the prompt that asks for it."""
@@ -95,6 +98,21 @@ class _ForeignEncoder(ChatEncoder):
         )
         begin = tokenizer.bos_token if _adds_bos(tokenizer) else None
         return text if begin is None or text.startswith(begin) else begin + text
+
+
+def _is_ours(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a template marks an answer and what ends it in a conversation of texts, as templates to train with must.
+
+    llava-hf's has marks, too, but it takes parts only, and marks no end.
+    """
+    if not has_marks(template):
+        return False
+    try:
+        text, spans = render(template, tokenizer, (Turn("user", "Is it?"), Turn("assistant", _ANSWER)))
+    except Exception:  # jinja passes on whatever the expressions of a template raise
+        return False
+    marked = [text[start:end] for start, end in spans]
+    return len(marked) == 1 and bool(marked[0].partition(_ANSWER)[2].strip(" "))
 
 
 def _parts(text: str) -> list[dict[str, Any]]:

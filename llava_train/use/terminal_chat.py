@@ -69,9 +69,9 @@ class TerminalChat:
 
     def _answer(self, text: str) -> None:
         pieces = self._chat.stream(text, self._pending, **self.settings)
-        self._pending = []
         try:
             for piece in pieces:
+                self._pending = []  # now the conversation keeps them
                 self.say(piece)
         finally:
             pieces.close()  # type: ignore[attr-defined]

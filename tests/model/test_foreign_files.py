@@ -134,7 +134,7 @@ def test_of_a_repository_with_both_formats_only_safetensors_are_downloaded(
 
     def download(name: str, allow_patterns: list[str]) -> str:
         asked.append(allow_patterns)
-        if "*.bin" in allow_patterns:
+        if "pytorch_model*.bin*" in allow_patterns:
             (tmp_path / "pytorch_model.bin").touch()
         return str(tmp_path)
 
@@ -144,7 +144,8 @@ def test_of_a_repository_with_both_formats_only_safetensors_are_downloaded(
     (tmp_path / "model.safetensors").touch()
     asked.clear()
     local_path("someone/model")
-    assert len(asked) == 1 and "*.bin" not in asked[0]
+    assert len(asked) == 1 and "pytorch_model*.bin*" not in asked[0]
+    assert {"mm_projector.bin", "non_lora_trainables.bin", "adapter_model.bin"} <= {*asked[0]}
 
 
 @pytest.mark.parametrize("name", ["nowhere", "/nowhere/at/all", "runs/a/model", "tests/nothing"])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from llava_train import LLaVA
 from llava_train.cli import app
 from llava_train.data.samples import Turn
 from llava_train.files import write_manifest
+from llava_train.use.llava import Question
 from llava_train.use.terminal_chat import TerminalChat
 from tests.tiny import encoder_of, model_section, tiny_llava
 from tests.use.exports import export_tiny
@@ -105,3 +108,21 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(folder: Path) -> None:
 
     TerminalChat(LLaVA.from_pretrained(folder / "model"), lambda _: next(lines), say).run()
     assert said[2:] == ["\n"]
+
+
+def test_a_picture_is_shown_again_when_nothing_of_its_answer_was_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llava, n_shown = LLaVA.from_pretrained(folder / "model"), list[int]()
+    stream = llava.stream
+
+    def interrupted_at_first(question: Question, **more: Any) -> Iterator[str]:
+        n_shown.append(len(question.images))
+        if len(n_shown) == 1:
+            raise KeyboardInterrupt
+        yield from stream(question, **more)
+
+    monkeypatch.setattr(llava, "stream", interrupted_at_first)
+    lines = iter([f"/image {folder / 'red.png'}", QUESTION, QUESTION, "And?", "/quit"])
+    TerminalChat(llava, lambda _: next(lines), lambda _: None, settings={"max_new_tokens": 4}).run()
+    assert n_shown == [1, 1, 1]

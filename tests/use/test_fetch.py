@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import http.server
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -29,11 +31,23 @@ PRIVATE = [
     "64:ff9b::a9fe:a9fe",
     "2002:7f00:1::",
     "ff02::1",
+    "fec0::1",
+    "::127.0.0.1",
+    "::a9fe:a9fe",
+    "::ffff:0:127.0.0.1",
+    "64:ff9b:1::a00:1",
+    "3fff::1",
+    "5f00::1",
+    "192.0.0.8",
+    "2001:0:53aa:64c:0:fbff:fefe:1",
 ]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    seen: list[str] = []
+
     def do_GET(self) -> None:
+        self.seen.append(self.path)
         if self.path.startswith("/to/"):
             self.send_response(302)
             self.send_header("Location", self.path.removeprefix("/to/"))
@@ -133,3 +147,23 @@ def test_a_server_that_drips_is_left_in_time(server: str) -> None:
     with pytest.raises(FetchError, match="no answer within 0.5 seconds"):
         fetch(f"{server}/slow", timeout_s=0.5, allowed=anywhere)
     assert time.monotonic() - started < 5
+
+
+def test_a_slow_look_up_counts_and_what_begins_too_late_is_cut(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up = socket.getaddrinfo
+
+    def slow(*arguments: Any, **more: Any) -> Any:
+        time.sleep(0.4)
+        return look_up(*arguments, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    for timeout_s, path in ((0.2, "/picture"), (0.6, "/slow")):
+        started = time.monotonic()
+        with pytest.raises(FetchError, match="no answer within"):
+            fetch(server + path, timeout_s=timeout_s, allowed=anywhere)
+        assert time.monotonic() - started < 3
+
+
+def test_an_address_is_escaped_as_browsers_do(server: str) -> None:
+    assert fetch(f"{server}/über einen hund.jpg?a=1&b=%20ü", allowed=anywhere) == b"x" * 10
+    assert Handler.seen[-1] == "/%C3%BCber%20einen%20hund.jpg?a=1&b=%20%C3%BC"

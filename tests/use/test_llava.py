@@ -21,11 +21,13 @@ from llava_train import LLaVA
 from llava_train.data.samples import Turn
 from llava_train.errors import UserError
 from llava_train.files import write_manifest
+from llava_train.model.foreign import load_transformers
 from llava_train.model.weights import export_model
+from llava_train.use.export import export
 from llava_train.use.generation import Sampling, left_padded, visible
 from llava_train.use.llava import Question, question_about
 from tests.tiny import model_section, tiny_llava
-from tests.use.exports import BLUE, RED, export_tiny
+from tests.use.exports import BLUE, LORA, RED, export_tiny, write_run
 
 QUESTIONS: list[Any] = [
     (RED, "What is it?"),
@@ -34,12 +36,15 @@ QUESTIONS: list[Any] = [
     ((BLUE, RED), "This <image> and that <image>?"),
     (BLUE, "And this?"),
 ]
+_TEXTS = "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
 LLAVA_HF_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    "{% if message['role'] != 'assistant' %}" + _TEXTS + "{{ content['text'] + ' '}}{% endfor %}"
+    "{% else %}" + _TEXTS + "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+"""That of llava-hf/llava-1.5-7b-hf; earlier ones have no generation marks."""
 
 
 @pytest.fixture(scope="module")
@@ -192,16 +197,24 @@ def test_log_likelihoods_are_those_of_the_answer_and_its_end_token_by_token(llav
         assert n_tokens == len(ids)
 
 
-def test_a_llava_hf_model_gets_the_prompt_that_its_processor_makes(tmp_path: Path) -> None:
-    """Its template takes parts, has no marks, and leaves the begin-of-sequence token to the tokenizer."""
+@pytest.mark.parametrize("is_marked", [True, False])
+@pytest.mark.parametrize("is_exported", [True, False])
+def test_a_llava_hf_model_gets_the_prompt_that_its_processor_makes(
+    tmp_path: Path, is_marked: bool, is_exported: bool
+) -> None:
+    """Its template takes parts, marks no end, and leaves the begin-of-sequence token to the tokenizer."""
     made = tiny_llava()
-    made.processor.chat_template = LLAVA_HF_TEMPLATE
+    template = LLAVA_HF_TEMPLATE if is_marked else re.sub(r"{% (end)?generation %}", "", LLAVA_HF_TEMPLATE)
+    made.processor.chat_template = template
     made.tokenizer.add_bos_token = True
     made.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", made.tokenizer.bos_token_id)]
     )
     made.model.save_pretrained(tmp_path)
     made.processor.save_pretrained(tmp_path)
+    if is_exported:
+        export(str(tmp_path), tmp_path / "exported")
+        tmp_path = tmp_path / "exported"
     llava = LLaVA.from_pretrained(tmp_path)
 
     processor = AutoProcessor.from_pretrained(tmp_path)
@@ -215,6 +228,7 @@ def test_a_llava_hf_model_gets_the_prompt_that_its_processor_makes(tmp_path: Pat
     (total, n_tokens), *_ = llava.log_likelihoods(question_about(RED, "What is it?"), ["red"])
     assert n_tokens == len(" red")
     assert total < 0
+    assert llava._prompts.end_ids[0] == made.tokenizer.eos_token_id
 
 
 def test_parts_are_joined_untrained(tmp_path: Path) -> None:
@@ -264,6 +278,7 @@ def test_a_picture_may_be_given_in_any_form(llava: LLaVA, tmp_path: Path, form: 
         (RED, "long " * 2000, {}, "tokens, the model reads 2048"),
         (RED, "What?", {"temperature": -1.0}, "temperature: -1.0 is out of range"),
         (RED, "What?", {"max_new_tokens": 0}, "max_new_tokens: 0 is out of range"),
+        (RED, "What?", {"max_tokens": 5}, "known are: max_new_tokens, temperature,"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(
@@ -292,6 +307,46 @@ def test_a_run_whose_model_was_half_written_is_refused(tmp_path: Path) -> None:
         LLaVA.from_pretrained(tmp_path / "run")
     write_manifest(tmp_path / "run/model", name="run")
     LLaVA.from_pretrained(tmp_path / "run")
+
+
+def test_in_bf16_the_logits_are_those_of_plain_transformers(tmp_path: Path) -> None:
+    """Rotary frequencies stay in float32."""
+    made = tiny_llava(model_section(chat_template="chatml"), torch.bfloat16)
+    export_model(made.model, made.processor, 0, tmp_path)
+    llava = LLaVA.from_pretrained(tmp_path, "cpu", dtype="bf16")
+    prompt = llava.prompt(question_about(RED, "What is it? " * 40))
+    inputs = {
+        "input_ids": torch.from_numpy(prompt.input_ids)[None],
+        "pixel_values": prompt.pixel_values.to(torch.bfloat16),
+    }
+    plain = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        assert torch.equal(llava.model(**inputs).logits, plain(**inputs).logits)
+
+
+def test_an_export_with_an_adapter_beside_it_answers_as_its_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", trainable=LORA)
+    export(str(run), tmp_path / "out")
+    assert (tmp_path / "out/adapter/adapter_config.json").is_file()
+    answers = {
+        name: LLaVA.from_pretrained(tmp_path / name).log_likelihoods(question_about(RED, "What?"), ["red", "blue"])
+        for name in ("run", "out")
+    }
+    for (ours, _), (theirs, _) in zip(answers["run"], answers["out"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict()
+    whole = load_transformers(tmp_path / "out").state_dict()
+    assert any(not torch.equal(base[name], whole[name]) for name in base)
+
+
+def test_no_answer_leaves_what_the_model_can_read(llava: LLaVA, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = llava.prompt(question_about(RED, "What?"))
+    monkeypatch.setattr(llava._prompts, "max_tokens", len(prompt.input_ids) + 3)
+    asked: dict[str, Any] = {}
+    generate = llava.model.generate
+    monkeypatch.setattr(llava.model, "generate", lambda **more: asked.update(more) or generate(**more))
+    llava.generate_from_image(RED, "What?", max_new_tokens=500)
+    assert asked["max_new_tokens"] == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
