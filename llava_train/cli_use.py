@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,7 +51,7 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 def ask(
     model: Model,
     image: Annotated[str, typer.Argument(help="Picture file.")],
-    question: str,
+    question: Annotated[str, typer.Argument(help="What to ask.")],
     more: Annotated[list[str] | None, typer.Option("--image", help="One more picture.")] = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 512,
@@ -69,14 +70,15 @@ def ask(
     Example: llava-train ask runs/llava-1.5-7b-stage2 dog.jpg "What can you see in this image?"
     """
     with user_errors():
+        from llava_train.use.generation import Sampling
         from llava_train.use.images import read_image
         from llava_train.use.llava import question_about
 
+        chosen = Sampling(max_new_tokens, temperature, top_p, seed=seed)
         pictures = [read_image(picture, allow_urls) for picture in [image, *(more or [])]]
         llava = _load(model, device, dtype, quantize, chat_template, trust_remote_code)
         asked = question_about(pictures, question, system)
-        chosen = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        for piece in llava.stream(asked, **chosen):
+        for piece in llava.stream(asked, sampling=chosen):
             _say(piece)
         _say("\n")
 
@@ -101,9 +103,12 @@ def chat(
     Example: llava-train chat runs/llava-1.5-7b-stage2
     """
     with user_errors():
+        from llava_train.use.generation import Sampling
         from llava_train.use.terminal_chat import TerminalChat
 
-        chosen = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        with suppress(ImportError):
+            import readline  # noqa: F401  # arrows and history in `input`
+        chosen = {"sampling": Sampling(max_new_tokens, temperature, top_p, seed=seed)}
         llava = _load(model, device, dtype, quantize, chat_template, trust_remote_code)
         TerminalChat(llava, input, _say, system, allow_urls, chosen).run()
 
@@ -156,7 +161,10 @@ def _load(
     }
     if quantize:
         settings["quantization"] = quantize.value
-    return LLaVA.from_pretrained(model, device.value, **settings)
+    llava = LLaVA.from_pretrained(model, device.value, **settings)
+    if llava.ignores_question:
+        print("note: this model's template leaves the question out (stage 1): it says what it sees", file=sys.stderr)
+    return llava
 
 
 def _say(text: str) -> None:

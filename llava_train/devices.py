@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from llava_train.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_OTHER_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 
 
 def pick_device(name: str) -> torch.device:
     """The device of a name; `auto` is a GPU where there is one. Raises UserError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r} is not known; choose auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda: torch sees no CUDA device here; choose cpu or auto")
-    return torch.device(name)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
+        raise UserError(f"device {name!r} is not known; choose auto, cpu, cuda or cuda:1")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        seen = torch.cuda.device_count() or "no"
+        raise UserError(f"device {name}: torch sees {seen} CUDA device{'s' * (seen != 1)} here; choose cpu or auto")
+    return device
 
 
-def pick_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str | torch.dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The precision of a name; `auto` is the stored one, but float32 where that is slow. Raises UserError."""
+    name = str(name).removeprefix("torch.")
+    name = _OTHER_NAMES.get(name, name)
     if name == "auto":
         slow = stored == torch.float16 or (stored == torch.bfloat16 and imitates_bf16(device))
         return torch.float32 if device.type == "cpu" and slow else stored

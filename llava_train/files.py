@@ -119,6 +119,16 @@ class ChecksummedFile:
         return {"n_bytes": self._n_bytes, "xxh128": self._digest.hexdigest()}
 
 
+def share(*paths: Path) -> None:
+    """Gives files, and all files in folders, the permissions of new ones: safetensors lets only their owner read them."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in paths:
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            if file.is_file():
+                file.chmod(0o666 & ~mask)
+
+
 def file_facts(path: Path) -> FileFacts:
     """Size and checksum of a file."""
     digest = xxhash.xxh3_128()

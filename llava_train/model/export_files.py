@@ -21,6 +21,7 @@ from typing import Any
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from llava_train.files import share
 from llava_train.model.export_template import begins_with_bos, portable, reads_eos_token
 
 _WITH_VISION_MODEL = ("clip_vision_model", "siglip_vision_model")
@@ -47,6 +48,7 @@ def write_model(
     _change(folder / "config.json", lambda config: _config_for_both(config, model))
     _change(folder / "generation_config.json", lambda config: config.pop("_from_model_config", None))
     _write_processor_for_both(folder, processor, end_of_turn_id)
+    share(folder)
 
 
 def _save_weights(model: LlavaForConditionalGeneration, folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
@@ -61,14 +62,21 @@ def local_path(name: str | Path) -> Path:
     if Path(name).exists():
         return Path(name)
     if not is_hub_id(name):
-        raise ForeignError(f"{name}: there is no such folder; name a run, a model's folder, or a hub id (owner/name)")
+        parent = Path(name).parent
+        there = [path.name for path in sorted(parent.iterdir())[:8] if path.is_dir()] if parent.is_dir() else []
+        has = f" ({parent} has: {', '.join(there)})" if there else ""
+        raise ForeignError(
+            f"{name}: there is no such folder{has}; name a run, a model, or a hub id (owner/name)"
+        )
     try:
         folder = Path(snapshot_download(str(name), allow_patterns=list(_FROM_THE_HUB)))
         if not any(folder.glob("*.safetensors")):  # where there are both, the other format would double the download
             folder = Path(snapshot_download(str(name), allow_patterns=[*_FROM_THE_HUB, "pytorch_model*.bin*"]))
         return folder
+    except LocalEntryNotFoundError as error:
+        raise ForeignError(f"{name}: no folder here, and the hub cannot be reached to look there: {error}") from error
     except (OSError, ValueError) as error:
-        raise ForeignError(f"{name} is neither a run folder nor a LLaVA model, here or on the hub: {error}") from error
+        raise ForeignError(f"{name}: no folder here, and no such model on the hub: {error}") from error
 
 
 def kind_of(path: Path) -> Kind:

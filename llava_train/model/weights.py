@@ -20,7 +20,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_train.config import ModelSection
 from llava_train.errors import UserError
-from llava_train.files import damage, sha256
+from llava_train.files import damage, sha256, share
 from llava_train.model.export_files import write_model
 from llava_train.model.fit import copy_weights
 from llava_train.model.foreign import load_transformers
@@ -59,6 +59,7 @@ def save_projector(model: LlavaForConditionalGeneration, section: ModelSection, 
     """Writes the projector and its card; returns the hash of the file."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(_contiguous(part_module(model, "projector").state_dict()), folder / PROJECTOR_FILE)
+    share(folder / PROJECTOR_FILE)
     digest = sha256(folder / PROJECTOR_FILE)
     card = {"sha256": digest, **_joined(section, model)}
     (folder / PROJECTOR_CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
@@ -144,6 +145,7 @@ def export_model(
             _contiguous(part_module(model, "projector").state_dict()),
             folder.parent / ADAPTER_FOLDER / PROJECTOR_FILE,
         )
+        share(folder.parent / ADAPTER_FOLDER)
         model = peft_model.merge_and_unload()
     write_model(model, processor, end_of_turn_id, folder)
 

@@ -24,7 +24,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 
 from llava_train.devices import cast_parameters, pick_dtype
 from llava_train.errors import UserError
-from llava_train.files import read_manifest, rename_durably, write_manifest
+from llava_train.files import read_manifest, rename_durably, share, write_manifest
 from llava_train.model.build import Llava
 from llava_train.model.export_files import write_model
 from llava_train.model.export_template import portable
@@ -206,6 +206,7 @@ def _add_adapter(
 ) -> float:
     """Copies an adapter, puts it on what was written, and compares. The projector beside it is in the model already."""
     shutil.copytree(adapter, folder / ADAPTER_FOLDER, ignore=shutil.ignore_patterns(PROJECTOR_FILE, "README.md"))
+    share(folder / ADAPTER_FOLDER)
     adapted = PeftModel.from_pretrained(model, str(folder), subfolder=ADAPTER_FOLDER).eval()
     tolerance = _MERGED if dtypes == {torch.float32} else _MERGED_IN_16_BITS
     return _compare(trained, _try(adapted, processor), tolerance)

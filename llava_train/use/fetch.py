@@ -170,7 +170,7 @@ def _connect(
     addresses = _look_up(host, port, deadline)
     private = [address for address in addresses if not allowed(address)]
     if private:
-        raise FetchError(f"{url:.200}: {host} is {private[0]}, an address of a private network, which is never fetched")
+        raise FetchError(f"{url:.200}: {private[0]} belongs to a private network, from which nothing is fetched")
     connection = http.client.HTTPConnection(host, port)
     connection.default_port = _PORTS[parts.scheme]
     connection.sock = socket.create_connection((addresses[0], port), deadline.left_s())

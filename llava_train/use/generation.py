@@ -34,17 +34,23 @@ class Sampling:
     """Of the random draws; None draws anew each time."""
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams"):
+            if not isinstance(getattr(self, name), int):
+                raise UserError(f"{name}: {getattr(self, name)!r} is not a whole number")
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            if not isinstance(getattr(self, name), int | float):
+                raise UserError(f"{name}: {getattr(self, name)!r} is not a number")
         problems = {
-            "max_new_tokens": self.max_new_tokens < 1,
-            "temperature": not 0 <= self.temperature < float("inf"),
-            "top_p": not 0 < self.top_p <= 1,
-            "top_k": self.top_k is not None and self.top_k < 1,
-            "num_beams": self.num_beams < 1,
-            "repetition_penalty": not 0 < self.repetition_penalty < float("inf"),
+            "max_new_tokens": (self.max_new_tokens < 1, "1 or more"),
+            "temperature": (not 0 <= self.temperature < float("inf"), "0 or more"),
+            "top_p": (not 0 < self.top_p <= 1, "above 0, at most 1"),
+            "top_k": (self.top_k is not None and self.top_k < 1, "1 or more"),
+            "num_beams": (self.num_beams < 1, "1 or more"),
+            "repetition_penalty": (not 0 < self.repetition_penalty < float("inf"), "above 0"),
         }
-        for name, is_wrong in problems.items():
+        for name, (is_wrong, wanted) in problems.items():
             if is_wrong:
-                raise UserError(f"{name}: {getattr(self, name)!r} is out of range")
+                raise UserError(f"{name}: {getattr(self, name)!r} is out of range; wanted {wanted}")
 
     def settings(self) -> dict[str, Any]:
         """Keyword arguments of transformers' `generate`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 from PIL import Image
 
@@ -12,8 +13,8 @@ from llava_train.data.pictures import EmbeddedPicture, data_url_content
 from llava_train.errors import UserError
 from llava_train.use.fetch import fetch, is_url
 
-ImageLike: TypeAlias = str | Path | bytes | Image.Image
-"""A picture: a file, its bytes, a decoded picture, a data: URL, or (where they are allowed) an http(s) address."""
+ImageLike: TypeAlias = str | Path | bytes | IO[bytes] | Image.Image
+"""A picture: a path, an open file, its bytes, a decoded picture, a data: URL, or (where allowed) an http(s) address."""
 
 
 def read_image(image: ImageLike, allow_urls: bool = False) -> Image.Image:
@@ -32,6 +33,12 @@ def read_image(image: ImageLike, allow_urls: bool = False) -> Image.Image:
         if not allow_urls:
             raise UserError(f"{image:.200}: addresses are not fetched unless allowed (allow_urls=True, --allow-urls)")
         return decode_image(EmbeddedPicture(fetch(image), f"{image:.200}"))
+    if isinstance(image, str) and re.match(r"(?!data:)\w{2,}://", image):
+        raise UserError(
+            f"{image:.200}: only http(s) addresses are fetched; a file is named by its path"
+        )
+    if hasattr(image, "read"):
+        return read_image(image.read(), allow_urls)
     if isinstance(image, str) and image.startswith("data:"):
         return decode_image(EmbeddedPicture(data_url_content(image), "the picture"))
     if isinstance(image, str | Path):

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
-from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_train.config import ImageSection, ModelSection
@@ -31,8 +30,7 @@ from llava_train.use.images import ImageLike, read_image
 from llava_train.use.loading import load_llava, quantized
 from llava_train.use.prompts import Prompts
 
-Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Precision: TypeAlias = Literal["auto", "bf16", "fp16", "fp32"] | torch.dtype
 Quantization = Literal["4bit", "8bit"]
 
 
@@ -72,7 +70,7 @@ class LLaVA:
         self,
         vision_model_path: str | Path,
         language_model_path: str | Path,
-        device: Device = "auto",
+        device: str = "auto",
         *,
         dtype: Precision = "auto",
         chat_template: str = "auto",
@@ -96,7 +94,7 @@ class LLaVA:
     def from_pretrained(
         cls,
         name: str | Path,
-        device: Device = "auto",
+        device: str = "auto",
         *,
         dtype: Precision = "auto",
         quantization: Quantization | None = None,
@@ -132,6 +130,11 @@ class LLaVA:
     @property
     def model(self) -> LlavaForConditionalGeneration:
         return self._llava.model
+
+    @property
+    def ignores_question(self) -> bool:
+        """Whether its chat template leaves the question out, as stage 1's does."""
+        return self._prompts.ignores_question
 
     @property
     def processor(self) -> LlavaProcessor:
@@ -180,8 +183,10 @@ class LLaVA:
         Raises:
             UserError: a picture that cannot be read, or a question that cannot be asked.
         """
+        if batch_size < 1:
+            raise UserError(f"batch_size: {batch_size} is out of range; wanted 1 or more")
         chosen = _sampling(sampling, settings)
-        asked = [question if isinstance(question, Question) else question_about(*question) for question in questions]
+        asked = [_question(question) for question in questions]
         answers: list[str] = []
         for start in range(0, len(asked), batch_size):
             prompts = [self.prompt(question, allow_urls) for question in asked[start : start + batch_size]]
@@ -208,6 +213,10 @@ class LLaVA:
         Raises:
             UserError: a picture that cannot be read, or a text that cannot be asked or answered.
         """
+        if isinstance(answers, str):
+            raise UserError("log_likelihoods takes a list of answers, not one text")
+        if not answers:
+            return []
         pixels = self._pixels(question, allow_urls)
         encoded = [self._prompts.encode_answer(question.turns, len(question.images), answer) for answer in answers]
         inputs = model_inputs(self._llava, [Prompt(input_ids, pixels) for input_ids, _ in encoded])
@@ -267,10 +276,18 @@ class Chat:
                 self.images += images
 
 
+def _question(question: Any) -> Question:
+    if isinstance(question, Question):
+        return question
+    if isinstance(question, tuple | list) and len(question) == 2:
+        return question_about(*question)
+    raise UserError(f"a question is a Question or a pair of a picture (or None) and a text, not {question!r:.80}")
+
+
 def _listed(images: ImageLike | Sequence[ImageLike] | None) -> tuple[ImageLike, ...]:
     if images is None:
         return ()
-    return (images,) if isinstance(images, str | Path | bytes | Image.Image) else tuple(images)
+    return tuple(images) if isinstance(images, Sequence) and not isinstance(images, str | bytes) else (images,)
 
 
 def _sampling(sampling: Sampling | None, settings: dict[str, Any]) -> Sampling:
@@ -281,4 +298,6 @@ def _sampling(sampling: Sampling | None, settings: dict[str, Any]) -> Sampling:
 
 
 def _with_placeholders(text: str, n_images: int) -> str:
+    if not isinstance(text, str):
+        raise UserError(f"a question is a text, not {type(text).__name__}")
     return text if IMAGE_PLACEHOLDER in text else f"{IMAGE_PLACEHOLDER}\n" * n_images + text

@@ -112,6 +112,8 @@ def _add_adapter(llava: Llava, folder: Path) -> None:
 
 def quantized(quantization: str, place: torch.device) -> dict[str, Any]:
     """Settings of `load_llava` for a language model in 4 (NF4) or 8 bits. Raises UserError."""
+    if quantization not in ("4bit", "8bit"):
+        raise UserError(f"quantization {quantization!r} is not known; choose 4bit or 8bit")
     if place.type != "cuda":
         raise UserError(f"{quantization}: quantized weights need a CUDA device")
     try:
@@ -122,7 +124,5 @@ def quantized(quantization: str, place: torch.device) -> dict[str, Any]:
         "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
         "8bit": {"load_in_8bit": True},
     }
-    if quantization not in bits:
-        raise UserError(f"quantization {quantization!r} is not known; choose {' or '.join(bits)}")
     config = BitsAndBytesConfig(llm_int8_skip_modules=_NOT_QUANTIZED, **bits[quantization])
     return {"quantization_config": config, "device_map": {"": place}}

@@ -7,6 +7,7 @@ the tokenizer, and marks no end of an answer.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,9 +47,17 @@ class Prompts:
         Raises:
             SampleError: a control token or a wrong `<image>` in a text, or a prompt beyond what the model can read.
         """
+        if not self.ignores_question and not turns[-1].text.replace(IMAGE_PLACEHOLDER, "").strip():
+            raise UserError("the question is empty; ask something about the picture")
         self._encoder.check_texts(turns, n_images)
         text, _ = self._render(turns, prompt=True)
         return self._within(self._encoder.tokenize(text, [], n_images)[0])
+
+    @cached_property
+    def ignores_question(self) -> bool:
+        """Whether the template leaves the question out, as stage 1's `plain` does."""
+        question = "Is it?"
+        return question not in self._render((Turn("user", question),), prompt=True)[0]
 
     def encode_answer(self, turns: tuple[Turn, ...], n_images: int, answer: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [T] and labels [T] of a conversation with an answer; -100 where nothing of the answer stands.

@@ -37,13 +37,13 @@ class TerminalChat:
         while True:
             try:
                 line = self.read("> ").strip()
-                if line == "/quit":
+                if line in ("/quit", "/exit"):
                     return
                 self._take(line)
             except EOFError:
                 return
             except KeyboardInterrupt:
-                self.say("\n")
+                self.say("\n(stopped)\n")
             except UserError as error:
                 self.say(f"error: {error}\n")
 
@@ -58,9 +58,12 @@ class TerminalChat:
             read_image(path, self.allow_urls)
             self._pending.append(path)
             self.say(f"{path}: shown with your next words\n")
+        elif command == "/image":
+            self.say("error: /image PATH: name the file of a picture\n")
         elif command == "/reset":
             self._begin()
-        elif command in ("/help", "/image"):
+            self.say("begun anew\n")
+        elif command == "/help":
             self.say(HELP + "\n")
         elif command.startswith("/"):
             self.say(f"error: {command} is not known\n{HELP}\n")

@@ -107,7 +107,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation(folder: Path) -> None:
             raise KeyboardInterrupt
 
     TerminalChat(LLaVA.from_pretrained(folder / "model"), lambda _: next(lines), say).run()
-    assert said[2:] == ["\n"]
+    assert said[2:] == ["\n(stopped)\n"]
 
 
 def test_a_picture_is_shown_again_when_nothing_of_its_answer_was_read(

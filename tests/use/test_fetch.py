@@ -102,7 +102,7 @@ def test_what_stands_at_an_address_is_fetched(server: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "0.0.0.0", "2130706433", "127.1"])
 def test_a_private_address_is_never_connected_to_however_it_is_written(server: str, host: str) -> None:
     port = server.rpartition(":")[2]
-    with pytest.raises(FetchError, match="an address of a private network|cannot be fetched"):
+    with pytest.raises(FetchError, match="belongs to a private network|cannot be fetched"):
         fetch(f"http://{host}:{port}/picture")
 
 
@@ -113,7 +113,7 @@ def test_a_redirect_leads_to_no_private_address(server: str) -> None:
         seen.append(address)
         return len(seen) == 1
 
-    with pytest.raises(FetchError, match="an address of a private network, which is never fetched"):
+    with pytest.raises(FetchError, match="belongs to a private network"):
         fetch(f"{server}/to/{server}/picture", allowed=only_first)
 
 
