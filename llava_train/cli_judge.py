@@ -46,10 +46,11 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
     blind: Annotated[bool, typer.Option("--blind", help="Also with blank pictures, and the best guess.")] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be asked, and list it.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an answers file.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew; keeps answers as NAME.bak.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
     device: OnDevice = DeviceName.auto,
     dtype: InDtype = DtypeName.auto,
+    chat_template: ChatTemplate = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure a model's answers to a file of questions. The same command goes on after an interruption.
@@ -77,6 +78,7 @@ def evaluate(
             overwrite,
             device.value,
             dtype.value,
+            chat_template,
             trust_remote_code,
         )
         report = evaluate_plan(plan, Console(stderr=True))

@@ -177,8 +177,7 @@ def _image_of_part(part: dict[str, Any]) -> Any:
 def _checked_text(text: Any, number: int) -> str:
     if not isinstance(text, str):
         raise SampleError("not_text", f"turn {number}: the text is {text!r:.60}, not a string")
-    if _SURROGATE.search(text):
-        raise SampleError("not_utf8", f"turn {number}: the text holds half of a character (a lone UTF-16 surrogate)")
+    check_unicode(text, f"turn {number}: the text")
     return text
 
 
@@ -206,6 +205,12 @@ def _check_order(turns: list[Turn]) -> None:
             "roles_out_of_order",
             f"roles out of order: {', '.join(spoken)}; wanted user, assistant, user, assistant, ...",
         )
+
+
+def check_unicode(text: str, what: str) -> None:
+    """Refuses a text that no tokenizer takes and no file can hold. Raises SampleError, which names it `what`."""
+    if _SURROGATE.search(text):
+        raise SampleError("not_utf8", f"{what} holds half of a character (a lone UTF-16 surrogate)")
 
 
 def check_placeholders(turns: Sequence[Turn], n_images: int) -> None:

@@ -4,17 +4,21 @@
 
 `metadata` says what the answer was computed from. An interrupted evaluation goes on from what stands in the file, and
 only where that is the same: answers of two models in one file would be a score of neither. With several ranks each
-appends to a part of its own beside the file; parts are put together whenever the evaluation starts or ends.
+appends to a part of its own beside the file; parts are put together whenever the evaluation starts or ends. A file
+belongs to one evaluation at a time: putting together loses what another appends meanwhile.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from llava_train.errors import UserError
 from llava_train.files import file_facts, write_durably
@@ -23,6 +27,9 @@ from llava_train.use.questions import Item
 
 PREFIX = "answers-"
 """Of the names of the files that an evaluation leaves, if nobody names them."""
+SCORES_SUFFIX = ".scores.json"
+_OF_A_MODEL = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
+"""Suffixes of weights, configurations, tokenizers, templates and code."""
 
 
 class AnswersError(UserError):
@@ -78,10 +85,30 @@ class AnswersFile:
             path.unlink()
         return found
 
-    def delete(self) -> None:
-        """Deletes the file and its parts."""
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other evaluations out. The lock file stays, but the lock ends with the process, however that ends.
+
+        Raises:
+            AnswersError: another evaluation has the file.
+        """
+        lock = FileLock(f"{self.path}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise AnswersError(
+                f"{self.path}: another evaluation writes it; wait for that one, or name another file (--answers)"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def set_aside(self) -> None:
+        """Renames the file and its parts: NAME.bak, NAME.bak.rank0."""
         for path in (self.path, *self._parts()):
-            path.unlink(missing_ok=True)
+            if path.is_file():
+                path.replace(path.with_name(f"{self.path.name}.bak{path.name.removeprefix(self.path.name)}"))
 
     def _parts(self) -> list[Path]:
         return sorted(path for path in self.path.parent.iterdir() if path.name.startswith(f"{self.path.name}.rank"))
@@ -104,14 +131,18 @@ class AnswersFile:
         lines = path.read_bytes().decode("utf-8", "replace").split("\n")[:-1]  # what follows the last was cut off
         found = {}
         for number, line in enumerate(lines, start=1):
+            strange = AnswersError(f"{path}:{number}: not an answer of `llava-train evaluate`; {_MEND}")
             try:
                 record = json.loads(line)
-                origin, text, answer_id = dict(record["metadata"]), str(record["text"]), record["answer_id"]
+                origin, text = dict(record["metadata"]), str(record["text"])
+                index = self._indices.get(record["answer_id"])
+                likelihoods = tuple(origin.pop("log_likelihoods", ()))
             except (ValueError, TypeError, KeyError) as error:
-                raise AnswersError(f"{path}:{number}: not an answer of `llava-train evaluate`; {_MEND}") from error
-            likelihoods = tuple(origin.pop("log_likelihoods", ()))
+                raise strange from error
             self._check(path, origin)
-            found[self._indices[answer_id]] = Answer(text, likelihoods)
+            if index is None or len(likelihoods) != len(self.items[index].options):
+                raise strange
+            found[index] = Answer(text, likelihoods)
         return found
 
     def _check(self, path: Path, origin: dict[str, Any]) -> None:
@@ -123,14 +154,24 @@ class AnswersFile:
 _MEND = "name another file (--answers), or replace it (--overwrite)"
 
 
-def digest_of_model(name: str) -> str:
-    """Changes with any file of a model's folder; of a hub id it is the id."""
+def digest_of_model(name: str, other: Collection[Path] = ()) -> str:
+    """Changes with any file of the model that a folder holds; of a hub id it is the id.
+
+    Args:
+        other: files that are none of the model's, wherever they are.
+    """
     folder = Path(name) / RESULT_FOLDER if (Path(name) / RESULT_FOLDER).is_dir() else Path(name)
     if not folder.is_dir():
         return _digest([name])
-    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(PREFIX)]
-    files += [path for path in (folder / ADAPTER_FOLDER).glob("*") if path.is_file()]
+    others = {path.absolute() for path in other}
+    found = [*folder.iterdir(), *(folder / ADAPTER_FOLDER).glob("*")]
+    files = [path for path in found if _is_of_a_model(path) and path.absolute() not in others]
     return _digest([f"{path.relative_to(folder)} {file_facts(path)}" for path in sorted(files)])
+
+
+def _is_of_a_model(path: Path) -> bool:
+    is_ours = path.name.startswith(PREFIX) or path.name.endswith(SCORES_SUFFIX)
+    return path.suffix in _OF_A_MODEL and not is_ours and path.is_file()
 
 
 def digest_of_questions(items: Sequence[Item]) -> str:

@@ -1,7 +1,7 @@
 """A model's answers to a file of questions, and what they are worth.
 
-    the questions are read, whole -> the answers that are there already -> each rank answers its share, batch by batch,
-    and appends -> rank 0 puts the parts together -> scores
+    the questions are read, whole -> rank 0 locks the answers file -> the answers that are there already -> each rank
+    answers its share, batch by batch, and appends -> rank 0 puts the parts together -> scores
 
 What can be wrong with the questions or the answers file is told before the model is loaded. With `blind` the same
 questions are asked again about a blank picture: only what lies above that, and above always giving the most
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +23,18 @@ from rich.progress import track
 from llava_train.data.images import decode_image
 from llava_train.data.problems import SampleError
 from llava_train.errors import UserError
+from llava_train.files import file_facts
 from llava_train.model.weights import ADAPTER_FOLDER, RESULT_FOLDER
 from llava_train.stage_file import RUN_CARD
-from llava_train.use.answers import PREFIX, Answer, AnswersFile, digest_of_model, digest_of_questions
+from llava_train.use.answers import (
+    PREFIX,
+    SCORES_SUFFIX,
+    Answer,
+    AnswersError,
+    AnswersFile,
+    digest_of_model,
+    digest_of_questions,
+)
 from llava_train.use.llava import Device, LLaVA, Precision, Question
 from llava_train.use.metrics import Metric
 from llava_train.use.questions import Item, read_questions
@@ -37,8 +47,6 @@ _BLANK_SIDE = 224
 
 class EvaluationError(UserError):
     """A question that the model cannot be asked. The message names it."""
-
-    on_every_rank = False
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,11 @@ class Evaluation:
     skip_bad: bool = False
     """Leave out questions whose picture cannot be read, and list them."""
     overwrite: bool = False
+    """Start anew; the answers that were there are kept beside, as NAME.bak."""
     device: Device = "auto"
     dtype: Precision = "auto"
+    chat_template: str | None = None
+    """As `LLaVA.from_pretrained` takes it."""
     trust_remote_code: bool = False
 
     @property
@@ -82,7 +93,7 @@ class Evaluation:
 
     @property
     def scores_path(self) -> Path:
-        return self.answers_path(PICTURE).with_suffix(".scores.json")
+        return self.answers_path(PICTURE).with_suffix(SCORES_SUFFIX)
 
 
 def evaluate(plan: Evaluation, progress: Console | None = None) -> Report | None:
@@ -93,22 +104,17 @@ def evaluate(plan: Evaluation, progress: Console | None = None) -> Report | None
 
     Raises:
         DataError, QuestionError: the questions cannot be read.
-        AnswersError: the answers file holds other answers.
+        AnswersError: the answers file holds other answers, or another evaluation writes it.
         EvaluationError: a question cannot be asked, and `skip_bad` is off.
         UserError: the model cannot be loaded.
     """
-    with joined_ranks() as ranks:
+    with joined_ranks() as ranks, ExitStack() as locks:
         items = ranks.on_main(lambda: read_questions(plan.data, plan.metric, plan.images, plan.prompt_suffix))
         files = ranks.on_main(lambda: _answers_files(plan, items))
+        ranks.on_main(lambda: [locks.enter_context(file.locked()) for file in files.values()])
         skipped = _answer_all(plan, items, files, ranks, progress)
-        if not ranks.is_main:
-            return None
-        answers = {way: file.merge() for way, file in files.items()}
-        both = [index for index in range(len(items))[: plan.limit] if all(index in given for given in answers.values())]
-        given = {way: [found[index] for index in both] for way, found in answers.items()}
-        report = report_on(plan.name, str(plan.data), plan.metric, [items[index] for index in both], given, skipped)
-        report.write(plan.scores_path)
-        return report
+        report = ranks.on_main(lambda: _score(plan, items, files, skipped))
+        return report if ranks.is_main else None
 
 
 def print_report(plan: Evaluation, report: Report, as_json: bool) -> None:
@@ -126,19 +132,24 @@ def print_report(plan: Evaluation, report: Report, as_json: bool) -> None:
 def _answers_files(plan: Evaluation, items: Sequence[Item]) -> dict[str, AnswersFile]:
     """A file for each way of answering."""
     origin = {
-        "model": digest_of_model(plan.model),
+        "model": digest_of_model(plan.model, [plan.scores_path, *map(plan.answers_path, (PICTURE, BLANK))]),
         "questions": digest_of_questions(items),
         "prompt_suffix": plan.prompt_suffix,
         "dtype": plan.dtype,
+        **({"chat_template": _told(plan.chat_template)} if plan.chat_template else {}),
         **({} if plan.metric == "choice" else {"max_new_tokens": plan.max_new_tokens}),
     }
     files = {}
     for way in (PICTURE, BLANK) if plan.blind else (PICTURE,):
         files[way] = AnswersFile(plan.answers_path(way), items, plan.name, {**origin, "way": way})
         files[way].path.parent.mkdir(parents=True, exist_ok=True)
-        if plan.overwrite:
-            files[way].delete()
     return files
+
+
+def _told(chat_template: str) -> str:
+    """What the answers say of a chat template: its name, or the checksum of its file."""
+    path = Path(chat_template)
+    return str(file_facts(path)["xxh128"]) if path.is_file() else chat_template
 
 
 def _share(items: Sequence[Item], indices: Iterable[int], ranks: Ranks) -> list[int]:
@@ -159,33 +170,88 @@ def _alike(items: Sequence[Item], indices: Iterable[int], way: str) -> dict[int,
 
 def _answer_all(
     plan: Evaluation, items: Sequence[Item], files: Mapping[str, AnswersFile], ranks: Ranks, progress: Console | None
-) -> list[str]:
-    """Answers what is not answered yet, each rank its share; what was left out. Every rank must call it."""
-    known = ranks.on_main(lambda: {way: set(file.merge()) for way, file in files.items()})
-    wanted = {way: sorted({*range(len(items))[: plan.limit]} - known[way]) for way in files}
+) -> dict[int, str]:
+    """Answers what is not answered yet, each rank its share. Every rank must call it.
+
+    Returns:
+        Why a question is left out, by its index.
+    """
+    known = ranks.on_main(lambda: {} if plan.overwrite else {way: {*file.merge()} for way, file in files.items()})
+    wanted = {way: sorted({*range(len(items))[: plan.limit]} - known.get(way, set())) for way in files}
     if not any(wanted.values()):
-        return []
+        return {}
     asker = ranks.on_all(lambda: _Asker(plan, items))
-    for way, file in files.items():
-        alike = _alike(items, wanted[way], way)
-        own, size = _share(items, alike, ranks), plan.batch_size
+    if plan.overwrite:  # now that the model is there: a slip in its name costs no answers
+        for file in files.values():
+            ranks.on_main(file.set_aside)
+    alike = {way: _alike(items, wanted[way], way) for way in files}
+    ranks.on_all(lambda: _answer_share(asker, alike, files, ranks, progress))  # here each waits until all have written
+    skipped = [
+        (index, _reason(items[index], asker.skipped[way, first]))
+        for way, first in asker.skipped
+        for index in alike[way][first]
+    ]
+    return dict(sorted(ranks.gather(skipped)))
+
+
+def _answer_share(
+    asker: _Asker,
+    alike: Mapping[str, Mapping[int, Sequence[int]]],
+    files: Mapping[str, AnswersFile],
+    ranks: Ranks,
+    progress: Console | None,
+) -> None:
+    """Asks what is this rank's of `alike[way]`, and appends, until a rank fails."""
+    for way, groups in alike.items():
+        own, size = _share(asker.items, groups, ranks), asker.plan.batch_size
         batches: Iterable[Sequence[int]] = [own[start : start + size] for start in range(0, len(own), size)]
         if progress is not None and ranks.is_main:
             batches = track(batches, f"answering ({way})", console=progress, transient=True)
         for batch in batches:
+            if ranks.has_failed:
+                return
             answers = asker.answers(batch, way)
-            for_all = {index: answer for first, answer in answers.items() for index in alike[first]}
-            file.append(file.part(ranks.rank, ranks.n_ranks), for_all)
-    return list(dict.fromkeys(ranks.gather(asker.skipped)))  # here each rank waits until all have written
+            for_all = {index: answer for first, answer in answers.items() for index in groups[first]}
+            files[way].append(files[way].part(ranks.rank, ranks.n_ranks), for_all)
+
+
+def _reason(item: Item, error: str) -> str:
+    """What is said of a question that cannot be asked."""
+    return f"{item.where}: question {item.id}: {error}"
+
+
+def _score(
+    plan: Evaluation, items: Sequence[Item], files: Mapping[str, AnswersFile], skipped: Mapping[int, str]
+) -> Report:
+    """The scores, written. Raises AnswersError where a question has neither an answer nor a reason to have none."""
+    answers = {way: file.merge() for way, file in files.items()}
+    asked = range(len(items))[: plan.limit]
+    both = [index for index in asked if all(index in given for given in answers.values())]
+    if lost := sorted({*asked} - {*both, *skipped}):
+        raise AnswersError(
+            f"{files[PICTURE].path} lacks {len(lost)} answers, the first to question {items[lost[0]].id} "
+            f"({items[lost[0]].where}): something else changed it; the same command answers them"
+        )
+    given = {way: [found[index] for index in both] for way, found in answers.items()}
+    chosen, reasons = [items[index] for index in both], list(skipped.values())
+    report = report_on(plan.name, str(plan.data), plan.metric, chosen, given, reasons)
+    report.write(plan.scores_path)
+    return report
 
 
 class _Asker:
     """The model, and what could not be asked of it."""
 
     def __init__(self, plan: Evaluation, items: Sequence[Item]) -> None:
-        self.plan, self.items, self.skipped = plan, items, list[str]()
+        self.plan, self.items = plan, items
+        self.skipped: dict[tuple[str, int], str] = {}
+        """What is wrong, by way and index."""
         self.llava = LLaVA.from_pretrained(
-            plan.model, plan.device, dtype=plan.dtype, trust_remote_code=plan.trust_remote_code
+            plan.model,
+            plan.device,
+            dtype=plan.dtype,
+            chat_template=plan.chat_template,
+            trust_remote_code=plan.trust_remote_code,
         )
         mean = self.llava.processor.image_processor.image_mean
         self._blank = Image.new("RGB", (_BLANK_SIDE, _BLANK_SIDE), tuple(int(255 * share) for share in mean))
@@ -197,11 +263,10 @@ class _Asker:
         except SampleError as error:
             if len(indices) > 1:  # whose fault it is shows when each is asked alone
                 return {key: answer for index in indices for key, answer in self.answers([index], way).items()}
-            item = self.items[indices[0]]
-            reason = f"{item.where}: question {item.id}: {error}"
             if not self.plan.skip_bad:
+                reason = _reason(self.items[indices[0]], str(error))
                 raise EvaluationError(f"{reason}; mend it, or leave such questions out (--skip-bad)") from error
-            self.skipped.append(reason)
+            self.skipped[way, indices[0]] = str(error)
             return {}
 
     def _ask(self, items: Sequence[Item], way: str) -> list[Answer]:

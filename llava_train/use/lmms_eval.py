@@ -19,7 +19,8 @@ from pathlib import Path
 
 from llava_train.errors import UserError
 from llava_train.files import is_hub_id
-from llava_train.model.weights import RESULT_FOLDER
+from llava_train.model.foreign_files import ADAPTER_CONFIG, NON_LORA_FILE, Kind, kind_of
+from llava_train.model.weights import ADAPTER_FOLDER, RESULT_FOLDER
 
 _FILES_OF_QUESTIONS = (".json", ".jsonl", ".gz", ".parquet", ".arrow")
 _PROBE = """
@@ -89,17 +90,36 @@ def evaluate(evaluation: Evaluation) -> int:
 
 
 def find_model(name: str) -> Path | str:
-    """The folder with the model's files, or a hub id. Raises LmmsEvalError."""
+    """The folder with the model's files, or a hub id.
+
+    Raises:
+        LmmsEvalError: no model, or one that llava_hf would not read, or would read without its adapter.
+        ForeignError: a folder that holds something else.
+    """
     folder = Path(name)
     if (folder / RESULT_FOLDER).is_dir():
         folder = folder / RESULT_FOLDER
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or (folder / NON_LORA_FILE).is_file():
+        _check_model(folder)
         return folder.absolute()
     if is_hub_id(name):
         return name
     raise LmmsEvalError(
         f"{name} holds no model (config.json); name the folder of a finished stage 2, an exported one, or a hub id"
     )
+
+
+def _check_model(folder: Path) -> None:
+    if (kind := kind_of(folder)) is not Kind.TRANSFORMERS:
+        raise LmmsEvalError(
+            f"{folder} is {kind.value}, which lmms-eval's llava_hf cannot read; run `llava-train export {folder} OUT` "
+            "and name OUT"
+        )
+    if (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file():
+        raise LmmsEvalError(
+            f"{folder} has its LoRA adapter in {ADAPTER_FOLDER}/, which lmms-eval would leave out; run `llava-train "
+            "export --merge-lora` on the run, and name what that writes"
+        )
 
 
 def write_tasks(tasks: Iterable[str], images: Path | None, folder: Path) -> tuple[list[str], Path | None]:

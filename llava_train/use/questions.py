@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_train.data.pictures import EmbeddedPicture, Picture
-from llava_train.data.samples import IMAGE_PLACEHOLDER, Sample, Turn, check_placeholders
+from llava_train.data.samples import IMAGE_PLACEHOLDER, Sample, Turn, check_placeholders, check_unicode
 from llava_train.data.sources import Source, open_source
 from llava_train.errors import UserError
 from llava_train.use.metrics import Metric
@@ -86,7 +86,10 @@ def read_questions(path: Path, metric: Metric, images: str | None = None, suffix
         line = source.line(index)
         where = f"{path}:{line}" if line else f"{path}, record {index}"
         try:
-            items += _items_of(source, index, metric, suffix, where)
+            found = _items_of(source, index, metric, suffix, where)
+            for item in found:
+                _check_texts(item)
+            items += found
         except UserError as error:
             raise QuestionError(f"{where}: {error}") from error
     return items
@@ -106,9 +109,17 @@ def _items_of(source: Source, index: int, metric: Metric, suffix: str, where: st
         raise QuestionError(f"a question is a JSON object, not {type(record).__name__}")
     if any(record.get(key) is not None for key in _CONVERSATIONS):
         categories = record.get("categories")
-        categories = categories if isinstance(categories, list) else [record.get("category")]
+        categories = categories if categories and isinstance(categories, list) else [record.get("category")]
         return list(_of_sample(source.parse(record, index), metric, suffix, where, categories))
     return [_of_question(record, source, index, metric, suffix, where)]
+
+
+def _check_texts(item: Item) -> None:
+    """Refuses what the model cannot be asked, or what the answers and the scores cannot name. Raises SampleError."""
+    named = {"id": [str(item.id)], "text": [item.prompt], "options": item.options, "category": [item.category or ""]}
+    for name, texts in named.items():
+        for text in texts:
+            check_unicode(text, name)
 
 
 def _of_sample(

@@ -1,4 +1,4 @@
-"""The processes of an evaluation that `torchrun` started, each with a share of the questions; one without it."""
+"""The processes of an evaluation that torchrun or srun started, each with a share of the questions; one without."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from llava_train.errors import UserError
+from llava_train.launch import launch_environment
 
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
 """A rank may finish its share long before another; torchrun ends all when one dies."""
+_FAILED = "evaluation_failed"
+"""Key of the store, once a rank failed."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,17 @@ class Ranks:
 
     rank: int = 0
     n_ranks: int = 1
+    store: distributed.Store | None = None
+    """What all ranks can read and write at any time; None alone."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a rank failed in `on_all`: what this one still does there is for nothing."""
+        return self.store is not None and self.store.check([_FAILED])
 
     def on_all(self, do: Callable[[], T]) -> T:
         """What `do` returns on this rank, once it succeeded on every rank. Every rank must call it.
@@ -42,8 +53,9 @@ class Ranks:
         try:
             done.append(do())
         except (UserError, OSError) as error:
-            if self.n_ranks == 1:
+            if self.store is None:
                 raise
+            self.store.set(_FAILED, "")
             failures.append(str(error))
         if failures := self.gather(failures):
             raise UserError(failures[0]) if self.is_main else SystemExit(2)
@@ -67,9 +79,14 @@ class Ranks:
 
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
-    """Joins the processes that RANK and WORLD_SIZE speak of. Each of a node takes the GPU of its LOCAL_RANK."""
-    n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if n_ranks == 1:
+    """Joins the processes that torchrun or srun started. Each of a node takes the GPU of its LOCAL_RANK.
+
+    Raises:
+        UserError: a process without a GPU beside some that have one.
+        LaunchError: srun started several tasks, and does not say on which hosts.
+    """
+    found = launch_environment(os.environ)
+    if int({**os.environ, **found}.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
     if torch.cuda.is_available():
@@ -77,8 +94,12 @@ def joined_ranks() -> Iterator[Ranks]:
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"rank {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}")
         torch.cuda.set_device(local_rank)
-    distributed.init_process_group("gloo", timeout=_PATIENCE)
+    for name, value in found.items():
+        os.environ.setdefault(name, value)
+    store, rank, n_ranks = next(rendezvous("env://", timeout=_PATIENCE))
+    store.set_timeout(_PATIENCE)
+    distributed.init_process_group("gloo", timeout=_PATIENCE, store=store, rank=rank, world_size=n_ranks)
     try:
-        yield Ranks(distributed.get_rank(), n_ranks)
+        yield Ranks(rank, n_ranks, store)
     finally:
         distributed.destroy_process_group()

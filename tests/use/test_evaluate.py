@@ -1,4 +1,4 @@
-"""Evaluating a tiny model: formats, baselines, resuming, ranks, wrong input."""
+"""Evaluating a tiny model: formats, baselines, wrong input."""
 
 from __future__ import annotations
 
@@ -8,54 +8,24 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner, Result
 
-from llava_train.cli import app
-from llava_train.model.weights import export_model
-from llava_train.use.evaluate import Evaluation, _Asker, evaluate
+from llava_train.use.evaluate import Evaluation, evaluate
 from llava_train.use.llava import LLaVA, Question, question_about
 from llava_train.use.questions import QuestionError, read_questions
-from tests.tiny import encoder_of, model_section, tiny_llava
-from tests.train.helpers import read_lines, run_ranks
-
-N = 7
+from tests.train.helpers import read_lines
+from tests.use.evaluations import N, run, write, write_pope
+from tests.use.exports import export_tiny
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The `model/` of a finished run."""
-    run = tmp_path_factory.mktemp("run")
-    llava = tiny_llava(model_section(chat_template="chatml"))
-    export_model(llava.model, llava.processor, encoder_of(llava).end_of_turn_id(), run / "model")
-    return run / "model"
+    return export_tiny(tmp_path_factory.mktemp("run") / "model")
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Seven questions about four pictures, as POPE has them."""
-    rows = []
-    for number in range(N):
-        image = f"images/{number // 2}.png"
-        (tmp_path / "images").mkdir(exist_ok=True)
-        Image.new("RGB", (30 + number, 40), (40 * number, 90, 20)).save(tmp_path / image)
-        label, category = ("yes", "random") if number % 3 else ("no", "popular")
-        text = "Is there a " + "very " * number + "red ball?"
-        rows.append({"question_id": 100 + number, "image": image, "text": text, "label": label, "category": category})
-    return write(tmp_path / "pope.jsonl", rows)
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def command(model: Path, data: Path, *more: str, metric: str = "pope") -> list[str]:
-    settings = ["--metric", metric, "--max-new-tokens", "5", "--batch-size", "2"]
-    return ["evaluate", str(model), "--data", str(data), *settings, "--answers", str(data.parent / "a.jsonl"), *more]
-
-
-def run(model: Path, data: Path, *more: str, metric: str = "pope") -> Result:
-    return CliRunner(env={"COLUMNS": "80"}).invoke(app, command(model, data, *more, metric=metric))
+    return write_pope(tmp_path)
 
 
 def test_answers_are_those_of_the_model_in_the_format_of_llava(model: Path, data: Path) -> None:
@@ -121,32 +91,6 @@ def test_a_question_that_comes_again_is_asked_once_about_a_blank_picture(
         assert answer["text"] == blank.generate_from_image(picture, row["text"], max_new_tokens=5)
 
 
-class Killed(Exception):
-    pass
-
-
-def test_a_killed_evaluation_goes_on(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, allowed, answers = list[int](), 4, _Asker.answers
-
-    def counted(self: _Asker, indices: list[int], way: str) -> Any:
-        if len(asked) == allowed:
-            raise Killed
-        asked.extend(indices)
-        return answers(self, indices, way)
-
-    monkeypatch.setattr(_Asker, "answers", counted)
-    path = data.parent / "a.jsonl"
-    assert isinstance(run(model, data).exception, Killed)
-    assert len(read_lines(path)) == 4
-    path.write_bytes(path.read_bytes()[:-9])  # the last line was cut off
-    kept, allowed = asked[:3], 99
-    asked.clear()
-    assert run(model, data).exit_code == 0
-    assert sorted(kept + asked) == list(range(N))
-    assert run(model, data, "--answers", str(data.parent / "whole.jsonl")).exit_code == 0
-    assert path.read_bytes() == (data.parent / "whole.jsonl").read_bytes()
-
-
 def test_a_limited_evaluation_is_continued_by_a_whole_one(model: Path, data: Path) -> None:
     first = run(model, data, "--limit", "3", "--json")
     assert json.loads(first.stdout)["n"] == 3
@@ -155,49 +99,6 @@ def test_a_limited_evaluation_is_continued_by_a_whole_one(model: Path, data: Pat
     assert read_lines(data.parent / "a.jsonl")[:3] == before
     assert json.loads(run(model, data, "--limit", "3", "--json").stdout)["n"] == 3
     assert len(read_lines(data.parent / "a.jsonl")) == N
-
-
-@pytest.mark.parametrize(
-    ("more", "what"),
-    [
-        (["--max-new-tokens", "6"], "another max_new_tokens"),
-        (["--prompt-suffix", "Be brief."], "another prompt_suffix, questions"),
-        (["--dtype", "fp32"], "another dtype"),
-    ],
-)
-def test_answers_of_another_evaluation_are_refused(model: Path, data: Path, more: list[str], what: str) -> None:
-    run(model, data)
-    content = (data.parent / "a.jsonl").read_bytes()
-    refused = run(model, data, *more)
-    assert refused.exit_code == 2 and what in refused.stderr and "--overwrite" in refused.stderr
-    assert (data.parent / "a.jsonl").read_bytes() == content
-    assert run(model, data, *more, "--overwrite").exit_code == 0
-
-
-def test_answers_of_another_model_or_program_are_refused(model: Path, data: Path, tmp_path: Path) -> None:
-    run(model, data)
-    other = tmp_path / "other"
-    llava = tiny_llava(model_section(chat_template="vicuna_v1"))
-    export_model(llava.model, llava.processor, encoder_of(llava).end_of_turn_id(), other)
-    assert "another model" in run(other, data).stderr
-    write(data.parent / "a.jsonl", [{"question_id": 100, "text": "yes"}])
-    assert "a.jsonl:1: not an answer of" in run(model, data).stderr
-
-
-def test_two_ranks_give_what_one_gives(model: Path, data: Path, tmp_path: Path) -> None:
-    alone = run(model, data, "--blind", "--json")
-    content = (tmp_path / "a.jsonl").read_bytes()
-    (tmp_path / "a.jsonl").unlink()
-    done = run_ranks(["-m", "llava_train", *command(model, data, "--blind", "--json")], tmp_path, 2).check()
-    assert (tmp_path / "a.jsonl").read_bytes() == content
-    assert json.loads(done.stdout[0]) == json.loads(alone.stdout) and not done.stdout[1]
-    assert not list(tmp_path.glob("*.rank*"))
-
-
-def test_on_two_ranks_an_error_is_said_once(model: Path, data: Path, tmp_path: Path) -> None:
-    done = run_ranks(["-m", "llava_train", *command(tmp_path / "no-model", data)], tmp_path, 2)
-    assert done.codes == [2, 2]
-    assert [text.count("error: ") for text in done.stderr] == [1, 0]
 
 
 def test_training_data_is_asked_pair_by_pair(model: Path, tmp_path: Path) -> None:
@@ -219,6 +120,29 @@ def test_training_data_is_asked_pair_by_pair(model: Path, tmp_path: Path) -> Non
     done = run(model, tmp_path / "held_out.json", metric="exact")
     assert done.exit_code == 0, done.output
     assert "where" in done.stdout
+
+
+@pytest.mark.parametrize("categories", [[], None])
+def test_questions_without_a_category_have_none(tmp_path: Path, categories: Any) -> None:
+    row = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "It."}]}
+    (item,) = read_questions(write(tmp_path / "q.jsonl", [{**row, "categories": categories}]), "exact")
+    assert item.category is None
+
+
+def test_a_chat_template_is_the_one_of_the_answers(model: Path, data: Path, tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text(LLaVA.from_pretrained(model, "cpu", chat_template="vicuna_v1").processor.chat_template)
+    for given in ("vicuna_v1", str(template)):
+        path = tmp_path / f"{Path(given).stem}.jsonl"
+        assert run(model, data, "--chat-template", given, "--answers", str(path)).exit_code == 0
+        llava = LLaVA.from_pretrained(model, "cpu", chat_template=given)
+        for row, answer in zip(read_lines(data), read_lines(path), strict=True):
+            picture = data.parent / row["image"]
+            assert answer["text"] == llava.generate_from_image(picture, row["text"], max_new_tokens=5)
+    path = tmp_path / "own.jsonl"
+    template.write_text(template.read_text() + " ")
+    for changed in ([], ["--chat-template", "vicuna_v1"], ["--chat-template", str(template)]):
+        assert "another chat_template;" in run(model, data, *changed, "--answers", str(path)).stderr
 
 
 def test_questions_may_share_an_id_as_those_of_textvqa_do(model: Path, tmp_path: Path) -> None:
@@ -293,6 +217,10 @@ def test_the_right_option_is_a_text_a_number_or_a_letter(tmp_path: Path, answer:
         ("exact", {"text": "What?", "image": "../a.png", "answer": "a"}, "leaves the image folder"),
         ("exact", {"text": "What? <image>", "answer": "a"}, "1 <image> placeholders, but 0 images"),
         ("exact", {"conversations": []}, '"conversations" is missing, empty or not a list'),
+        ("exact", {"text": "What\ud800?", "answer": "a"}, "text holds half of a character"),
+        ("choice", {"text": "What?", "options": ["a", "\udc00"], "answer": "a"}, "options holds half of a character"),
+        ("exact", {"text": "What?", "answer": "a", "question_id": "\ud800"}, "id holds half of a character"),
+        ("exact", {"text": "What?", "answer": "a", "category": "\ud800"}, "category holds half of a character"),
     ],
 )
 def test_a_wrong_question_is_told_with_file_and_line(

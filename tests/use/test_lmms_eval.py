@@ -24,6 +24,7 @@ from llava_train.use import lmms_functions
 from llava_train.use.lmms_eval import Evaluation, LmmsEvalError, command, find_model
 from llava_train.use.lmms_task import write_task
 from tests.data.chat_tokenizers import TOKENIZERS
+from tests.model.originals import save_full, save_lora, save_parts
 from tests.tiny import encoder_of, model_section, tiny_llava
 
 REAL = os.environ.get("LMMS_EVAL_PYTHON")
@@ -211,6 +212,22 @@ def test_a_hub_id_and_a_folder_are_told_apart(place: Path) -> None:
     assert find_model(str(place / "run")) == find_model(str(place / "run/model")) == place / "run/model"
     with pytest.raises(LmmsEvalError, match="tests/nothing holds no model"):
         find_model("tests/nothing")
+
+
+@pytest.mark.parametrize("form", [save_full, save_lora])
+def test_an_original_checkpoint_is_to_be_exported_first(tmp_path: Path, form: Any) -> None:
+    base, tower = save_parts(tmp_path)
+    folder = form(tmp_path / "original", *([base] if form is save_lora else []), tower)
+    with pytest.raises(LmmsEvalError, match=f"original LLaVA checkpoint.*`llava-train export {folder} OUT`"):
+        find_model(str(folder))
+
+
+def test_a_model_whose_adapter_lies_beside_it_is_to_be_exported_merged(tmp_path: Path) -> None:
+    folder = export(tmp_path, "chatml")
+    (folder / "adapter").mkdir()
+    (folder / "adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(LmmsEvalError, match="llava-train export --merge-lora"):
+        find_model(str(folder))
 
 
 def test_the_command_runs_lmms_eval_where_it_is_and_on_the_gpu_it_has(
