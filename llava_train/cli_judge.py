@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,6 @@ from rich.console import Console
 
 from llava_train.cli_use import (
     ChatTemplate,
-    DeviceName,
     DtypeName,
     InDtype,
     MaxNewTokens,
@@ -48,7 +48,7 @@ def evaluate(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be asked, and list it.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew; keeps answers as NAME.bak.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
-    device: OnDevice = DeviceName.auto,
+    device: OnDevice = "auto",
     dtype: InDtype = DtypeName.auto,
     chat_template: ChatTemplate = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -76,12 +76,16 @@ def evaluate(
             blind,
             skip_bad,
             overwrite,
-            device.value,
+            device,
             dtype.value,
             chat_template,
             trust_remote_code,
         )
-        report = evaluate_plan(plan, Console(stderr=True))
+        try:
+            report = evaluate_plan(plan, Console(stderr=True))
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from the last answer", file=sys.stderr)
+            raise SystemExit(130) from None
         if report is not None:
             print_report(plan, report, json_)
 
@@ -133,6 +137,8 @@ def export(
     Example: llava-train export runs/llava-1.5-7b-stage2 llava-mine --dtype bf16 --push-to-hub me/llava-mine
     """
     with user_errors():
+        if private and not push_to_hub:
+            raise UserError("--private says how a repository is made; it needs --push-to-hub USER/NAME")
         if push_to_hub:
             from llava_train.use.hub import check_push, push
 

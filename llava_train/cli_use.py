@@ -15,12 +15,6 @@ from llava_train.errors import UserError, user_errors
 app = typer.Typer()
 
 
-class DeviceName(str, Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 class DtypeName(str, Enum):
     auto = "auto"
     bf16 = "bf16"
@@ -34,7 +28,7 @@ class QuantizationName(str, Enum):
 
 
 Model = Annotated[str, typer.Argument(help="Run folder, its model/, a LLaVA model of any origin, or a hub id.")]
-OnDevice = Annotated[DeviceName, typer.Option("--device", help="auto: a GPU where there is one.")]
+OnDevice = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1; auto: a GPU where there is one.")]
 InDtype = Annotated[DtypeName, typer.Option("--dtype", help="auto: that of the weights.")]
 Quantize = Annotated[QuantizationName | None, typer.Option(help="Language model in 4 or 8 bits, on CUDA.")]
 System = Annotated[str | None, typer.Option(help="What the model is told before the conversation.")]
@@ -58,7 +52,7 @@ def ask(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
-    device: OnDevice = DeviceName.auto,
+    device: OnDevice = "auto",
     dtype: InDtype = DtypeName.auto,
     quantize: Quantize = None,
     chat_template: ChatTemplate = None,
@@ -91,7 +85,7 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
-    device: OnDevice = DeviceName.auto,
+    device: OnDevice = "auto",
     dtype: InDtype = DtypeName.auto,
     quantize: Quantize = None,
     chat_template: ChatTemplate = None,
@@ -121,7 +115,7 @@ def demo(
     examples: Annotated[Path | None, typer.Option(help="Folder of pictures; questions in .txt beside.")] = None,
     max_upload_mb: Annotated[float, typer.Option(min=0.1, help="Largest file to take.")] = 10,
     max_megapixels: Annotated[float, typer.Option(min=0.1, help="Largest picture to take.")] = 25,
-    device: OnDevice = DeviceName.auto,
+    device: OnDevice = "auto",
     dtype: InDtype = DtypeName.auto,
     quantize: Quantize = None,
     chat_template: ChatTemplate = None,
@@ -146,7 +140,7 @@ def demo(
 
 def _load(
     model: str,
-    device: DeviceName,
+    device: str,
     dtype: DtypeName,
     quantize: QuantizationName | None,
     chat_template: str | None,
@@ -161,7 +155,7 @@ def _load(
     }
     if quantize:
         settings["quantization"] = quantize.value
-    llava = LLaVA.from_pretrained(model, device.value, **settings)
+    llava = LLaVA.from_pretrained(model, device, **settings)
     if llava.ignores_question:
         print("note: this model's template leaves the question out (stage 1): it says what it sees", file=sys.stderr)
     return llava

@@ -120,7 +120,7 @@ class ChecksummedFile:
 
 
 def share(*paths: Path) -> None:
-    """Gives files, and all files in folders, the permissions of new ones: safetensors lets only their owner read them."""
+    """Gives files, and those in folders, the permissions of new ones: safetensors lets only the owner read its own."""
     mask = os.umask(0)
     os.umask(mask)
     for path in paths:

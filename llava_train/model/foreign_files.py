@@ -65,9 +65,7 @@ def local_path(name: str | Path) -> Path:
         parent = Path(name).parent
         there = [path.name for path in sorted(parent.iterdir())[:8] if path.is_dir()] if parent.is_dir() else []
         has = f" ({parent} has: {', '.join(there)})" if there else ""
-        raise ForeignError(
-            f"{name}: there is no such folder{has}; name a run, a model, or a hub id (owner/name)"
-        )
+        raise ForeignError(f"{name}: there is no such folder{has}; name a run, a model, or a hub id (owner/name)")
     try:
         folder = Path(snapshot_download(str(name), allow_patterns=list(_FROM_THE_HUB)))
         if not any(folder.glob("*.safetensors")):  # where there are both, the other format would double the download

@@ -35,7 +35,7 @@ from llava_train.use.answers import (
     digest_of_model,
     digest_of_questions,
 )
-from llava_train.use.llava import Device, LLaVA, Precision, Question
+from llava_train.use.llava import LLaVA, Precision, Question
 from llava_train.use.metrics import Metric
 from llava_train.use.questions import Item, read_questions
 from llava_train.use.ranks import Ranks, joined_ranks
@@ -70,7 +70,7 @@ class Evaluation:
     """Leave out questions whose picture cannot be read, and list them."""
     overwrite: bool = False
     """Start anew; the answers that were there are kept beside, as NAME.bak."""
-    device: Device = "auto"
+    device: str = "auto"
     dtype: Precision = "auto"
     chat_template: str | None = None
     """As `LLaVA.from_pretrained` takes it."""
@@ -130,7 +130,9 @@ def print_report(plan: Evaluation, report: Report, as_json: bool) -> None:
 
 
 def _answers_files(plan: Evaluation, items: Sequence[Item]) -> dict[str, AnswersFile]:
-    """A file for each way of answering."""
+    """A file for each way of answering. Raises AnswersError."""
+    if plan.answers_path(PICTURE).absolute() == plan.data.absolute():
+        raise AnswersError(f"{plan.data} holds the questions; give --answers another name")
     origin = {
         "model": digest_of_model(plan.model, [plan.scores_path, *map(plan.answers_path, (PICTURE, BLANK))]),
         "questions": digest_of_questions(items),

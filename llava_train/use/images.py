@@ -34,9 +34,7 @@ def read_image(image: ImageLike, allow_urls: bool = False) -> Image.Image:
             raise UserError(f"{image:.200}: addresses are not fetched unless allowed (allow_urls=True, --allow-urls)")
         return decode_image(EmbeddedPicture(fetch(image), f"{image:.200}"))
     if isinstance(image, str) and re.match(r"(?!data:)\w{2,}://", image):
-        raise UserError(
-            f"{image:.200}: only http(s) addresses are fetched; a file is named by its path"
-        )
+        raise UserError(f"{image:.200}: only http(s) addresses are fetched; a file is named by its path")
     if hasattr(image, "read"):
         return read_image(image.read(), allow_urls)
     if isinstance(image, str) and image.startswith("data:"):

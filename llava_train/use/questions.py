@@ -13,6 +13,7 @@ is the reference; `categories` has one for each question.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,6 +148,9 @@ def _of_question(record: dict[str, Any], source: Source, index: int, metric: Met
     if text is None:
         raise QuestionError('no question: wanted "text", or the "conversations" of a training record')
     listed = record.get("image") or []
+    misnamed = [key for key in record if key != "image" and re.search("im(age|g)|pic|photo", key, re.IGNORECASE)]
+    if not listed and misnamed:
+        raise QuestionError(f'no "image", but {misnamed[0]!r}: name the key "image", or drop it for no picture')
     pictures = tuple(map(source.pictures.picture, listed if isinstance(listed, list) else [listed]))
     turns = (Turn("user", _asked(text, len(pictures), suffix)),)
     check_placeholders(turns, len(pictures))

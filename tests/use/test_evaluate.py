@@ -276,3 +276,17 @@ def test_answers_lie_in_the_folder_of_the_run(model: Path, data: Path, monkeypat
     finally:
         (model.parent / "config.yaml").unlink()
     assert Evaluation("llava-hf/llava-1.5-7b-hf", data, "pope").name == "llava-1.5-7b-hf"
+
+
+def test_a_misnamed_picture_is_not_left_out_in_silence(model: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "q.jsonl", [{"question_id": 1, "img": "a.png", "text": "What?", "answer": "x"}])
+    done = run(model, data, metric="exact")
+    assert done.exit_code == 2
+    assert f"{data}:1: no \"image\", but 'img'" in done.output
+
+
+def test_answers_never_replace_their_questions(model: Path, data: Path) -> None:
+    before = data.read_bytes()
+    done = run(model, data, "--answers", str(data), "--overwrite")
+    assert done.exit_code == 2 and "holds the questions" in done.output
+    assert data.read_bytes() == before

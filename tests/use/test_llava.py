@@ -390,3 +390,35 @@ def test_padding_on_the_left_keeps_every_token_in_its_place_from_the_end(rows: l
 def test_sampling_at_temperature_zero_is_greedy() -> None:
     assert Sampling().settings()["do_sample"] is False
     assert Sampling(temperature=0.5).settings() | {"top_k": 0} == Sampling(temperature=0.5).settings()
+
+
+@pytest.mark.parametrize(
+    ("questions", "settings", "message"),
+    [
+        ([(RED, "What?")], {"batch_size": 0}, "batch_size: 0 is out of range"),
+        ((RED, "What?"), {}, "a question is a Question or a pair of a picture"),
+        (["What?"], {}, "a question is a Question or a pair"),
+        ([(RED, None)], {}, "a question is a text, not NoneType"),
+        ([(RED, " ")], {}, "the question is empty"),
+        ([(5, "What?")], {}, "a picture is a path, bytes, a PIL image or an address, not int"),
+        ([("file:///a.png", "What?")], {}, "only http(s) addresses are fetched"),
+        ([(RED, "What?")], {"max_new_tokens": "5"}, "max_new_tokens: '5' is not a whole number"),
+    ],
+)
+def test_what_is_no_question_is_refused_in_words(
+    llava: LLaVA, questions: Any, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        llava.generate(questions, **settings)
+
+
+def test_the_model_of_stage_1_says_what_it_sees(tmp_path: Path) -> None:
+    llava = LLaVA.from_pretrained(export_tiny(tmp_path, "plain"))
+    assert llava.ignores_question
+    assert llava.generate_from_image(RED, "") == llava.generate_from_image(RED, "What?")
+
+
+def test_others_may_read_what_an_export_writes(folder: Path) -> None:
+    (folder / "ordinary").touch()
+    modes = {path.stat().st_mode for path in folder.iterdir() if path.is_file()}
+    assert modes == {(folder / "ordinary").stat().st_mode}
