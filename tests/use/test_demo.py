@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,7 +171,7 @@ def post(served: str, number: int, data: list[Any]) -> tuple[list[str], Any]:
     body = json.dumps({"data": data, "fn_index": number, "session_hash": session})  # NaN too, which httpx refuses
     sent = {"headers": {"content-type": "application/json"}, "content": body}
     httpx.post(f"{served}/gradio_api/queue/join", **sent).raise_for_status()
-    said: list[str] = []
+    said, end = list[str](), time.monotonic() + 60
     with httpx.stream("GET", f"{served}/gradio_api/queue/data?session_hash={session}", timeout=20) as events:
         for message in (json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: ")):
             if message["msg"] == "log":
@@ -178,7 +179,7 @@ def post(served: str, number: int, data: list[Any]) -> tuple[list[str], Any]:
             if message["msg"] == "process_completed":
                 output = message["output"]
                 return [*said, *filter(None, [output.get("error")])], output.get("data")
-            assert message["msg"] != "unexpected_error", message
+            assert message["msg"] != "unexpected_error" and time.monotonic() < end, message  # gradio's heart beats on
     raise AssertionError("no answer")
 
 
