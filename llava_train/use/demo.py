@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio_client.utils import is_http_url_like
+from starlette.middleware import Middleware
 
 from llava_train.errors import UserError
 from llava_train.model.weights import ADAPTER_FOLDER, RESULT_FOLDER
+from llava_train.use.demo_intake import Page, RequestLimit
 from llava_train.use.demo_visits import Answers, Limits, Visit
 from llava_train.use.examples import Example
 from llava_train.use.llava import LLaVA
@@ -32,6 +33,9 @@ _MAX_WAITING = 20
 
 _UPLOADS_KEPT_S = 24 * 60 * 60
 """How long an upload is kept."""
+
+_MAX_SESSIONS = 1000
+"""Visits that are kept, each some 70 kB in gradio; the one that was idle longest is forgotten for another."""
 
 _CSS = """
 #page { max-width: 1120px; margin: 0 auto }
@@ -55,9 +59,9 @@ class _Parts:
 
 
 def build_demo(llava: LLaVA, examples: Sequence[Example], limits: Limits) -> gr.Blocks:
-    """The page. Only `serve` limits the bytes of an upload."""
+    """The page. Only `serve` limits the bytes of a request."""
     name = shown_name(llava.name)
-    with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(3600, _UPLOADS_KEPT_S)) as page:
+    with Page(title=name, analytics_enabled=False, delete_cache=(3600, _UPLOADS_KEPT_S)) as page:
         with gr.Column(elem_id="page"):
             gr.Markdown(f"## Ask about a picture\n{name}")
             with gr.Row():
@@ -65,7 +69,7 @@ def build_demo(llava: LLaVA, examples: Sequence[Example], limits: Limits) -> gr.
                     picture, tried = _left(examples, limits)
                 with gr.Column(scale=3, min_width=300):
                     parts = _Parts(picture, tried, *_right())
-        _connect(parts, Answers(llava, examples, limits))
+        _connect(parts, Answers(llava, examples, limits, Path(picture.GRADIO_CACHE)))
     return page
 
 
@@ -80,26 +84,10 @@ def shown_name(name: str) -> str:
 
 def _left(examples: Sequence[Example], limits: Limits) -> tuple[gr.Image, gr.Dataset]:
     picture = gr.Image(label="Picture", sources=["upload", "clipboard"], buttons=[], elem_id="picture", height=320)
-    _refuse_addresses(picture)
     gr.Markdown(f"Up to {limits.upload_mb:g} MB and {limits.megapixels:g} megapixels.")
     samples = [[example.picture] for example in examples]
     shown = [gr.Image(render=False)]
     return picture, gr.Dataset(label="Examples", components=shown, samples=samples, type="index", layout="gallery")
-
-
-def _refuse_addresses(box: gr.Image) -> None:
-    """In place of an upload, a client could name an address, and gradio downloads it, whatever its size.
-
-    (Not in a subclass: beside the module of a class of components gradio writes a .pyi file.)
-    """
-    read = box.async_move_resource_to_block_cache
-
-    async def read_upload(url_or_file_path: str | Path | None) -> str | None:
-        if is_http_url_like(str(url_or_file_path)):
-            raise gr.Error("a picture is uploaded, not named by its address")
-        return await read(url_or_file_path)
-
-    box.async_move_resource_to_block_cache = read_upload  # type: ignore[method-assign]
 
 
 def _right() -> tuple[Any, ...]:
@@ -168,11 +156,14 @@ def serve(llava: LLaVA, examples: Sequence[Example], limits: Limits, host: str, 
     with tempfile.TemporaryDirectory(prefix="llava-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # gradio takes it from nowhere else
         page = build_demo(llava, examples, limits)
+        upload_bytes = int(limits.upload_mb * 2**20)
         # gradio's own launch: pages mounted into another app do not refuse paths that nobody uploaded (gradio 6.31).
         page.queue(max_size=_MAX_WAITING, api_open=False).launch(
             server_name=host,
             server_port=port,
-            max_file_size=int(limits.upload_mb * 2**20),
+            max_file_size=upload_bytes,
+            app_kwargs={"middleware": [Middleware(RequestLimit, upload_bytes=upload_bytes)]},
+            state_session_capacity=_MAX_SESSIONS,
             theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             css=_CSS,
             footer_links=[],

@@ -20,6 +20,7 @@ from llava_train.data.images import decoded, open_image
 from llava_train.data.pictures import EmbeddedPicture
 from llava_train.data.samples import IMAGE_PLACEHOLDER, Turn
 from llava_train.errors import UserError
+from llava_train.use.demo_intake import uploaded_file
 from llava_train.use.examples import Example
 from llava_train.use.generation import Sampling
 from llava_train.use.llava import LLaVA, Question
@@ -89,11 +90,13 @@ class Answers:
     llava: LLaVA
     examples: Sequence[Example]
     limits: Limits
+    uploads: Path
+    """The folder of all uploads."""
 
-    def upload(self, file: dict[str, Any], visit: Visit) -> tuple[Any, Any]:
+    def upload(self, file: Any, visit: Visit) -> tuple[Any, Any]:
         """Another picture, and so another conversation. A wrong file changes nothing."""
-        path = Path(file["path"])
         try:
+            path = uploaded_file(file, self.uploads, self.limits.upload_mb)
             shown = preview(path, self.limits)
         except (UserError, OSError) as error:
             _say(error)
@@ -102,7 +105,7 @@ class Answers:
         visit.conversation = Conversation(path)
         return shown, []
 
-    def empty(self, file: dict[str, Any] | None, visit: Visit) -> Any:
+    def empty(self, file: Any, visit: Visit) -> Any:
         """The box was emptied, by the visitor, or by the browser when a file was too large for it."""
         if file is None and visit.conversation.picture:
             visit.conversation = Conversation()
@@ -113,18 +116,22 @@ class Answers:
         visit.conversation = Conversation(visit.conversation.picture)
         return []
 
-    def try_example(self, number: int, visit: Visit) -> tuple[Image.Image, Messages, str]:
+    def try_example(self, number: Any, visit: Visit) -> tuple[Image.Image, Messages, str]:
+        if not isinstance(number, int) or not 0 <= number < len(self.examples):
+            raise gr.Error("there is no such example", print_exception=False)
         example = self.examples[number]
         visit.conversation = Conversation(example.picture)
         return example.picture, [], example.question
 
-    def ask(self, text: str, visit: Visit, temperature: float, max_new_tokens: int) -> Iterator[tuple[Messages, Any]]:
+    def ask(
+        self, text: str | None, visit: Visit, temperature: float, max_new_tokens: int
+    ) -> Iterator[tuple[Messages, Any]]:
         """The conversation, grown by each piece of the answer. An answer that is stopped stays as far as it came."""
-        text, before = text.strip(), visit.conversation
+        text, before = _sendable(text or "").strip(), visit.conversation
         if not text:
             return
-        sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens)
         try:
+            sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens)
             if IMAGE_PLACEHOLDER in text:
                 raise UserError(f"leave {IMAGE_PLACEHOLDER} out of the question: the picture stands before it")
             yield before.messages(text), ""
@@ -138,6 +145,11 @@ class Answers:
         except (UserError, OSError) as error:
             _say(error)
             yield before.messages(), text
+
+
+def _sendable(text: str) -> str:
+    """A text without lone surrogates, which JSON can bring in and nothing can send back."""
+    return text.encode(errors="replace").decode()
 
 
 def _say(error: Exception) -> None:

@@ -42,15 +42,24 @@ def of_folder(folder: Path) -> list[Example]:
     """Its pictures by name; the question about `cat.jpg` stands in `cat.txt`, if there is one. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder of example pictures")
-    pictures = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".txt"]
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    pictures = [path for path in files if path.suffix != ".txt"]
     if not pictures:
         raise UserError(f"{folder} holds no picture")
-    examples = []
-    for path in pictures:
-        text = path.with_suffix(".txt")
-        question = text.read_text(encoding="utf-8").strip() if text.is_file() else _DEFAULT_QUESTION
-        examples.append(Example(decode_image(path), question))
-    return examples
+    return [_of_file(path) for path in pictures]
+
+
+def _of_file(path: Path) -> Example:
+    try:
+        picture = decode_image(path)
+    except SampleError as error:
+        raise UserError(f"{error}; a folder of examples holds pictures and their questions (.txt) only") from error
+    text = path.with_suffix(".txt")
+    try:
+        question = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{text}: not UTF-8; save the question as UTF-8") from error
+    return Example(picture, question or _DEFAULT_QUESTION)
 
 
 def of_run(model: Path) -> list[Example]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import re
 import shutil
 import socket
 import subprocess
 import sys
-import threading
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +35,8 @@ httpx = pytest.importorskip("httpx")
 gradio = pytest.importorskip("gradio")
 
 from llava_train.use import demo  # noqa: E402
-from llava_train.use.demo_visits import Answers, Visit  # noqa: E402
+from llava_train.use.demo_intake import uploaded_file  # noqa: E402
+from llava_train.use.demo_visits import Answers, Conversation, Visit  # noqa: E402
 
 QUESTION, LONGEST = "What is it?", 256
 SEEN = """() => {
@@ -154,6 +157,32 @@ def wait_for_answers(page: Any, n_answers: int) -> str:
     return str(page.locator('[data-testid="bot"]').last.inner_text())
 
 
+def handler(served: str, event: str, n_inputs: int) -> int:
+    """The number under which a client calls what an event calls."""
+    for each in httpx.get(f"{served}/config").json()["dependencies"]:
+        if [name for _, name in each["targets"]] == [event] and len(each["inputs"]) == n_inputs:
+            return int(each["id"])
+    raise AssertionError(f"no {event} with {n_inputs} inputs")
+
+
+def post(served: str, number: int, data: list[Any]) -> tuple[list[str], Any]:
+    """What the server says to a visitor who sends `data`, and what the page is to show; None where it failed."""
+    session = uuid.uuid4().hex
+    body = json.dumps({"data": data, "fn_index": number, "session_hash": session})  # NaN too, which httpx refuses
+    sent = {"headers": {"content-type": "application/json"}, "content": body}
+    httpx.post(f"{served}/gradio_api/queue/join", **sent).raise_for_status()
+    said, end = list[str](), time.monotonic() + 60
+    with httpx.stream("GET", f"{served}/gradio_api/queue/data?session_hash={session}", timeout=20) as events:
+        for message in (json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: ")):
+            if message["msg"] == "log":
+                said.append(message["log"])
+            if message["msg"] == "process_completed":
+                output = message["output"]
+                return [*said, *filter(None, [output.get("error")])], output.get("data")
+            assert message["msg"] != "unexpected_error" and time.monotonic() < end, message  # gradio's heart beats on
+    raise AssertionError("no answer")
+
+
 def bare(text: str) -> str:
     """Without what HTML shows otherwise: white space and control characters."""
     return re.sub(r"[\s\x00-\x1f\x7f-\x9f]", "", text)
@@ -241,23 +270,112 @@ def test_the_server_takes_no_larger_file(served: str, folder: Path) -> None:
     assert answer.status_code == 413
 
 
-@pytest.mark.parametrize("path", ["picture.png", "http://127.0.0.1:{port}/picture.png"])
-def test_only_uploads_are_read(served: str, folder: Path, path: str) -> None:
-    """What a browser would not send: another file of this machine, or an address, in place of the upload."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    called = threading.Event()
-    threading.Thread(target=lambda: (listener.accept(), called.set()), daemon=True).start()
-    forged = path.format(port=listener.getsockname()[1]) if "{" in path else str(folder / path)
-    config = httpx.get(f"{served}/config").json()
-    uploads = [each for each in config["dependencies"] if [event for _, event in each["targets"]] == ["upload"]]
-    number = next(each["id"] for each in uploads if each["inputs"])
-    data = [{"path": forged, "meta": {"_type": "gradio.FileData"}}, None]
-    body = {"data": data, "fn_index": number, "session_hash": "forged"}
-    httpx.post(f"{served}/gradio_api/queue/join", json=body).raise_for_status()
-    with httpx.stream("GET", f"{served}/gradio_api/queue/data?session_hash=forged", timeout=60) as events:
-        messages = [json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: ")]
-    assert [each["success"] for each in messages if each["msg"] == "process_completed"] == [False]
-    assert not called.is_set()
+def test_the_server_reads_no_larger_request(served: str) -> None:
+    """gradio keeps what a session sent last, so that large questions would fill the memory."""
+    question = {"data": ["a" * 300_000, None, 0, 16], "fn_index": handler(served, "click", 4), "session_hash": "large"}
+    chunks = (chunk for chunk in [json.dumps(question).encode()])  # of unsaid length
+    join = f"{served}/gradio_api/queue/join"
+    sent = {"headers": {"content-type": "application/json"}}
+    assert httpx.post(join, json=question).status_code == httpx.post(join, content=chunks, **sent).status_code == 413
+    uploads = [("files", (f"{number}.png", bytes(900_000))) for number in range(3)]
+    assert httpx.post(f"{served}/gradio_api/upload", files=uploads).status_code == 413
+
+
+MARKS: list[dict[str, Any]] = [{}, {"meta": {"_type": "gradio.FileData"}}, {"meta": {"_type": "something"}}]
+"""gradio checks files that are marked as its own, and no others."""
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_an_upload_is_read(served: str, folder: Path, mark: dict[str, Any]) -> None:
+    content = (folder / "picture.png").read_bytes()
+    (path,) = httpx.post(f"{served}/gradio_api/upload", files={"files": ("a.png", content)}).json()
+    _, (shown, _) = post(served, handler(served, "upload", 2), [{"path": path, **mark}, None])
+    assert Image.open(io.BytesIO(httpx.get(shown["url"]).content)).size == (60, 40)
+
+
+@pytest.mark.parametrize("mark", MARKS)
+@pytest.mark.parametrize("path", ["picture.png", "pipe", "", ".", "upload/../../picture.png", "link", "\0", "\ud800"])
+def test_only_uploads_are_read(served: str, folder: Path, path: str, mark: dict[str, Any]) -> None:
+    """What a browser would not send: another file of this machine in place of the upload."""
+    if path == "pipe" and not (folder / path).exists():
+        os.mkfifo(folder / path)
+    content = (folder / "picture.png").read_bytes()
+    (known,) = httpx.post(f"{served}/gradio_api/upload", files={"files": ("a.png", content)}).json()
+    uploads = Path(known).parent.parent
+    if path == "link" and not (uploads / path).is_symlink():
+        (uploads / path).symlink_to(folder / "picture.png")
+    forged = str(uploads / path) if path == "link" else f"{folder}/{path}" if path else ""
+    if path.startswith("upload/"):
+        forged = f"{known}/../../../{os.path.relpath(folder, uploads.parent)}/picture.png"
+    said, shown = post(served, handler(served, "upload", 2), [{"path": forged, **mark}, None])
+    refused_by_gradio = mark and shown is None
+    assert refused_by_gradio or (said, shown[0]) == (["that is no upload; upload the picture again"], None)
+
+
+@pytest.mark.parametrize("file", [None, {}, {"path": None}, {"path": 5}, {"url": "http://127.0.0.1:1/a.png"}, "a", 5])
+def test_an_upload_without_a_file_changes_nothing(folder: Path, file: Any) -> None:
+    shutil.copy(folder / "picture.png", kept := folder / "kept.png")
+    answers, visit = Answers(cast(LLaVA, None), [], demo.Limits(), folder), Visit(Conversation(kept))
+    with pytest.warns(UserWarning, match="that is no upload"):
+        shown, _ = answers.upload(file, visit)
+    assert shown.size == (60, 40) and visit.conversation == Conversation(kept)
+
+
+def test_no_larger_upload_is_read(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"heavy.png: larger than 1 MB"):
+        uploaded_file({"path": str(folder / "heavy.png")}, folder, 1)
+    assert uploaded_file({"path": str(folder / "heavy.png")}, folder, 1.2) == (folder / "heavy.png").resolve()
+
+
+@pytest.mark.parametrize(
+    ("event", "data"),
+    [
+        ("upload", ["{file}", None]),
+        ("change", ["{file}", None]),
+        ("click", ["{file}", None, 0, 16]),
+        ("click", [["{file}"], None, 0, 16]),
+        ("click", ["Why?", None, "{file}", 16]),
+        ("click", ["{file}", None]),
+    ],
+)
+def test_no_address_is_opened(served: str, event: str, data: list[Any]) -> None:
+    """In place of any input a client could name a file by its address, and gradio would download it."""
+    address = {"path": "http://example.com/a.png", "meta": {"_type": "gradio.FileData"}}
+    forged = json.loads(json.dumps(data).replace('"{file}"', json.dumps(address)))
+    said, shown = post(served, handler(served, event, len(data)), forged)
+    assert (said, shown) == (["a picture is uploaded, not named by its address"], None)
+
+
+def test_a_state_is_not_the_clients(served: str, folder: Path) -> None:
+    forged = {"conversation": {"picture": str(folder / "picture.png"), "turns": [{"role": "user", "text": "Me?"}]}}
+    said, shown = post(served, handler(served, "click", 4), ["Why?", forged, 0, 16])
+    assert (said, [message["role"] for message in shown[0]]) == ([], ["user", "assistant"])
+    said, shown = post(served, handler(served, "click", 1), [forged])
+    assert (said, shown) == ([], [[]])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([None, None, 0, 16], None),
+        (["\ud800?", None, 0, 16], None),
+        ([{"a": 1}, None, 0, 16], None),
+        (["Why?", None, float("nan"), 16], "temperature: nan is out of range"),
+        (["Why?", None, 9, 16], "Value 9 is greater than maximum value 2."),
+        (["Why?", None, 0, 9999], "Value 9999 is greater than maximum value 2048."),
+    ],
+)
+def test_a_question_that_no_page_sends_is_answered_or_refused(
+    served: str, data: list[Any], message: str | None
+) -> None:
+    said, shown = post(served, handler(served, "click", 4), data)
+    assert (said == [message]) if message else (said == [] and shown is not None)
+
+
+@pytest.mark.parametrize("number", [-1, 3, "0", None, 0.5])
+def test_an_example_that_is_not_there_is_refused_in_words(served: str, number: Any) -> None:
+    said, shown = post(served, handler(served, "click", 2), [number, None])
+    assert (said, shown) == (["there is no such example"], None)
 
 
 def test_there_is_no_api_beside_the_page(served: str) -> None:
@@ -277,7 +395,7 @@ def test_an_answer_does_not_come_back_into_another_conversation() -> None:
                 self.closed = True
 
     speaker, visit = Speaker(), Visit()
-    answers = Answers(cast(LLaVA, speaker), [], demo.Limits())
+    answers = Answers(cast(LLaVA, speaker), [], demo.Limits(), Path())
     pieces = answers.ask(QUESTION, visit, 0.0, 16)
     assert [next(pieces)[0][-1]["content"] for _ in range(3)] == [QUESTION, "one", "one two"]
     answers.clear(visit)
@@ -318,6 +436,7 @@ def test_examples_are_a_folders_or_the_runs_held_out_data(folder: Path, tmp_path
     shutil.copy(folder / "picture.png", tmp_path / "own/a.png")
     shutil.copy(folder / "animated.gif", tmp_path / "own/b.gif")
     (tmp_path / "own/b.txt").write_text("What moves?\n")
+    (tmp_path / "own/.DS_Store").write_bytes(b"\0Bud1")
     own = examples_for(folder / "shapes", tmp_path / "own")
     assert [(each.picture.size, each.question) for each in own] == [
         ((60, 40), "What is in this picture?"),
@@ -326,6 +445,13 @@ def test_examples_are_a_folders_or_the_runs_held_out_data(folder: Path, tmp_path
     with pytest.raises(UserError, match="holds no picture"):
         (tmp_path / "empty").mkdir()
         examples_for("no run", tmp_path / "empty")
+
+    (tmp_path / "own/notes.md").write_text("no picture")
+    with pytest.raises(UserError, match=r"notes\.md: not a readable image.*; a folder of examples holds pictures"):
+        examples_for("no run", tmp_path / "own")
+    (tmp_path / "own/a.txt").write_bytes("Où?".encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.txt: not UTF-8"):
+        examples_for("no run", tmp_path / "own")
 
     data = tiny.write_data(tmp_path, n_samples=9)
     stage = tiny.stage(data, eval={"every": 1, "data": [{"path": str(data)}]})
