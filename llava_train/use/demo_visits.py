@@ -129,6 +129,7 @@ class Answers:
         """The conversation, grown by each piece of the answer. An answer that is stopped stays as far as it came."""
         text, before = _sendable(text or "").strip(), visit.conversation
         if not text:
+            yield before.messages(), gr.skip()  # yielding nothing would empty the page
             return
         try:
             sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens)

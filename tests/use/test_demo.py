@@ -360,7 +360,7 @@ def test_a_state_is_not_the_clients(served: str, folder: Path) -> None:
         ([None, None, 0, 16], None),
         (["\ud800?", None, 0, 16], None),
         ([{"a": 1}, None, 0, 16], None),
-        (["Why?", None, float("nan"), 16], "temperature: nan is out of range"),
+        (["Why?", None, float("nan"), 16], "temperature: nan is out of range; wanted 0 or more"),
         (["Why?", None, 9, 16], "Value 9 is greater than maximum value 2."),
         (["Why?", None, 0, 9999], "Value 9999 is greater than maximum value 2048."),
     ],
@@ -466,3 +466,10 @@ def test_examples_are_a_folders_or_the_runs_held_out_data(folder: Path, tmp_path
     assert [each.question for each in examples_for(tmp_path / "run")] == [
         each.question for each in examples_for("no run")
     ]
+
+
+def test_asking_nothing_leaves_the_conversation_on_the_page() -> None:
+    spoken = Conversation(None, (Turn("user", "Is it?"), Turn("assistant", "Yes.")))
+    answers = Answers(cast(LLaVA, None), [], demo.Limits(), Path())
+    [(shown, _)] = answers.ask("  ", Visit(spoken), 0.0, 16)
+    assert shown == spoken.messages()
