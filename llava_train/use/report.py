@@ -61,13 +61,18 @@ class Report:
         """The scores with their 95 % intervals, a way of answering a column."""
         ways = list(next(iter(self.scores.values()), {}))
         title = f"{self.metric} of {self.model} on {self.data}, with 95 % confidence intervals"
-        table = Table("questions", *ways, title=title, box=box.SIMPLE)
+        table = Table("questions", "n", *ways, title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
         for category, by_way in self.scores.items():
             rows = list(zip(*by_way.values(), strict=True))
-            for row in rows[:1]:
-                table.add_row(f"{'all' if category is None else category} ({row[0].n:,})")
+            if not rows:
+                continue
+            label = "all" if category is None else category, f"{rows[0][0].n:,}"
+            if len(rows) == 1:
+                table.add_row(*label, *map(in_words, rows[0]), end_section=category is None)
+                continue
+            table.add_row(*label)
             for row in rows:
-                table.add_row(f"  {row[0].name}", *map(in_words, row), end_section=row is rows[-1])
+                table.add_row(f"  {row[0].name}", "", *map(in_words, row), end_section=row is rows[-1])
         return table
 
 
