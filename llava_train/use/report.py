@@ -61,7 +61,9 @@ class Report:
         """The scores with their 95 % intervals, a way of answering a column."""
         ways = list(next(iter(self.scores.values()), {}))
         title = f"{self.metric} of {self.model} on {self.data}, with 95 % confidence intervals"
-        table = Table("questions", "n", *ways, title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+        table = Table(
+            "questions", "n", *ways, title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0
+        )
         for category, by_way in self.scores.items():
             rows = list(zip(*by_way.values(), strict=True))
             if not rows:
