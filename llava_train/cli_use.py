@@ -66,13 +66,11 @@ def ask(
     with user_errors():
         from llava_train.use.generation import Sampling
         from llava_train.use.images import read_image
-        from llava_train.use.llava import question_about
 
         chosen = Sampling(max_new_tokens, temperature, top_p, seed=seed)
         pictures = [read_image(picture, allow_urls) for picture in [image, *(more or [])]]
         llava = _load(model, device, dtype, quantize, chat_template, trust_remote_code)
-        asked = question_about(pictures, question, system)
-        for piece in llava.stream(asked, sampling=chosen):
+        for piece in llava.chat(system).stream(question, pictures, sampling=chosen):
             _say(piece)
         _say("\n")
 

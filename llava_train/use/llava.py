@@ -162,7 +162,7 @@ class LLaVA:
         Raises:
             UserError: a picture that cannot be read, or a question that cannot be asked.
         """
-        asked = question_about(image, question, system)
+        asked = self._about(image, question, system)
         return self.generate([asked], sampling=sampling, allow_urls=allow_urls, **settings)[0]
 
     def generate(
@@ -186,7 +186,7 @@ class LLaVA:
         if batch_size < 1:
             raise UserError(f"batch_size: {batch_size} is out of range; wanted 1 or more")
         chosen = _sampling(sampling, settings)
-        asked = [_question(question) for question in questions]
+        asked = [self._question(question) for question in questions]
         answers: list[str] = []
         for start in range(0, len(asked), batch_size):
             prompts = [self.prompt(question, allow_urls) for question in asked[start : start + batch_size]]
@@ -239,6 +239,20 @@ class LLaVA:
         input_ids = self._prompts.encode(question.turns, len(question.images))
         return Prompt(input_ids, self._pixels(question, allow_urls))
 
+    def _question(self, question: Any) -> Question:
+        if isinstance(question, Question):
+            return question
+        if isinstance(question, tuple | list) and len(question) == 2:
+            return self._about(*question)
+        raise UserError(f"a question is a Question or a pair of a picture (or None) and a text, not {question!r:.80}")
+
+    def _about(self, images: ImageLike | Sequence[ImageLike] | None, text: str, system: str | None = None) -> Question:
+        """What a person asks, who means something by it. (In data, a picture alone may be the question.)"""
+        question = question_about(images, text, system)
+        if not text.replace(IMAGE_PLACEHOLDER, "").strip() and not self.ignores_question:
+            raise UserError("the question is empty; ask something about the picture")
+        return question
+
     def _pixels(self, question: Question, allow_urls: bool) -> torch.Tensor | None:
         pictures = [read_image(image, allow_urls) for image in question.images]
         return torch.stack([self._preprocess(picture) for picture in pictures]) if pictures else None
@@ -259,7 +273,7 @@ class Chat:
     def stream(self, text: str, images: ImageLike | Sequence[ImageLike] = (), **settings: Any) -> Iterator[str]:
         """The same in pieces. An answer that is not read to its end is kept as far as it was read. Raises UserError."""
         listed = _listed(images)
-        turn = Turn("user", _with_placeholders(text, len(listed)))
+        (turn,) = self._llava._about(listed, text).turns
         question = Question((*self.turns, turn), (*self.images, *listed))
         pieces = self._llava.stream(question, allow_urls=self._allow_urls, **settings)
         return self._keeping(turn, listed, pieces)
@@ -274,14 +288,6 @@ class Chat:
             if answer:
                 self.turns += [turn, Turn("assistant", answer)]
                 self.images += images
-
-
-def _question(question: Any) -> Question:
-    if isinstance(question, Question):
-        return question
-    if isinstance(question, tuple | list) and len(question) == 2:
-        return question_about(*question)
-    raise UserError(f"a question is a Question or a pair of a picture (or None) and a text, not {question!r:.80}")
 
 
 def _listed(images: ImageLike | Sequence[ImageLike] | None) -> tuple[ImageLike, ...]:

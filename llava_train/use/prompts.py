@@ -47,8 +47,6 @@ class Prompts:
         Raises:
             SampleError: a control token or a wrong `<image>` in a text, or a prompt beyond what the model can read.
         """
-        if not self.ignores_question and not turns[-1].text.replace(IMAGE_PLACEHOLDER, "").strip():
-            raise UserError("the question is empty; ask something about the picture")
         self._encoder.check_texts(turns, n_images)
         text, _ = self._render(turns, prompt=True)
         return self._within(self._encoder.tokenize(text, [], n_images)[0])
