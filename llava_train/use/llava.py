@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_train.config import ImageSection, ModelSection
@@ -264,7 +265,7 @@ class Chat:
     def __init__(self, llava: LLaVA, system: str | None = None, allow_urls: bool = False) -> None:
         self._llava, self._allow_urls = llava, allow_urls
         self.turns: list[Turn] = [Turn("system", system)] if system else []
-        self.images: list[ImageLike] = []
+        self.images: list[Image.Image] = []
 
     def ask(self, text: str, images: ImageLike | Sequence[ImageLike] = (), **settings: Any) -> str:
         """The answer; question and answer become part of the conversation. Raises UserError."""
@@ -272,13 +273,13 @@ class Chat:
 
     def stream(self, text: str, images: ImageLike | Sequence[ImageLike] = (), **settings: Any) -> Iterator[str]:
         """The same in pieces. An answer that is not read to its end is kept as far as it was read. Raises UserError."""
-        listed = _listed(images)
+        listed = tuple(read_image(image, self._allow_urls) for image in _listed(images))  # once, for all turns to come
         (turn,) = self._llava._about(listed, text).turns
         question = Question((*self.turns, turn), (*self.images, *listed))
         pieces = self._llava.stream(question, allow_urls=self._allow_urls, **settings)
         return self._keeping(turn, listed, pieces)
 
-    def _keeping(self, turn: Turn, images: tuple[ImageLike, ...], pieces: Iterator[str]) -> Iterator[str]:
+    def _keeping(self, turn: Turn, images: tuple[Image.Image, ...], pieces: Iterator[str]) -> Iterator[str]:
         answer = ""
         try:
             for piece in pieces:

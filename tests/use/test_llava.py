@@ -170,6 +170,15 @@ def test_a_chat_remembers_its_turns_and_pictures(llava: LLaVA) -> None:
     assert chat.turns == [*turns, Turn("assistant", second)]
 
 
+def test_a_chat_reads_a_picture_once_for_all_its_turns(llava: LLaVA) -> None:
+    content = io.BytesIO()
+    RED.save(content, "PNG")
+    content.seek(0)
+    chat, again = llava.chat(), llava.chat()
+    heard = [chat.ask("What is it?", content, max_new_tokens=5), chat.ask("And?", max_new_tokens=5)]
+    assert heard == [again.ask("What is it?", RED, max_new_tokens=5), again.ask("And?", max_new_tokens=5)]
+
+
 def test_a_chat_keeps_what_was_read_of_an_answer_and_nothing_of_a_refused_question(llava: LLaVA) -> None:
     chat = llava.chat()
     with pytest.raises(UserError, match="control token"):
