@@ -63,7 +63,7 @@ def local_path(name: str | Path) -> Path:
         return Path(name)
     if not is_hub_id(name):
         parent = Path(name).parent
-        there = [path.name for path in sorted(parent.iterdir())[:8] if path.is_dir()] if parent.is_dir() else []
+        there = [path.name for path in sorted(parent.glob("[!.]*"))[:8] if path.is_dir()]
         has = f" ({parent} has: {', '.join(there)})" if there else ""
         raise ForeignError(f"{name}: there is no such folder{has}; name a run, a model, or a hub id (owner/name)")
     try:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llava_train.errors import UserError
 from llava_train.model import foreign_files
 from llava_train.model.foreign_files import ForeignError, Kind, kind_of, local_path
 from llava_train.model.weights import HandOffError, check_init, export_model, is_whole_model, load_init
@@ -125,6 +126,9 @@ def test_what_the_hub_holds_is_told_apart_too(tmp_path: Path, monkeypatch: pytes
 def test_the_file_of_a_run_below_output_is_found(tmp_path: Path) -> None:
     torch.save(originals.projector(), tmp_path / "mm_projector.bin")
     check_init(str(tmp_path / "mm_projector.bin"), str(tmp_path))
+    assert kind_of(tmp_path / "mm_projector.bin") is Kind.MM_PROJECTOR
+    with pytest.raises(UserError, match="there is no run"):
+        check_init(str(tmp_path / "another.bin"), str(tmp_path))
 
 
 def test_of_a_repository_with_both_formats_only_safetensors_are_downloaded(

@@ -237,6 +237,7 @@ def test_stop_ends_the_answer_and_keeps_what_there_is(page: Any, llava: LLaVA) -
 def test_a_wrong_file_is_refused_in_words(page: Any, folder: Path, name: str, message: str) -> None:
     upload(page, folder / name)
     page.get_by_text(message).wait_for()
+    assert message in page.inner_text("body")
     show(page, folder / "animated.gif")
 
 
@@ -261,7 +262,8 @@ def test_texts_are_shown_as_they_are(page: Any) -> None:
 @pytest.mark.browser
 def test_an_example_fills_in_its_question(page: Any) -> None:
     page.locator("button.gallery-item").first.click()
-    page.wait_for_function("document.querySelector('textarea').value == 'What shape is the object?'")
+    page.wait_for_function("document.querySelector('textarea').value")
+    assert page.get_by_placeholder("Your question").input_value() == "What shape is the object?"
 
 
 def test_the_server_takes_no_larger_file(served: str, folder: Path) -> None:
