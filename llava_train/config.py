@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 from llava_train.contradictions import contradictions
 
@@ -100,6 +100,9 @@ class LoraSection(Section):
     rank: PositiveInt
     alpha: Annotated[float, Field(gt=0)]
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    quantize_base: Literal["nf4"] | None = None
+    """Keep the language model's own weights in 4 bits while its adapters train (QLoRA, 2305.14314); needs CUDA and
+    bitsandbytes. The result has the weights in full again."""
 
 
 class PartTraining(Section):
@@ -232,6 +235,13 @@ class ScheduleSection(Section):
     """Largest norm of the gradient; null switches clipping off."""
 
 
+def _from_truth_value(value: Any) -> Any:
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+
+Checkpointing = Annotated[Literal["none", "selective", "full", "auto"], BeforeValidator(_from_truth_value)]
+
+
 class EngineSection(Section):
     """DeepSpeed: how the run is spread over devices."""
 
@@ -239,7 +249,12 @@ class EngineSection(Section):
     offload_optimizer: bool = False
     offload_parameters: bool = False
     precision: Literal["bf16", "fp32"] = "bf16"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Checkpointing = "auto"
+    """Activations kept for the backward pass: `none` computes none again, `selective` all but matrix products and
+    attention, `full` whole layers; `auto` takes the first of them that fits the memory, by an estimate."""
+    kernels: Literal["eager", "compile", "liger"] = "eager"
+    """What computes a layer beside matrix products and attention: PyTorch as it is, `torch.compile` of each layer, or
+    the kernels of liger-kernel. One of them: they do not add up."""
     hang_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """The run ends, and names the rank, when no rank has gone on for so long."""
     deepspeed: str | dict[str, Any] | None = None
@@ -298,6 +313,9 @@ class EvalSection(Section):
 class LoaderSection(Section):
     workers: Annotated[int, Field(ge=0)] = 4
     """Processes a rank that read ahead; 0 reads in the training process."""
+    cache_features: bool = False
+    """Compute what a frozen vision tower makes of each picture once, keep it below `output`/.cache, and read it from
+    there. Worth its disk space for small language models and several epochs."""
 
 
 class StageConfig(Section):

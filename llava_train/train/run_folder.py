@@ -47,6 +47,7 @@ FREE_KEYS = (
     "engine.offload_optimizer",
     "engine.offload_parameters",
     "engine.activation_checkpointing",
+    "engine.kernels",
     "engine.deepspeed",
     "engine.hang_timeout_s",
     "loader",

@@ -257,7 +257,7 @@ def _prepare_modes(llava: Llava, config: StageConfig) -> None:
     llava.model.train()
     language_model, vision_tower = llava.model.model.language_model, llava.model.model.vision_tower
     vision_tower.train(config.trainable.vision_tower is not None)
-    if config.engine.activation_checkpointing:
+    if config.engine.activation_checkpointing == "full":
         trained = [language_model] + ([vision_tower] if config.trainable.vision_tower else [])
         for module in trained:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
