@@ -65,7 +65,7 @@ def measure(config: StageConfig, n_steps: int, n_warmup: int = 2) -> dict[str, f
     world = start_distributed()
     llava, _ = _starting_point(config)
     set_trainable(llava.model, config.trainable, config.seed)
-    _prepare_modes(llava, config)
+    _prepare_modes(llava, config, "none")
     groups = parameter_groups(llava.model, config.trainable, config.schedule.weight_decay)
     engine = TimedEngine(start_engine(PackedLoss(llava.model), groups, config))
     mixture = open_mixture(config.data, config.seed, config.cache_dir)

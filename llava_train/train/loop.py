@@ -25,6 +25,7 @@ from llava_train.errors import UserError
 from llava_train.train.checkpoint import Checkpoints
 from llava_train.train.engine import optimizer_step
 from llava_train.train.interrupt import Preempted
+from llava_train.train.out_of_memory import noted
 from llava_train.train.schedule import lr_factor, step_seed
 from llava_train.train.session import Session
 from llava_train.train.tracking import BAD_STEPS_FILE, QUARANTINE_FILE, Tracker, quarantine_summary
@@ -106,7 +107,8 @@ class Loop:
             self.tracker.quarantine(batch.bad_samples)
             set_learning_rate(self.engine, lr_factor(batch.step, self.n_steps, self.config.schedule))
             torch.manual_seed(step_seed(self.config.seed, batch.step, self.world.rank))
-            sums, norm, taken = train_step(self.engine, self.world, batch, n_supervised)
+            with noted(f"step {batch.step + 1}", *batch.micro_batches):
+                sums, norm, taken = train_step(self.engine, self.world, batch, n_supervised)
             self.clock.mark("first step")
             if line := self.clock.line():
                 self.tracker.say(line)
@@ -222,16 +224,7 @@ def train_step(
 
 def forward(engine: deepspeed.DeepSpeedEngine, batch: PackedBatch) -> torch.Tensor:
     """Cross entropy of each target of a pack, through the engine: float32 [S]. `batch` is on the device."""
-    return engine(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        pixel_values=batch.pixel_values,
-        n_images=batch.n_images,
-        cu_seqlens=batch.cu_seqlens,
-        lengths=batch.lengths,
-        predictors=batch.predictors,
-        targets=batch.targets,
-    )
+    return engine(**batch.model_inputs())
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, factor: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -25,6 +26,7 @@ from llava_train.errors import UserError
 from llava_train.files import damage, write_manifest
 from llava_train.model.build import Llava, build_llava
 from llava_train.model.loss import PackedLoss
+from llava_train.model.recompute import Recompute, enable_recompute
 from llava_train.model.standardize import feature_statistics, fold, standardize
 from llava_train.model.trainable import parameter_groups, set_trainable, summarize
 from llava_train.model.weights import (
@@ -37,10 +39,14 @@ from llava_train.model.weights import (
     save_projector,
 )
 from llava_train.train.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
+from llava_train.train.dry_run import dry_run
 from llava_train.train.engine import gathered, start_engine
 from llava_train.train.evaluate import evaluate, open_held_out
+from llava_train.train.heaviest import most_images
 from llava_train.train.interrupt import STOP_FILE
 from llava_train.train.loop import Loop
+from llava_train.train.memory import Estimator, budget_of
+from llava_train.train.out_of_memory import advised
 from llava_train.train.resume import Resumption, find_resumption, load
 from llava_train.train.run_folder import check_unchanged, config_hash, describe, held, write_card
 from llava_train.train.session import Session
@@ -64,6 +70,7 @@ def run_stage(config: StageConfig, session: Session) -> Path:
         RunFolderError: another process works in the run's folder, or the folder is another run's.
         CheckpointError: its newest checkpoint cannot be continued.
         BadNumbersError, HarmedError: the loss, the gradient or the weights are not finite.
+        OutOfMemory: the stage does not fit a device.
         Preempted: somebody asked to stop; the run is saved.
     """
     world, result = session.world, config.run_dir / RESULT_FOLDER
@@ -99,11 +106,17 @@ def _train(config: StageConfig, session: Session) -> State:
     clock.mark("data")
 
     llava, came_from, new_dataset = _build(config, world, mixture)
+    estimator = Estimator(llava.model.config, world.n_ranks, world.device.type, most_images(mixture))
+    budget = _budget(world, llava)
+    choice = world.on_main(lambda: estimator.choose(config, budget))
+    _prepare_modes(llava, config, choice.recompute)
     parts = list(summarize(llava.model, config.trainable))
     clock.mark("model")
     world.on_main(lambda: write_card(config.run_dir, card, world.n_ranks, resumption.step, bool(changes)))
     world.say(f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}")
     _say_notes(config, world, llava)
+    if choice.estimate:
+        world.say(choice.line)
     engine, checkpoints = _start_engine(config, session, llava, resumption, config_hash(card))
 
     with Tracker(config, world, resumption.step, n_steps) as tracker:
@@ -114,7 +127,11 @@ def _train(config: StageConfig, session: Session) -> State:
         steps, on_cuda = range(resumption.step, n_steps), world.device.type == "cuda"
         batches = read_steps(new_dataset(mixture, seed=config.seed), steps, config.loader.workers, on_cuda)
         evaluate_after = _evaluation(config, world, engine, llava, new_dataset, held_out, n_steps, tracker)
-        Loop(session, config, engine, n_steps, tracker, window, checkpoints, evaluate_after).train(batches)
+        loop = Loop(session, config, engine, n_steps, tracker, window, checkpoints, evaluate_after)
+        with advised(world, estimator, config, choice.recompute, budget):
+            if on_cuda and steps:
+                dry_run(engine, world, estimator.pack(config))
+            loop.train(batches)
         world.beat("gathering the result", patience=_START_PATIENCE)
         checkpoints.refuse_harmed(n_steps)
         trained = gathered(engine, world, llava.model)
@@ -133,8 +150,14 @@ def _build(config: StageConfig, world: World, mixture: Mixture) -> tuple[Llava, 
     new_dataset = _dataset_maker(config, world, llava)
     if config.trainable.projector and config.trainable.projector.standardize:
         _standardize_features(config, world, llava, new_dataset(mixture, seed=config.seed, rank=0, n_ranks=1))
-    _prepare_modes(llava, config)
     return llava, came_from, new_dataset
+
+
+def _budget(world: World, llava: Llava) -> int:
+    """Bytes that a step may take on the device of each rank: of all devices the smallest. Every rank must call it."""
+    host = socket.gethostname()
+    loaded = sum(parameter.nbytes for parameter in llava.model.parameters())
+    return min(world.gather(budget_of(world.device, world.gather(host).count(host), loaded)))
 
 
 def _say_notes(config: StageConfig, world: World, llava: Llava) -> None:
@@ -252,15 +275,13 @@ def _standardize_features(config: StageConfig, world: World, llava: Llava, datas
     standardize(llava.model, mean, deviation, is_new=config.init_from in (None, "random"))
 
 
-def _prepare_modes(llava: Llava, config: StageConfig) -> None:
+def _prepare_modes(llava: Llava, config: StageConfig, recompute: Recompute) -> None:
     """Training mode for what trains or is checkpointed; frozen encoders stay in evaluation mode."""
     llava.model.train()
     language_model, vision_tower = llava.model.model.language_model, llava.model.model.vision_tower
     vision_tower.train(config.trainable.vision_tower is not None)
-    if config.engine.activation_checkpointing == "full":
-        trained = [language_model] + ([vision_tower] if config.trainable.vision_tower else [])
-        for module in trained:
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in [language_model] + ([vision_tower] if config.trainable.vision_tower else []):
+        enable_recompute(module, recompute)
 
 
 def _write_result(config: StageConfig, trained: State, folder: Path) -> None:

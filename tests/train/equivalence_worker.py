@@ -60,7 +60,12 @@ class Case:
     def config(self) -> StageConfig:
         content = stage_content(trainable=self.trainable, schedule={"clip": self.clip})
         content["model"]["projector"] = self.projector
-        content["engine"] = {"zero": self.zero, "precision": self.precision, **self.engine}
+        content["engine"] = {
+            "zero": self.zero,
+            "precision": self.precision,
+            "activation_checkpointing": "none",
+            **self.engine,
+        }
         return parse_stage(content, "test")
 
 
@@ -111,7 +116,7 @@ def encoder_of(llava: Llava) -> ChatEncoder:
 def train_case(case: Case, data: Path, world: World) -> dict[str, Any]:
     config = case.config()
     llava = new_model(config)
-    _prepare_modes(llava, config)
+    _prepare_modes(llava, config, config.engine.activation_checkpointing)
     dataset = StepDataset(
         Mixture([open_source(data)]),
         encoder_of(llava),
