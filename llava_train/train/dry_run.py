@@ -22,5 +22,5 @@ def dry_run(engine: deepspeed.DeepSpeedEngine, world: World, shape: PackShape) -
     pack = imitate(shape, engine.module.llava.config.image_token_id, world.device)
     with noted("the dry run of the heaviest pack", pack):
         engine.set_gradient_accumulation_boundary(False)
-        losses = engine(**pack.model_inputs())
-        engine.backward(losses.sum() * 0.0, scale_wrt_gas=False)
+        loss, _ = engine(**pack.model_inputs(), scale=0.0)
+        engine.backward(loss, scale_wrt_gas=False)

@@ -85,8 +85,8 @@ def _measured(
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with LiveBytes(model) as live:
             batch = imitate(pack, llava.image_token_id, torch.device("cpu"))
-            losses = PackedLoss(model)(**batch.model_inputs())
-            losses.sum().backward()
+            loss, _ = PackedLoss(model)(**batch.model_inputs())
+            loss.backward()
     return live.peak
 
 
