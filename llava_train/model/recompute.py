@@ -21,8 +21,6 @@ KEPT = frozenset(
     {
         "aten.mm.default",
         "aten.addmm.default",
-        "aten.bmm.default",
-        "aten.baddbmm.default",
         "aten.convolution.default",
         "aten._scaled_dot_product_flash_attention.default",
         "aten._scaled_dot_product_flash_attention_for_cpu.default",

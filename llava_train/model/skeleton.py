@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from llava_train.config import ModelSection, RandomLanguageModel, TrainableSection
 from llava_train.devices import cast_parameters
-from llava_train.model.attention import PACKED, attend_with_torch
+from llava_train.model.attention import PACKED, Documents, attend_with_torch
 from llava_train.model.build import VOCABULARY_MULTIPLE, joined_config
 from llava_train.model.compatibility import BuildError
 from llava_train.model.processor import Front, config_from
@@ -105,12 +105,11 @@ def _packed_like_cuda(
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    cu_seq_lens_q: torch.Tensor,
-    document_lengths: tuple[int, ...],
+    documents: Documents,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    longest = max(document_lengths)
-    return attend_with_torch()(query, key, value, cu_seq_lens_q, longest, scaling, sliding_window), None
+    longest = max(documents.lengths)
+    return attend_with_torch()(query, key, value, documents.borders, longest, scaling, sliding_window), None
 
 
 AttentionInterface.register(_LIKE_CUDA, _packed_like_cuda)
