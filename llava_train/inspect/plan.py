@@ -180,7 +180,7 @@ def find_lengths(config: StageConfig, front: Front) -> Lengths:
     try:
         mixture = open_mixture(config.data, config.seed, config.cache_dir)
     except DataError as error:
-        return assume_lengths(config, front.n_image_tokens, str(error))
+        return assume_lengths(config, front.n_image_tokens, str(error).split(";")[0])
     template, batch = load_template(config.model.chat_template, front.tokenizer), config.batch
     encoder = ChatEncoder(front.tokenizer, template, front.n_image_tokens, batch.max_sample_tokens, batch.over_long)
     return measure_lengths(mixture, encoder)

@@ -33,22 +33,28 @@ def find_remedy(estimator: Estimator, config: StageConfig, recompute: Recompute,
     Args:
         recompute: what the stage does now, whatever it says.
     """
-    for changes in candidates(config, recompute, estimator.n_ranks, estimator.on_cuda):
+    n_tokens = estimator.pack(config).n_tokens
+    for changes in candidates(config, recompute, n_tokens, estimator.n_ranks, estimator.on_cuda):
         try:
             changed = with_overrides(config, changes)
         except ConfigError:
             continue
         asked = changed.engine.activation_checkpointing
-        for tried in RECOMPUTES if asked == "auto" else (asked,):
-            estimate = estimator.estimate(changed, tried)
-            if estimate.total_bytes <= budget:
-                return Remedy(changes, estimate)
+        estimate = estimator.estimate(changed, recompute if asked == "auto" else asked)
+        if estimate.total_bytes <= budget:
+            return Remedy(changes, estimate)
     return None
 
 
-def candidates(config: StageConfig, recompute: Recompute, n_ranks: int, on_cuda: bool) -> Iterator[tuple[str, ...]]:
-    """Changes to try, in order: each alone, from the one that costs least, then more and more of them together."""
-    smaller = tuple(_smaller_packs(config))
+def candidates(
+    config: StageConfig, recompute: Recompute, n_tokens: int, n_ranks: int, on_cuda: bool
+) -> Iterator[tuple[str, ...]]:
+    """Changes to try, in order: each alone, from the one that costs least, then more and more of them together.
+
+    Args:
+        n_tokens: of the heaviest pack.
+    """
+    smaller = tuple(_smaller_packs(n_tokens, config.batch.max_sample_tokens))
     others = tuple(_others(config, recompute, n_ranks, on_cuda))
     for change in (*smaller, *others):
         yield change
@@ -59,9 +65,8 @@ def candidates(config: StageConfig, recompute: Recompute, n_ranks: int, on_cuda:
         yield together
 
 
-def _smaller_packs(config: StageConfig) -> Iterator[tuple[str, ...]]:
+def _smaller_packs(n_tokens: int, least: int) -> Iterator[tuple[str, ...]]:
     """Packs of half the tokens, of a quarter and so on, down to one sample."""
-    n_tokens, least = config.batch.max_tokens, config.batch.max_sample_tokens
     while n_tokens > least:
         n_tokens = max(n_tokens // 2, least)
         yield (f"batch.max_tokens={n_tokens}",)
@@ -69,9 +74,8 @@ def _smaller_packs(config: StageConfig) -> Iterator[tuple[str, ...]]:
 
 def _others(config: StageConfig, recompute: Recompute, n_ranks: int, on_cuda: bool) -> Iterator[tuple[str, ...]]:
     engine, language_model = config.engine, config.trainable.language_model
-    if engine.activation_checkpointing != "auto":
-        for better in RECOMPUTES[RECOMPUTES.index(recompute) + 1 :]:
-            yield (f"engine.activation_checkpointing={better}",)
+    for thriftier in RECOMPUTES[RECOMPUTES.index(recompute) + 1 :]:
+        yield (f"engine.activation_checkpointing={thriftier}",)
     if engine.zero < 3 and n_ranks > 1:
         yield ("engine.zero=3",)
     if not engine.offload_optimizer and on_cuda:
