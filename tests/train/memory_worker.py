@@ -30,7 +30,8 @@ from llava_train.train.memory import Estimator
 from llava_train.train.stage import _prepare_modes
 from llava_train.train.world import World, start_distributed
 
-_WARM_UP = 2
+_WARM_UP = {3: 2}
+"""Steps until the optimizer has its moments, and ZeRO 3 knows in which order it gathers; else one."""
 
 
 def measure(path: Path, world: World) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def measure(path: Path, world: World) -> dict[str, Any]:
     engine = start_engine(PackedLoss(llava.model), groups, config)
     batch = imitate(told.pack, llava.model.config.image_token_id, world.device)
     step = StepBatch(0, (batch, batch), (1,), ())
-    for _ in range(_WARM_UP):
+    for _ in range(_WARM_UP.get(config.engine.zero, 1)):
         train_step(engine, world, step, 1000.0)
     before = living_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

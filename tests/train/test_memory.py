@@ -60,8 +60,15 @@ def small(trainable: str, recompute: str) -> dict[str, Any]:
         "vision_tower": str(PARTS / "dinov2-small"),
         "chat_template": "chatml",
     }
-    batch = {"size": 4, "max_tokens": 512, "max_sample_tokens": 256}
+    batch = {"size": 2, "max_tokens": 256, "max_sample_tokens": 160}
     return {**tiny(trainable, recompute), "model": model, "batch": batch, "image": {"size": 56}}
+
+
+def wide(trainable: str, precision: str) -> dict[str, Any]:
+    """Matrices so large that ZeRO 3 divides them."""
+    content = tiny(trainable, "selective", 3, precision)
+    content["model"]["language_model"]["config"] |= {"hidden_size": 512, "intermediate_size": 1024}
+    return content
 
 
 TINY = {
@@ -74,8 +81,9 @@ TINY = {
     "zero0 bf16": tiny("lora", "selective", 0, "bf16"),
     "zero2 offload": tiny("full", "full", 2, "bf16", offload_optimizer=True),
 }
-SMALL = {f"{trainable} {way}": small(trainable, way) for trainable in TRAINABLE for way in RECOMPUTES}
-ZERO3 = {f"zero3 {precision}": tiny("full", "selective", 3, precision) for precision in ("fp32", "bf16")}
+SMALL = {f"{trainable} {way}": small(trainable, way) for trainable in ("projector", "lora") for way in RECOMPUTES}
+SMALL["full none"] = small("full", "none")
+ZERO3 = {f"{trainable} {kind}": wide(trainable, kind) for trainable in ("full", "lora") for kind in ("fp32", "bf16")}
 
 
 def measured(folder: Path, stages: dict[str, dict[str, Any]], n_ranks: int) -> dict[str, dict[str, Any]]:
