@@ -29,6 +29,7 @@ from llava_train.model.recompute import RECOMPUTES
 from llava_train.model.skeleton import config_without_weights, skeleton
 from llava_train.train.memory import GIB, MARGIN, Estimate, Estimator
 from llava_train.train.metrics import ModelFlops, model_flops
+from llava_train.train.peak import NotImitatedError
 from llava_train.train.peaks import peak_flops
 from llava_train.train.remedies import Remedy, find_remedy
 
@@ -270,10 +271,13 @@ def _pack_flops(flops: ModelFlops | None, lengths: Lengths, pack: np.ndarray) ->
 def _estimates(estimator: Estimator, config: StageConfig, budget: int) -> tuple[Estimate, ...]:
     asked = config.engine.activation_checkpointing
     found: list[Estimate] = []
-    for recompute in RECOMPUTES if asked == "auto" else (asked,):
-        found.append(estimator.estimate(config, recompute))
-        if found[-1].total_bytes <= budget:
-            break
+    try:
+        for recompute in RECOMPUTES if asked == "auto" else (asked,):
+            found.append(estimator.estimate(config, recompute))
+            if found[-1].total_bytes <= budget:
+                break
+    except NotImitatedError as error:
+        raise PlanError(f"model.language_model: {error}") from error
     return tuple(found)
 
 

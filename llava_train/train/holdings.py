@@ -19,10 +19,8 @@ from llava_train.model.trainable import part_of
 from llava_train.train.engine import BUCKET_ELEMENTS
 
 _FP32, _MOMENTS = 4, 8
-_LIVE_ELEMENTS, _PERSISTENT_ELEMENTS = 10**9, 10**5
-"""DeepSpeed's `stage3_max_live_parameters` and `stage3_param_persistence_threshold`."""
-_GATHERED_TOGETHER = 1.25
-"""Weights that are gathered together are released together: so much more lives than is needed."""
+_LIVE_ELEMENTS, _FETCHED_ELEMENTS, _PERSISTENT_ELEMENTS = 10**9, 5 * 10**7, 10**5
+"""DeepSpeed's `stage3_max_live_parameters`, `stage3_prefetch_bucket_size`, `stage3_param_persistence_threshold`."""
 _ALLREDUCE_ELEMENTS = 5 * 10**8
 """Gradients that DeepSpeed joins for one all-reduce where ZeRO does not."""
 _NF4_BYTES = 0.5 + 4 / 64
@@ -78,6 +76,8 @@ class Held:
     """Whether a bucket may be full while activations are still there."""
     gathered: int = 0
     """Weights of other ranks that live here for a while (ZeRO 3)."""
+    fetching: int = 0
+    """Copies while they arrive."""
     stepping: int = 0
     """What the optimizer's step adds while it runs."""
     on_host: int = 0
@@ -185,7 +185,7 @@ def _zero3(size: ModelSize, width: int, n_ranks: int, engine: EngineSection) -> 
     whole = _whole(size, width)
     divided = {part: n_bytes // n_ranks for part, n_bytes in whole.items()}
     n_whole = sum(whole.values())
-    live = min(n_whole, _LIVE_ELEMENTS * width)
+    travels = max(0, n_whole - size.n_small * width) * (not alone or engine.offload_parameters)
     host = n * (_FP32 + _MOMENTS + 2 * _FP32) // n_ranks
     return Held(
         weights=divided,
@@ -194,7 +194,8 @@ def _zero3(size: ModelSize, width: int, n_ranks: int, engine: EngineSection) -> 
         buckets=bucket * width + small,
         reducing=bucket * (2 * _FP32 if width == _FP32 else width + _FP32 // n_ranks),
         reduces_in_backward=bucket < n,
-        gathered=(0 if alone and not engine.offload_parameters else int(live * _GATHERED_TOGETHER)),
+        gathered=min(travels, _LIVE_ELEMENTS * width),
+        fetching=min(travels, _FETCHED_ELEMENTS * width),
         on_host=(host if engine.offload_optimizer else 0) + (n_whole // n_ranks if engine.offload_parameters else 0),
     )
 

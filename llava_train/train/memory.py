@@ -2,8 +2,8 @@
 
 What a step holds at its worst moment is
 
-    weights + gradients + optimizer + buckets + CUDA itself
-    + the most of  activations and gathered weights | reducing gradients | the optimizer's step
+    weights + gradients + optimizer + buckets + gathered weights + CUDA itself
+    + the most of  activations | reducing gradients | the optimizer's step
 
 Activations are found by running a pack on shapes alone (`peak`); the rest is arithmetic over the numbers of parameters
 (`holdings`). Both were compared with measured peaks: tests/train/test_memory.py.
@@ -24,7 +24,7 @@ from llava_train.model.recompute import RECOMPUTES, Recompute
 from llava_train.model.skeleton import skeleton
 from llava_train.train.heaviest import PackShape, heaviest_pack
 from llava_train.train.holdings import Held, held_bytes, size_of
-from llava_train.train.peak import activation_bytes
+from llava_train.train.peak import NotImitatedError, activation_bytes
 
 GIB = 2**30
 MARGIN = 0.06
@@ -53,16 +53,17 @@ class Estimate:
         """Bytes by what they are for, adding up to `total_bytes`."""
         held = self.held
         moments = {
-            "activations": self.activations + held.gathered + held.reducing * held.reduces_in_backward,
+            "activations": self.activations + held.fetching + held.reducing * held.reduces_in_backward,
             "reducing gradients": held.reducing,
             "the optimizer's step": held.stepping,
         }
         worst = max(moments, key=moments.__getitem__)
         kinds = {f"weights of {part}": n_bytes for part, n_bytes in held.weights.items()}
         kinds |= {"gradients": held.gradients, "optimizer": held.optimizer, "buckets": held.buckets}
+        kinds["gathered weights"] = held.gathered
         if worst == "activations":
-            kinds["gathered weights"] = held.gathered
             kinds["reducing gradients"] = held.reducing * held.reduces_in_backward
+            kinds["fetching weights"] = held.fetching
             kinds["activations"] = self.activations
         else:
             kinds[worst] = moments[worst]
@@ -86,7 +87,7 @@ class Choice:
 
     recompute: Recompute
     estimate: Estimate | None
-    """None where the stage file says it, so that nothing was estimated."""
+    """None where nothing was estimated: the stage file says it, or the model cannot be run without values."""
     why: str
 
     @property
@@ -137,10 +138,13 @@ class Estimator:
         if asked != "auto":
             return Choice(asked, None, "as the stage file says")
         tried: list[Estimate] = []
-        for recompute in RECOMPUTES:
-            tried.append(self.estimate(config, recompute))
-            if tried[-1].total_bytes <= budget:
-                break
+        try:
+            for recompute in RECOMPUTES:
+                tried.append(self.estimate(config, recompute))
+                if tried[-1].total_bytes <= budget:
+                    break
+        except NotImitatedError as error:
+            return Choice("full", None, f"for nothing can be estimated: {error}")
         *worse, last = tried
         fits = "of" if last.total_bytes <= budget else "more than the"
         why = f"for the heaviest pack ({last.pack}) then takes {gib(last.total_bytes)} {fits} {gib(budget)}"

@@ -12,6 +12,7 @@ from llava_train.data.loader import PackedBatch
 from llava_train.errors import UserError
 from llava_train.model.recompute import Recompute
 from llava_train.train.memory import Estimator, gib
+from llava_train.train.peak import NotImitatedError
 from llava_train.train.remedies import find_remedy
 from llava_train.train.world import World
 
@@ -67,18 +68,23 @@ def advice(
 ) -> str:
     """At most eight lines."""
     doing = str(error) if isinstance(error, RanOut) else "training"
-    told = estimator.estimate(config, recompute)
-    kinds = ", ".join(f"{kind} {gib(n_bytes)}" for kind, n_bytes in told.by_kind().items())
-    remedy = find_remedy(estimator, config, recompute, min(budget, int(_BELIEVED * told.total_bytes)))
     lines = [
         f"{config.name}: the memory of rank {world.rank} ({world.device}) ran out in {doing}",
         f"PyTorch says: {_first_sentence(error.__cause__ or error)}",
+    ]
+    try:
+        told = estimator.estimate(config, recompute)
+        remedy = find_remedy(estimator, config, recompute, min(budget, int(_BELIEVED * told.total_bytes)))
+    except NotImitatedError:
+        return "\n".join([*lines, "change: a lower batch.max_tokens, then engine.activation_checkpointing=full"])
+    kinds = ", ".join(f"{kind} {gib(n_bytes)}" for kind, n_bytes in told.by_kind().items())
+    lines += [
         f"estimated for the heaviest pack ({told.pack}), activation_checkpointing {recompute}, "
         f"ZeRO {config.engine.zero}, {world.n_ranks} ranks: {gib(told.total_bytes)} of {gib(budget)}",
         f"of that: {kinds}",
         f"change: {remedy}" if remedy else "no change of keys makes it fit, by the estimate: take more or larger GPUs",
     ]
-    if remedy and "batch.max_tokens" in remedy.changes[0]:
+    if remedy and remedy.changes[0].startswith("batch.max_tokens"):
         lines.append("batch.max_tokens changes no result; nor do activation_checkpointing, zero and the offload keys")
     return "\n".join(lines)
 

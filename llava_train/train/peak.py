@@ -26,6 +26,10 @@ from llava_train.train.heaviest import PackShape, imitate
 _FEW, _ONE_MORE = 2, 3
 
 
+class NotImitatedError(RuntimeError):
+    """A model whose code asks for values, where there are only shapes."""
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that operators return, as long as they live. `known` storages do not count."""
 
@@ -64,12 +68,24 @@ def activation_bytes(
     Args:
         llava: the model's configuration.
         like_cuda: attention as CUDA computes it.
+
+    Raises NotImitatedError.
     """
     n_layers = llava.text_config.num_hidden_layers
     if n_layers <= _ONE_MORE:
-        return _measured(config, llava, pack, recompute, like_cuda, n_layers)
-    few, one_more = (_measured(config, llava, pack, recompute, like_cuda, n) for n in (_FEW, _ONE_MORE))
+        return _tried(config, llava, pack, recompute, like_cuda, n_layers)
+    few, one_more = (_tried(config, llava, pack, recompute, like_cuda, n) for n in (_FEW, _ONE_MORE))
     return few + (n_layers - _FEW) * (one_more - few)
+
+
+def _tried(
+    config: StageConfig, llava: LlavaConfig, pack: PackShape, recompute: Recompute, like_cuda: bool, n_layers: int
+) -> int:
+    try:
+        return _measured(config, llava, pack, recompute, like_cuda, n_layers)
+    except (RuntimeError, TypeError, ValueError) as error:  # how torch refuses to go on without values
+        kind = llava.text_config.model_type
+        raise NotImitatedError(f"a {kind} cannot be run without values ({type(error).__name__}: {error})") from error
 
 
 def _measured(

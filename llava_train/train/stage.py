@@ -118,7 +118,7 @@ def _train(config: StageConfig, session: Session) -> State:
     world.on_main(lambda: write_card(config.run_dir, card, world.n_ranks, resumption.step, bool(changes)))
     world.say(f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}")
     _say_notes(config, world, llava)
-    if choice.estimate:
+    if config.engine.activation_checkpointing == "auto":
         world.say(choice.line)
     engine, checkpoints = _start_engine(config, session, llava, resumption, config_hash(card))
 

@@ -73,6 +73,7 @@ class Case:
 
 
 CHECKPOINTING = {"activation_checkpointing": True}
+SELECTIVE = {"activation_checkpointing": "selective"}
 OFFLOAD_OPTIMIZER = {"offload_optimizer": True}
 OFFLOAD_BOTH = {"offload_optimizer": True, "offload_parameters": True}
 
@@ -86,6 +87,8 @@ CASES = {
     **_each("small-packs", (0, 1, 2, 3)),
     **_each("unpacked", (0, 1, 2, 3), packing=False),
     **_each("checkpointing", (2, 3), engine=CHECKPOINTING),
+    **_each("selective", (0, 2, 3), engine=SELECTIVE),
+    **_each("lora-selective", (3,), trainable=LORA, clip=0.5, engine=SELECTIVE),
     **_each("tower-too", (0, 2), trainable=TOWER_TOO),
     **_each("tower-too-checkpointing", (3,), trainable=TOWER_TOO, engine=CHECKPOINTING),
     **_each("projector", (0, 2, 3), trainable=PROJECTOR, clip=0.02),
