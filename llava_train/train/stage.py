@@ -24,6 +24,7 @@ from llava_train.devices import DTYPES, imitates_bf16
 from llava_train.errors import UserError
 from llava_train.files import damage, write_manifest
 from llava_train.model.build import Llava, build_llava
+from llava_train.model.kernels import use_kernels
 from llava_train.model.loss import PackedLoss
 from llava_train.model.standardize import feature_statistics, fold, standardize
 from llava_train.model.trainable import parameter_groups, set_trainable, summarize
@@ -134,6 +135,7 @@ def _build(config: StageConfig, world: World, mixture: Mixture) -> tuple[Llava, 
     if config.trainable.projector and config.trainable.projector.standardize:
         _standardize_features(config, world, llava, new_dataset(mixture, seed=config.seed, rank=0, n_ranks=1))
     _prepare_modes(llava, config)
+    use_kernels(llava.model, config.engine.kernels, world.device, config.engine.zero)
     return llava, came_from, new_dataset
 
 
