@@ -4,7 +4,7 @@ Pure functions over lengths: no torch, no files, no processes. A sample never le
 speed knob only. All ranks wait for the costliest pack of a micro-step, so its packs shall cost the same:
 
 1. The packs are filled greedily, the costliest sample first, always into the cheapest pack (longest processing time
-   first; Graham 1969). Costly packs then swap samples with cheap ones until the costliest is within a percent of the mean.
+   first; Graham 1969). Costly packs then swap samples with cheap ones, until all are within a percent of the mean.
 2. Where that does not fit in `max_tokens`, or a sample costs more than the mean pack, packs are filled one by one,
    always with the longest sample that still fits (first fit decreasing). The fullest of them make up the first
    micro-steps, and as many of the last ones as allow it are packed anew as in 1.
@@ -94,10 +94,7 @@ def plan_packs(
     order = np.argsort(-n_tokens, kind="stable")
     n_tokens = n_tokens[order]
     step = _Step(n_tokens, n_tokens * (1.0 + attention_cost * n_tokens), max_tokens)
-    if packing:
-        packs = _pack(step, n_ranks)
-    else:
-        packs = _padded([[i] for i in range(len(lengths))], n_ranks)
+    packs = _pack(step, n_ranks) if packing else _padded([[i] for i in range(len(lengths))], n_ranks)
     return _deal(step, packs, n_ranks, order.tolist())
 
 
@@ -133,7 +130,7 @@ def _balanced(step: _Step, samples: Sequence[int], n_packs: int) -> list[Pack] |
 
 
 def _full_then_balanced(step: _Step, n_ranks: int) -> list[Pack]:
-    """Full packs, costly ones first, and the last 1, 1/2, 1/4, ... of the micro-steps balanced if their samples allow."""
+    """Full packs, costly ones first; of the micro-steps as many of the last as can be, 1, 1/2, 1/4 ..., balanced."""
     packs = _padded(_full(step), n_ranks)
     by_cost = np.argsort(-step.sums(packs, step.costs), kind="stable")
     packs = [packs[number] for number in by_cost]
