@@ -30,6 +30,7 @@ Pack = list[int]
 
 _BALANCED = 1.01  # costliest pack / mean pack below which swaps don't pay
 _MOST_SWAPS = 8  # of a pack; most are balanced after 3
+_FULL = 0.98  # share of `max_tokens` up to which packs of equal cost are tried for
 _MOST_SAMPLES_TO_SWAP = 32  # in a pack: with more, no swap is needed, and each would be slow
 
 
@@ -119,6 +120,8 @@ def _pack(step: _Step, n_ranks: int) -> list[Pack]:
 
 def _balanced(step: _Step, samples: Sequence[int], n_packs: int) -> list[Pack] | None:
     """Packs of about the same cost, from samples in descending order; None when one overflows."""
+    if step.lengths[samples].sum() > _FULL * n_packs * step.max_tokens and n_packs > 1:
+        return None
     packs: list[Pack] = [[] for _ in range(n_packs)]
     cheapest = [(0.0, number) for number in range(n_packs)]
     for i, cost in zip(samples, step.costs[samples].tolist(), strict=True):
@@ -138,9 +141,7 @@ def _full_then_balanced(step: _Step, n_ranks: int) -> list[Pack]:
     while n_last:
         n_packs = n_ranks * n_last
         samples = sorted(i for pack in packs[-n_packs:] for i in pack)
-        room = n_packs * step.max_tokens - int(step.lengths[samples].sum())
-        may_fit = room > 0.02 * n_packs * step.max_tokens and len(samples) >= n_packs
-        if may_fit and step.costs[samples[0]] <= step.costs[samples].sum() / n_packs:
+        if len(samples) >= n_packs and step.costs[samples[0]] <= step.costs[samples].sum() / n_packs:
             last = _balanced(step, samples, n_packs)
             if last is not None:
                 return _swapped(step, packs[:-n_packs], n_ranks) + last
@@ -163,49 +164,91 @@ def _full(step: _Step) -> list[Pack]:
     return packs
 
 
-def _swapped(step: _Step, packs: list[Pack], group: int) -> list[Pack]:
+def _swapped(step: _Step, packs: list[Pack], group: int, to_the_last: bool = False) -> list[Pack]:
     """Packs whose costs are closer to each other, within groups of `group` neighbours.
 
-    The costliest pack of a group swaps with the cheapest, the second with the last but one, and so on: one sample
-    against one (or none) that costs less by about half their difference, if the cheaper pack has room for it.
+    A costly pack gives a sample to a cheap one and takes one (or none) that costs less by about half their difference,
+    if there is room for it. The costliest pack swaps with the cheapest, the second with the last but one, and so on;
+    `to_the_last` the costliest alone with whichever pack of its group suits best.
     """
-    n_samples, half = len(step.costs), group // 2
-    if not packs or half == 0 or max(map(len, packs)) > _MOST_SAMPLES_TO_SWAP:
+    if not packs or group == 1 or max(map(len, packs)) > _MOST_SAMPLES_TO_SWAP:
         return packs
+    n_samples = len(step.costs)
     slots = np.full((len(packs), max(map(len, packs))), n_samples)  # sample n_samples is none
     for number, pack in enumerate(packs):
         slots[number, : len(pack)] = pack
     costs, lengths = np.append(step.costs, 0.0), np.append(step.lengths, 0)
-    starts, stride = np.arange(0, len(packs), group)[:, None], -(-half // _MOST_SWAPS)
-    for turn in range(_MOST_SWAPS):
-        loads = costs[slots].sum(axis=1).reshape(-1, group)
-        means = loads.mean(axis=1, keepdims=True)
-        by_load = np.argsort(loads, axis=1, kind="stable")
-        costly, cheap = by_load[:, : -half - 1 : -1], np.roll(by_load[:, :half], turn * stride, axis=1)
-        excess = np.take_along_axis(loads, costly, axis=1) - np.take_along_axis(loads, cheap, axis=1)
-        pairs = (loads.max(axis=1, keepdims=True) > _BALANCED * means) & (excess > (_BALANCED - 1) * means)
-        if not pairs.any():
-            break
-        a, b = (costly + starts)[pairs], (cheap + starts)[pairs]
-        from_a, from_b, useful = _best_swaps(costs, lengths, slots[a], slots[b], excess[pairs], step.max_tokens)
-        if not useful.any():
-            break
-        a, b, from_a, from_b = a[useful], b[useful], from_a[useful], from_b[useful]
-        slots[a, from_a], slots[b, from_b] = slots[b, from_b], slots[a, from_a]
+    stride = -(-group // (2 * _MOST_SWAPS))
+    for shifts in (range(0, stride * _MOST_SWAPS, stride), [None] * _MOST_SWAPS * to_the_last):
+        for shift in shifts:
+            costly, cheap, excess = _pairs(costs[slots].sum(axis=1).reshape(-1, group), shift)
+            if not len(costly):
+                break
+            chosen, from_costly, from_cheap = _best_swaps(
+                costs, lengths, slots[costly], slots[cheap], excess, costly, step.max_tokens
+            )
+            if not len(chosen):
+                break
+            a, b = (costly[chosen], from_costly), (cheap[chosen], from_cheap)
+            slots[a], slots[b] = slots[b], slots[a]
     return [[i for i in pack if i < n_samples] for pack in slots.tolist()]
 
 
+def _pairs(loads: np.ndarray, shift: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of packs that differ, in groups that are uneven.
+
+    Args:
+        loads: cost of each pack [groups, packs of a group].
+        shift: of the cheaper half against the costlier; None pairs the costliest with all others.
+
+    Returns:
+        Numbers of the costlier packs and of the cheaper ones, and what they differ by.
+    """
+    uneven = np.flatnonzero(loads.max(axis=1) > _BALANCED * loads.mean(axis=1))
+    by_load = np.argsort(loads[uneven], axis=1, kind="stable") + uneven[:, None] * loads.shape[1]
+    half = loads.shape[1] // 2
+    if shift is None:
+        cheap = by_load[:, :-1]
+        costly = np.broadcast_to(by_load[:, -1:], cheap.shape)
+    else:
+        costly, cheap = by_load[:, : -half - 1 : -1], np.roll(by_load[:, :half], shift, axis=1)
+    excess = loads.ravel()[costly] - loads.ravel()[cheap]
+    differ = excess > (_BALANCED - 1) * loads.ravel()[costly]
+    return costly[differ], cheap[differ], excess[differ]
+
+
 def _best_swaps(
-    costs: np.ndarray, lengths: np.ndarray, costly: np.ndarray, cheap: np.ndarray, excess: np.ndarray, max_tokens: int
+    costs: np.ndarray,
+    lengths: np.ndarray,
+    costly: np.ndarray,
+    cheap: np.ndarray,
+    excess: np.ndarray,
+    costly_numbers: np.ndarray,
+    max_tokens: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For P pairs of packs [P, S] of samples: which of the S samples of each swap places, and where that helps [P]."""
+    """The best swap of each costly pack, if there is one.
+
+    Args:
+        costs, lengths: of each sample.
+        costly, cheap: the S samples of the packs of each of P pairs [P, S].
+        excess: what the costly pack of a pair costs more [P].
+        costly_numbers: which pack it is [P]; the same pack may be in several pairs.
+
+    Returns:
+        The pairs that swap, and the place of the sample in the costly and in the cheap pack.
+    """
     moved = costs[costly][:, :, None] - costs[cheap][:, None, :]
     longer = lengths[costly][:, :, None] - lengths[cheap][:, None, :]
     room = max_tokens - lengths[cheap].sum(axis=1)
     useless = (moved <= 0) | (moved >= excess[:, None, None]) | (longer > room[:, None, None])
     miss = np.where(useless, np.inf, np.abs(moved - excess[:, None, None] / 2)).reshape(len(costly), -1)
     best = miss.argmin(axis=1)
-    return *np.divmod(best, costly.shape[1]), np.isfinite(miss[np.arange(len(best)), best])
+    saved = excess / 2 - miss[np.arange(len(best)), best]  # by how much the costlier of the two gets cheaper
+    by_saved = np.argsort(-saved, kind="stable")
+    _, first = np.unique(costly_numbers[by_saved], return_index=True)
+    chosen = by_saved[first]
+    chosen = chosen[saved[chosen] > 0]
+    return chosen, *np.divmod(best[chosen], costly.shape[1])
 
 
 def _padded(packs: list[Pack], n_ranks: int) -> list[Pack]:
@@ -216,7 +259,7 @@ def _padded(packs: list[Pack], n_ranks: int) -> list[Pack]:
 def _deal(step: _Step, packs: list[Pack], n_ranks: int, order: Sequence[int]) -> list[list[Pack]]:
     """Deals packs of like cost to the ranks of a micro-step, changing direction each time; indices as in `lengths`."""
     by_cost = np.argsort(-step.sums(packs, step.costs), kind="stable").tolist()
-    micro_steps = _swapped(step, [packs[number] for number in by_cost], n_ranks)
+    micro_steps = _swapped(step, [packs[number] for number in by_cost], n_ranks, to_the_last=True)
     plan: list[list[Pack]] = [[] for _ in range(n_ranks)]
     for micro_step, start in enumerate(range(0, len(micro_steps), n_ranks)):
         dealt = micro_steps[start : start + n_ranks]
