@@ -134,9 +134,7 @@ def test_rounded_weights_are_near_the_published_ones(hidden_size: int, bitsandby
 
 
 def test_a_layer_that_bitsandbytes_misreads_on_a_cpu_is_refused(bitsandbytes: None) -> None:
-    with pytest.raises(
-        QuantizeError, match="q_proj has 32 inputs; on a CPU .* no multiple of 64; use a GPU, or rem"
-    ):
+    with pytest.raises(QuantizeError, match="q_proj has 32 inputs; on a CPU .* no multiple of 64; use a GPU, or rem"):
         quantize_base(tiny_llava(dtype=torch.bfloat16).model, torch.device("cpu"))
 
 
