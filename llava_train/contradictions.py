@@ -29,13 +29,13 @@ def contradictions(config: StageConfig) -> Iterator[str]:
         )
     if engine.offload_parameters and engine.zero != 3:
         yield f"engine.offload_parameters: needs engine.zero: 3, not {engine.zero}"
-    if config.trainable.lora and config.trainable.lora.quantize_base:
-        yield from _beside_4_bits(engine)
     if engine.kernels == "compile" and engine.activation_checkpointing == "selective":
         yield (
             "engine.activation_checkpointing: selective does not see into what engine.kernels: compile makes, which "
             "itself keeps only what is dear to compute again; choose none, full or auto"
         )
+    if config.trainable.lora and config.trainable.lora.quantize_base:
+        yield from _beside_4_bits(engine)
     if engine.offload_optimizer and engine.zero == 0:
         yield "engine.offload_optimizer: needs engine.zero: 1, 2 or 3, not 0"
     if config.eval and config.model.chat_template == "plain" and config.trainable.language_model:
