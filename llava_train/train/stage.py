@@ -41,6 +41,7 @@ from llava_train.train.engine import gathered, start_engine
 from llava_train.train.evaluate import evaluate, open_held_out
 from llava_train.train.interrupt import STOP_FILE
 from llava_train.train.loop import Loop
+from llava_train.train.precompute import cached_features
 from llava_train.train.resume import Resumption, find_resumption, load
 from llava_train.train.run_folder import check_unchanged, config_hash, describe, held, write_card
 from llava_train.train.session import Session
@@ -62,6 +63,7 @@ def run_stage(config: StageConfig, session: Session) -> Path:
     Raises:
         DataError, BuildError, HandOffError, BadSampleError: what the user gave cannot be used.
         RunFolderError: another process works in the run's folder, or the folder is another run's.
+        FeatureError: the features of its pictures cannot be kept.
         CheckpointError: its newest checkpoint cannot be continued.
         BadNumbersError, HarmedError: the loss, the gradient or the weights are not finite.
         Preempted: somebody asked to stop; the run is saved.
@@ -104,6 +106,10 @@ def _train(config: StageConfig, session: Session) -> State:
     world.on_main(lambda: write_card(config.run_dir, card, world.n_ranks, resumption.step, bool(changes)))
     world.say(f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}")
     _say_notes(config, world, llava)
+    steps, features = range(resumption.step, n_steps), None
+    if config.loader.cache_features:
+        features = cached_features(config, session, llava, new_dataset(mixture, seed=config.seed), steps)
+        clock.mark("features")
     engine, checkpoints = _start_engine(config, session, llava, resumption, config_hash(card))
 
     with Tracker(config, world, resumption.step, n_steps) as tracker:
@@ -111,8 +117,8 @@ def _train(config: StageConfig, session: Session) -> State:
         window = Window(tuple(source.name for source in mixture.sources), tracker.n_bad_before)
         if resumption.checkpoint:
             window.restore(resumption.manifest["window"], world)
-        steps, on_cuda = range(resumption.step, n_steps), world.device.type == "cuda"
-        batches = read_steps(new_dataset(mixture, seed=config.seed), steps, config.loader.workers, on_cuda)
+        dataset = new_dataset(mixture, seed=config.seed, features=features)
+        batches = read_steps(dataset, steps, config.loader.workers, world.device.type == "cuda")
         evaluate_after = _evaluation(config, world, engine, llava, new_dataset, held_out, n_steps, tracker)
         Loop(session, config, engine, n_steps, tracker, window, checkpoints, evaluate_after).train(batches)
         world.beat("gathering the result", patience=_START_PATIENCE)
