@@ -10,7 +10,7 @@ sample has no supervised token. Either way a `BadSample` says so.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -283,8 +283,10 @@ def first_pictures(dataset: StepDataset, n_pictures: int, n_steps: int) -> list[
     return found
 
 
-def read_steps(dataset: Dataset[T], steps: range, n_workers: int, pin_memory: bool) -> Iterator[T]:
+def read_steps(dataset: Dataset[T], steps: range, n_workers: int, pin_memory: bool) -> Generator[T, None, None]:
     """Yields `dataset[step]` in order, read ahead by worker processes (`n_workers` 0: in this process).
+
+    Close it, or the process may never end: its workers run until then.
 
     Raises:
         FeatureError: on one rank alone, see `FeatureCache.of_picture`.
@@ -308,6 +310,9 @@ def read_steps(dataset: Dataset[T], steps: range, n_workers: int, pin_memory: bo
         told = FeatureError(str(error).strip().rpartition(f"{FeatureError.__name__}: ")[2])
         told.on_every_rank = False
         raise told from None
+    finally:
+        # A process waits for its workers before it ends, and they for it. Tracebacks keep torch's own end from coming.
+        getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 def _prepare_worker(worker: int) -> None:

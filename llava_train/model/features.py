@@ -62,7 +62,7 @@ def encoder_hash(llava: Llava, device_type: str) -> str:
     tower = vision_tower_of(model)
     stated = {
         "version": _VERSION,
-        "tower": tower.config.to_dict(),
+        "tower": {key: value for key, value in tower.config.to_dict().items() if key != "_name_or_path"},
         "attention": tower.config._attn_implementation,
         "layers": model.config.vision_feature_layer,
         "select": model.config.vision_feature_select_strategy,

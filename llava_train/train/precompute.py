@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -142,9 +142,10 @@ def _pictures_of(dataset: StepDataset, samples: np.ndarray, n_workers: int, worl
     own = samples[world.rank :: world.n_ranks]
     chunks = [own[start : start + _SAMPLES_TOGETHER] for start in range(0, len(own), _SAMPLES_TOGETHER)]
     found = []
-    for part in read_steps(_Keys(dataset.mixture, chunks), range(len(chunks)), n_workers, pin_memory=False):
-        world.touch()
-        found.append(part)
+    with closing(read_steps(_Keys(dataset.mixture, chunks), range(len(chunks)), n_workers, pin_memory=False)) as parts:
+        for part in parts:
+            world.touch()
+            found.append(part)
     return _joined([part for of_rank in world.gather(found) for part in of_rank])
 
 
@@ -196,24 +197,24 @@ def _fill(
     vision_tower_of(llava.model).to(world.device)
     rounds = list(_rounds(missing, cache.bytes_a_picture, world.rank, world.n_ranks))
     pixels = _Pixels(dataset.mixture, dataset.preprocessor, [batch for of_round in rounds for batch in of_round])
-    batches = read_steps(pixels, range(len(pixels.batches)), config.loader.workers, pin_memory=False)
-    for number, of_round in enumerate(rounds, start=1):
-        world.beat(f"computing features, round {number} of {len(rounds)}", patience=_PATIENCE)
-        name, problem = None, None
-        try:
-            name = _encode_round(llava, cache, batches, len(of_round), session)
-        except OSError as error:
-            problem = f"{error.filename or cache.folder}: {error.strerror or error}"
-        told = world.gather((name, problem, session.stop.reason(world.is_main)))
-        written += [name for name, _, _ in told if name]
-        if failures := [f"rank {rank}: {problem}" for rank, (_, problem, _) in enumerate(told) if problem]:
-            raise FeatureError(
-                f"loader.cache_features: cannot write features: {'; '.join(failures)}; mend that, and the same command "
-                "goes on where it stopped, or set the key to false"
-            )
-        if why := next((why for *_, why in told if why), None):
-            _stop(config, session, why)
-        world.say(f"loader.cache_features: round {number} of {len(rounds)} done")
+    with closing(read_steps(pixels, range(len(pixels.batches)), config.loader.workers, pin_memory=False)) as batches:
+        for number, of_round in enumerate(rounds, start=1):
+            world.beat(f"computing features, round {number} of {len(rounds)}", patience=_PATIENCE)
+            name, problem = None, None
+            try:
+                name = _encode_round(llava, cache, batches, len(of_round), session)
+            except OSError as error:
+                problem = f"{error.filename or cache.folder}: {error.strerror or error}"
+            told = world.gather((name, problem, session.stop.reason(world.is_main)))
+            written += [name for name, _, _ in told if name]
+            if failures := [f"rank {rank}: {problem}" for rank, (_, problem, _) in enumerate(told) if problem]:
+                raise FeatureError(
+                    f"loader.cache_features: cannot write features: {'; '.join(failures)}; mend that, and the same "
+                    "command goes on where it stopped, or set the key to false"
+                )
+            if why := next((why for *_, why in told if why), None):
+                _stop(config, session, why)
+            world.say(f"loader.cache_features: round {number} of {len(rounds)} done")
     return written
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,10 @@ def _train(config: StageConfig, session: Session) -> State:
         if resumption.checkpoint:
             window.restore(resumption.manifest["window"], world)
         dataset = new_dataset(mixture, seed=config.seed, features=features)
-        batches = read_steps(dataset, steps, config.loader.workers, world.device.type == "cuda")
         evaluate_after = _evaluation(config, world, engine, llava, new_dataset, held_out, n_steps, tracker)
-        Loop(session, config, engine, n_steps, tracker, window, checkpoints, evaluate_after).train(batches)
+        loop = Loop(session, config, engine, n_steps, tracker, window, checkpoints, evaluate_after)
+        with closing(read_steps(dataset, steps, config.loader.workers, world.device.type == "cuda")) as batches:
+            loop.train(batches)
         world.beat("gathering the result", patience=_START_PATIENCE)
         checkpoints.refuse_harmed(n_steps)
         trained = gathered(engine, world, llava.model)

@@ -175,6 +175,20 @@ def test_a_resumed_run_goes_on_bit_for_bit(keeps_features: bool, folder: Path, r
     assert decided(folder / output / "lora-fp32") == decided(folder / "without-1/lora-fp32")
 
 
+def test_a_run_asked_to_stop_before_its_first_step_ends_with_85_and_goes_on(folder: Path, runs: Runs) -> None:
+    stop = folder / "stopped/stage1-fp32/stop"
+    stop.parent.mkdir(parents=True)
+    stop.touch()
+    arguments = command(folder, "stage1-fp32", "stopped")
+    found = run_many({"first": arguments, "second": arguments}, folder, n_ranks=2)
+    assert [outcome.code for outcome in found["first"]] == [85, 85], found["first"][0].stderr
+    assert "asked to stop by" in found["first"][0].stdout + found["first"][0].stderr
+    assert not (folder / "stopped/stage1-fp32/metrics.jsonl").exists()
+    assert not stop.exists()
+    assert [outcome.code for outcome in found["second"]] == [0, 0], found["second"][0].stderr
+    assert decided(folder / "stopped/stage1-fp32") == decided(folder / "without-2/stage1-fp32")
+
+
 def test_a_damaged_shard_stops_the_run_with_the_mend_and_one_cut_off_is_computed_again(
     folder: Path, runs: Runs
 ) -> None:
