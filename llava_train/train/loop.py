@@ -237,6 +237,7 @@ def forward(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         pixel_values=batch.pixel_values,
+        features=batch.features,
         n_images=batch.n_images,
         cu_seqlens=batch.cu_seqlens,
         lengths=batch.lengths,

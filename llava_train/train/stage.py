@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from llava_train.train.interrupt import STOP_FILE
 from llava_train.train.loop import Loop
 from llava_train.train.metrics import Yardstick, model_flops
 from llava_train.train.peaks import peak_flops_of
+from llava_train.train.precompute import cached_features
 from llava_train.train.resume import Resumption, find_resumption, load
 from llava_train.train.run_folder import check_unchanged, config_hash, describe, held, write_card
 from llava_train.train.session import Session
@@ -67,6 +68,7 @@ def run_stage(config: StageConfig, session: Session) -> Path:
     Raises:
         DataError, BuildError, HandOffError, BadSampleError: what the user gave cannot be used.
         RunFolderError: another process works in the run's folder, or the folder is another run's.
+        FeatureError: the features of its pictures cannot be kept.
         CheckpointError: its newest checkpoint cannot be continued.
         BadNumbersError, HarmedError: the loss, the gradient or the weights are not finite.
         Preempted: somebody asked to stop; the run is saved.
@@ -109,6 +111,10 @@ def _train(config: StageConfig, session: Session) -> State:
     world.on_main(lambda: write_card(config.run_dir, card, world.n_ranks, resumption.step, bool(changes)))
     world.say(f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}")
     _say_notes(config, world, llava)
+    steps, features = range(resumption.step, n_steps), None
+    if config.loader.cache_features:
+        features = cached_features(config, session, llava, new_dataset(mixture, seed=config.seed), steps)
+        clock.mark("features")
     engine, checkpoints = _start_engine(config, session, llava, resumption, config_hash(card))
 
     with Tracker(config, world, resumption.step, n_steps) as tracker:
@@ -118,10 +124,11 @@ def _train(config: StageConfig, session: Session) -> State:
         time_reduction(engine, watch)
         if resumption.checkpoint:
             window.restore(resumption.manifest["window"], world)
-        steps, on_cuda = range(resumption.step, n_steps), world.device.type == "cuda"
-        batches = read_steps(new_dataset(mixture, seed=config.seed), steps, config.loader.workers, on_cuda)
+        dataset = new_dataset(mixture, seed=config.seed, features=features)
         evaluate_after = _evaluation(config, world, engine, llava, new_dataset, held_out, n_steps, tracker)
-        Loop(session, config, engine, n_steps, tracker, window, checkpoints, evaluate_after).train(batches)
+        loop = Loop(session, config, engine, n_steps, tracker, window, checkpoints, evaluate_after)
+        with closing(read_steps(dataset, steps, config.loader.workers, world.device.type == "cuda")) as batches:
+            loop.train(batches)
         world.beat("gathering the result", patience=_START_PATIENCE)
         checkpoints.refuse_harmed(n_steps)
         trained = gathered(engine, world, llava.model)
