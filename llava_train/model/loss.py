@@ -44,8 +44,10 @@ class PackedLoss(nn.Module):
         features = torch.cat(llava.get_image_features(pixel_values).pooler_output)  # [N * image tokens, hidden]
         embeddings = llava.get_input_embeddings()(input_ids)
         if n_images:
-            is_image = (input_ids == llava.config.image_token_id)[..., None]
-            embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
+            is_image = (input_ids[0] == llava.config.image_token_id).byte()
+            # Not by masked_scatter, nor by nonzero: the backward pass of one and the other itself wait for the device.
+            positions = is_image.argsort(descending=True, stable=True)[: len(features)]
+            embeddings = embeddings.index_copy(1, positions, features.to(embeddings.dtype)[None])
         else:
             embeddings = embeddings + features.sum() * 0
         return llava.model.language_model(
