@@ -37,13 +37,16 @@ from llava_train.model.weights import (
     save_projector,
 )
 from llava_train.train.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
-from llava_train.train.engine import gathered, start_engine
+from llava_train.train.engine import gathered, start_engine, time_reduction
 from llava_train.train.evaluate import evaluate, open_held_out
 from llava_train.train.interrupt import STOP_FILE
 from llava_train.train.loop import Loop
+from llava_train.train.metrics import Yardstick, model_flops
+from llava_train.train.peaks import peak_flops_of
 from llava_train.train.resume import Resumption, find_resumption, load
 from llava_train.train.run_folder import check_unchanged, config_hash, describe, held, write_card
 from llava_train.train.session import Session
+from llava_train.train.stopwatch import Stopwatch
 from llava_train.train.tracking import Tracker
 from llava_train.train.window import Window
 from llava_train.train.world import World
@@ -99,7 +102,7 @@ def _train(config: StageConfig, session: Session) -> State:
     clock.mark("data")
 
     llava, came_from, new_dataset = _build(config, world, mixture)
-    parts = list(summarize(llava.model, config.trainable))
+    parts, yardstick = list(summarize(llava.model, config.trainable)), _yardstick(config, world, llava)
     clock.mark("model")
     world.on_main(lambda: write_card(config.run_dir, card, world.n_ranks, resumption.step, bool(changes)))
     world.say(f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}")
@@ -108,7 +111,9 @@ def _train(config: StageConfig, session: Session) -> State:
 
     with Tracker(config, world, resumption.step, n_steps) as tracker:
         tracker.started(parts, resumption.step, resumption.passed_over)
-        window = Window(tuple(source.name for source in mixture.sources), tracker.n_bad_before)
+        names, watch = tuple(source.name for source in mixture.sources), Stopwatch(world.device)
+        window = Window(names, tracker.n_bad_before, yardstick, watch)
+        time_reduction(engine, watch)
         if resumption.checkpoint:
             window.restore(resumption.manifest["window"], world)
         steps, on_cuda = range(resumption.step, n_steps), world.device.type == "cuda"
@@ -135,6 +140,13 @@ def _build(config: StageConfig, world: World, mixture: Mixture) -> tuple[Llava, 
         _standardize_features(config, world, llava, new_dataset(mixture, seed=config.seed, rank=0, n_ranks=1))
     _prepare_modes(llava, config)
     return llava, came_from, new_dataset
+
+
+def _yardstick(config: StageConfig, world: World, llava: Llava) -> Yardstick:
+    """What the run's speed is measured by. Call it before DeepSpeed partitions the parameters."""
+    flops = model_flops(llava.model, llava.n_image_tokens, config.loader.cache_features)
+    peak = peak_flops_of(world.device, config.engine.precision)
+    return Yardstick(flops, peak, llava.n_image_tokens, llava.model.config.image_token_id)
 
 
 def _say_notes(config: StageConfig, world: World, llava: Llava) -> None:
