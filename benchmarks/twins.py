@@ -73,8 +73,8 @@ def outcome(
     cast_parameters(twin, dtype)
     prepare(twin)
     run, pack = PackedLoss(twin), pack.to(device)
-    losses = losses_of(run, pack)
-    losses.sum().backward()
+    loss, losses = run(**hidden_inputs(pack), predictors=pack.predictors, targets=pack.targets)
+    loss.backward()
     with torch.no_grad():
         logits = twin.lm_head(run.hidden_states(**hidden_inputs(pack))[0, pack.predictors])
     gradients = [parameter.grad.flatten() for parameter in twin.parameters() if parameter.grad is not None]
@@ -131,6 +131,3 @@ def hidden_inputs(pack: PackedBatch) -> dict[str, Any]:
     names = ("input_ids", "position_ids", "pixel_values", "n_images", "cu_seqlens", "lengths")
     return {name: getattr(pack, name) for name in names}
 
-
-def losses_of(run: PackedLoss, pack: PackedBatch) -> torch.Tensor:
-    return run(**hidden_inputs(pack), predictors=pack.predictors, targets=pack.targets)

@@ -123,7 +123,7 @@ def held_out_loss(
             refuse_bad(batch, config)
             totals[2] += sum(world.is_main or not bad.on_every_rank for bad in batch.bad_samples)
             for micro_batch in batch.micro_batches:
-                totals[0] += forward(engine, micro_batch.to(world.device)).sum().double()
+                totals[0] += forward(engine, micro_batch.to(world.device))[1].sum().double()
                 totals[1] += micro_batch.n_supervised
     torch.distributed.all_reduce(totals)
     loss_sum, n_supervised, n_bad = totals.tolist()

@@ -218,20 +218,21 @@ def train_step(
         world.touch()
         with watch("copy"):
             micro_batch = micro_batch.to(world.device)
-        losses = forward(engine, micro_batch)
-        loss = losses.sum() * scale
+        loss, losses = forward(engine, micro_batch, scale)
         # A loss may be infinite and its gradient finite. Then the gradient shall not be either, on any rank.
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
         engine.backward(loss, scale_wrt_gas=False)
-        counted = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1).double()
+        counted = torch.stack([losses, torch.ones_like(losses)], dim=1).double()
         sums.index_add_(0, micro_batch.sources, counted)
     with watch("optimizer"):
         norm, taken = optimizer_step(engine)
     return sums, norm, taken
 
 
-def forward(engine: deepspeed.DeepSpeedEngine, batch: PackedBatch) -> torch.Tensor:
-    """Cross entropy of each target of a pack, through the engine: float32 [S]. `batch` is on the device."""
+def forward(
+    engine: deepspeed.DeepSpeedEngine, batch: PackedBatch, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`PackedLoss.forward` on a pack, through the engine. `batch` is on the device."""
     return engine(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -241,6 +242,7 @@ def forward(engine: deepspeed.DeepSpeedEngine, batch: PackedBatch) -> torch.Tens
         lengths=batch.lengths,
         predictors=batch.predictors,
         targets=batch.targets,
+        scale=scale,
     )
 
 
