@@ -130,4 +130,3 @@ def documents_of(model: LlavaForConditionalGeneration, pack: PackedBatch) -> Ite
 def hidden_inputs(pack: PackedBatch) -> dict[str, Any]:
     names = ("input_ids", "position_ids", "pixel_values", "n_images", "cu_seqlens", "lengths")
     return {name: getattr(pack, name) for name in names}
-

@@ -6,6 +6,7 @@ are known: those that must know a value, or how many there are, before they retu
 
 from __future__ import annotations
 
+import sys
 import traceback
 import warnings
 from collections import Counter
@@ -27,6 +28,8 @@ WAITING = {
     "unique_dim",
     "unique_consecutive",
 }
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+"""They wait where the index is a mask."""
 
 
 def waits_of(call: Callable[[], Any], device: torch.device) -> Counter[str]:
@@ -53,17 +56,19 @@ class _WaitingOperators(TorchDispatchMode):
         self.places: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in WAITING:
+        name = func.overloadpacket.__name__
+        if name in WAITING or (name in _INDEXING and any(map(_is_mask, args[1]))):
             frames = traceback.extract_stack()[:-1]
             ours = [frame for frame in frames if "/torch/" not in frame.filename]
-            self.places[f"{_short(ours[-1].filename)}:{ours[-1].lineno} ({func.overloadpacket.__name__})"] += 1
+            self.places[f"{_short(ours[-1].filename)}:{ours[-1].lineno} ({name})"] += 1
         return func(*args, **(kwargs or {}))
+
+
+def _is_mask(index: torch.Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
 def _short(path: str) -> str:
     """From the package on."""
-    for root in ("/site-packages/", "/benchmarks/", "/llava_train/"):
-        head, found, tail = path.rpartition(root)
-        if found:
-            return tail if root == "/site-packages/" else f"{root.strip('/')}/{tail}"
-    return path
+    roots = [root.rstrip("/") + "/" for root in sys.path if root]
+    return path[max((len(root) for root in roots if path.startswith(root)), default=0) :]

@@ -158,6 +158,6 @@ def _left_of(window: int | None, longest: int) -> tuple[int, int]:
     return (window - 1 if window is not None and window < longest else -1, 0)
 
 
-# No mask function goes with it: transformers then makes no mask. With one it reads position_ids first, and waits for the
-# device to know whether they restart.
+# No mask function goes with it: transformers then makes no mask. With one it reads position_ids first, and waits for
+# the device to know whether they restart.
 AttentionInterface.register(PACKED, packed_attention)
