@@ -18,7 +18,7 @@ import deepspeed
 import numpy as np
 import torch
 from mix665k import SYSTEM_TOKENS, TURN_TOKENS, DrawnSample, draw_samples
-from shapes import SHAPES, random_llava
+from shapes import SHAPES, JoinedPatches, random_llava
 from transformers import LlavaForConditionalGeneration
 
 from llava_train.config import StageConfig
@@ -54,9 +54,9 @@ class Rig:
         return train_step(self.engine, self.world, batch, batch.n_supervised)[0]
 
 
-def start_rig(config: StageConfig, world: World) -> Rig:
-    """Builds the model of a `shapes.stage_config` and starts DeepSpeed on it."""
-    llava = random_llava(config, world.device)
+def start_rig(config: StageConfig, world: World, llava: Llava | None = None) -> Rig:
+    """Starts DeepSpeed on a model, by default a random one of a `shapes.stage_config`."""
+    llava = llava or random_llava(config, world.device)
     set_trainable(llava.model, config.trainable, config.seed)
     _prepare_modes(llava, config)
     yardstick = _yardstick(config, world, llava)
@@ -65,10 +65,10 @@ def start_rig(config: StageConfig, world: World) -> Rig:
 
 
 def _yardstick(config: StageConfig, world: World, llava: Llava) -> Yardstick:
-    model, shape = llava.model, SHAPES[config.name.split("-")[0]]
-    flops = model_flops(model, llava.n_image_tokens)
-    if flops and shape.joined > 1:  # the tower computes all patches
-        whole = model_flops(model, shape.n_patches)
+    model = llava.model
+    flops, tower = model_flops(model, llava.n_image_tokens), model.model.vision_tower
+    if flops and isinstance(tower, JoinedPatches):  # the tower computes all patches
+        whole = model_flops(model, (tower.config.image_size // tower.config.patch_size) ** 2)
         assert whole is not None
         flops = replace(flops, encoder=whole.encoder)
     peak = peak_flops_of(world.device, config.engine.precision)
