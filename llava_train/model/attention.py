@@ -92,7 +92,7 @@ def attend_by_document(
 ) -> torch.Tensor:
     """Attention of each document, one after the other. Shapes as `packed_attention`."""
     documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [_attend(*document, scaling, window) for document in documents]
+    outputs = [_attend(q, k, v, scaling, window) for q, k, v in documents]
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 

@@ -10,10 +10,9 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_train.model.attention import Documents
 
-LOGITS_BYTES = 256 * 2**20
-"""Logits that are held at once, in float32, on a GPU: 2,000 rows over Vicuna's vocabulary."""
-_LOGITS_BYTES_ON_CPU = 16 * 2**20
-"""On a CPU: about what its cache holds."""
+LOGITS_BYTES = 512 * 2**20
+"""Logits that are held at once, in float32: 4,000 rows over Vicuna's vocabulary. With few, a trained head's gradient,
+which is as large as the head, would be read and written too often."""
 
 
 class PackedLoss(nn.Module):
@@ -97,7 +96,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden) if needs_hidden else None
         of_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
         losses = hidden.new_empty(len(targets), dtype=torch.float32)
-        n_rows = rows_at_once(len(head), hidden.device)
+        n_rows = rows_at_once(len(head))
         for start in range(0, len(targets), n_rows):
             rows, wanted = hidden[start : start + n_rows], targets[start : start + n_rows, None]
             logits = (rows @ head.T).float()
@@ -122,7 +121,6 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return of_hidden, of_head, None, None
 
 
-def rows_at_once(n_tokens: int, device: torch.device) -> int:
+def rows_at_once(n_tokens: int) -> int:
     """Rows of logits, each over a vocabulary of `n_tokens`, that are held at once."""
-    most = _LOGITS_BYTES_ON_CPU if device.type == "cpu" else LOGITS_BYTES
-    return max(1, most // (4 * n_tokens))
+    return max(1, LOGITS_BYTES // (4 * n_tokens))

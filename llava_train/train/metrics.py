@@ -217,7 +217,7 @@ class Yardstick:
         taught = torch.bincount(documents, minlength=len(batch.lengths)).bool()
         lengths = [length for length, counts in zip(batch.lengths, taught.tolist(), strict=True) if counts]
         n_images = batch.n_images
-        if n_images and len(lengths) < len(batch.lengths):
+        if n_images and self.n_image_tokens and len(lengths) < len(batch.lengths):
             in_idle = ~taught.repeat_interleave(torch.tensor(batch.lengths))
             n_images -= int((batch.input_ids[0, in_idle] == self.image_token_id).sum()) // self.n_image_tokens
         flops = self.flops.of_pack(lengths, n_images, batch.n_supervised).total if self.flops else 0

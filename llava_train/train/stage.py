@@ -24,7 +24,9 @@ from llava_train.devices import DTYPES, imitates_bf16
 from llava_train.errors import UserError
 from llava_train.files import damage, write_manifest
 from llava_train.model.build import Llava, build_llava
+from llava_train.model.kernels import use_kernels
 from llava_train.model.loss import PackedLoss
+from llava_train.model.quantize import check_quantization, is_quantized, quantize_base, round_like_nf4
 from llava_train.model.standardize import feature_statistics, fold, standardize
 from llava_train.model.trainable import parameter_groups, set_trainable, summarize
 from llava_train.model.weights import (
@@ -131,14 +133,18 @@ def _train(config: StageConfig, session: Session) -> State:
 def _build(config: StageConfig, world: World, mixture: Mixture) -> tuple[Llava, str, Callable[..., StepDataset]]:
     """The model, ready to train; where its trained parts came from; and what makes data sets of mixtures for it."""
     world.beat("building the model", patience=_START_PATIENCE)
+    check_quantization(config.trainable)
     if config.init_from not in (None, "random"):
         check_init(str(config.init_from), config.output)
     llava, came_from = _starting_point(config)
+    if is_quantized(config.trainable):
+        quantize_base(llava.model, world.device)
     set_trainable(llava.model, config.trainable, config.seed)
     new_dataset = _dataset_maker(config, world, llava)
     if config.trainable.projector and config.trainable.projector.standardize:
         _standardize_features(config, world, llava, new_dataset(mixture, seed=config.seed, rank=0, n_ranks=1))
     _prepare_modes(llava, config)
+    use_kernels(llava.model, config.engine.kernels, world.device, config.engine.zero)
     return llava, came_from, new_dataset
 
 
@@ -278,6 +284,8 @@ def _prepare_modes(llava: Llava, config: StageConfig) -> None:
 def _write_result(config: StageConfig, trained: State, folder: Path) -> None:
     """Writes what the stage leaves: its starting point, built anew, with the trained parameters."""
     llava, _ = _starting_point(config)
+    if is_quantized(config.trainable):
+        round_like_nf4(llava.model)
     peft_model = set_trainable(llava.model, config.trainable, config.seed)
     unexpected = llava.model.load_state_dict(trained, strict=False).unexpected_keys
     assert not unexpected, f"trained parameters without a place: {unexpected}"

@@ -100,7 +100,7 @@ class Window:
             "copy_share": copy_s / of_all_ranks_s,
             "optimizer_share": optimizer_s / of_all_ranks_s,
             "samples_per_s": (sum(self.n_samples) - self.n_before) / elapsed_s,
-            **self._speed(PackWork(*work), elapsed_s, world.n_ranks),
+            **self._speed(PackWork(*map(int, work)), elapsed_s, world.n_ranks),
             "peak_memory_bytes": max(world.gather(peak_memory_bytes(world.device))),
             "time_left_s": (n_steps - step) * elapsed_s / self.n_steps,
             "skipped_steps": engine.skipped_steps,

@@ -123,12 +123,12 @@ class _Products(TorchDispatchMode):
 
 
 def test_no_more_logits_are_held_than_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_LOGITS_BYTES_ON_CPU", 4 * 5 * 1000)
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 4 * 5 * 1000)
     hidden, head = torch.randn(64, 8, requires_grad=True), torch.randn(1000, 8)
     with _Largest() as largest:
         summed_cross_entropy(hidden, head, torch.randint(1000, (64,)))[0].backward()
     assert largest.numel == head.numel(), "the head is the largest tensor, not the 64 x 1000 logits"
-    assert loss.rows_at_once(1000, hidden.device) == 5
+    assert loss.rows_at_once(1000) == 5
 
 
 def test_without_gradients_none_are_computed() -> None:
