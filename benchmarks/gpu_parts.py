@@ -11,7 +11,7 @@ import torch
 from gpu_kernels import attention_backends, encoder_speed, profile, unique_graphs
 from rig import Rig, draw_steps, measure, start_rig, stop_rig
 from shapes import stage_config
-from twins import compare
+from twins import KERNELS, compare
 from waits import waits_of
 
 from llava_train.train.world import World
@@ -146,7 +146,7 @@ def headline(case: Case) -> Callable[[Bench], Result]:
 
 def correctness(bench: Bench) -> Result:
     """Logits, losses and gradients against the CPU's, with each of the kernels that are there."""
-    return compare(bench.world.device, {"eager": lambda model: None})
+    return compare(bench.world.device, KERNELS if bench.on_cuda else KERNELS[:1])
 
 
 def encoder(bench: Bench) -> Result:

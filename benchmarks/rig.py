@@ -26,6 +26,7 @@ from llava_train.data.chat import IGNORED, EncodedSample
 from llava_train.data.loader import PackedBatch, StepBatch, pack_documents
 from llava_train.data.packing import attention_cost_of, plan_packs
 from llava_train.model.build import Llava
+from llava_train.model.kernels import use_kernels
 from llava_train.model.loss import PackedLoss
 from llava_train.model.trainable import parameter_groups, set_trainable
 from llava_train.train.engine import start_engine
@@ -59,6 +60,7 @@ def start_rig(config: StageConfig, world: World, llava: Llava | None = None) -> 
     llava = llava or random_llava(config, world.device)
     set_trainable(llava.model, config.trainable, config.seed)
     _prepare_modes(llava, config)
+    use_kernels(llava.model, config.engine.kernels, world.device, config.engine.zero)
     yardstick = _yardstick(config, world, llava)
     groups = parameter_groups(llava.model, config.trainable, config.schedule.weight_decay)
     return Rig(config, world, llava, start_engine(PackedLoss(llava.model), groups, config), yardstick)

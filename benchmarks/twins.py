@@ -7,8 +7,10 @@ be `SLACK` times as far from the reference. Errors are relative: |x - reference|
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,12 +20,11 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_train.data.loader import PackedBatch
 from llava_train.devices import cast_parameters
+from llava_train.model.kernels import use_kernels
 from llava_train.model.loss import PackedLoss
 from llava_train.model.trainable import set_trainable
 
-Prepare = Callable[[LlavaForConditionalGeneration], Any]
-"""Changes what computes the layers of a model."""
-
+KERNELS = ("eager", "compile", "liger")
 SLACK = 2.0
 FLOOR = 2e-3
 """What errors may be in any case: where both are tiny their ratio says nothing."""
@@ -66,7 +67,7 @@ def outcome(
     pack: PackedBatch,
     device: torch.device,
     dtype: torch.dtype,
-    prepare: Prepare = lambda model: None,
+    prepare: Callable[[LlavaForConditionalGeneration], Any] = lambda model: None,
 ) -> Outcome:
     """A copy of the model on a device; `prepare` may change its kernels."""
     twin = copy.deepcopy(model).to(device)
@@ -81,17 +82,20 @@ def outcome(
     return Outcome(*(tensor.detach().float().cpu() for tensor in (logits, losses, torch.cat(gradients))))
 
 
-def compare(device: torch.device, kernels: Mapping[str, Prepare]) -> dict[str, Any]:
+def compare(device: torch.device, kernels: Sequence[str]) -> dict[str, Any]:
     """Errors of the device in bf16 with each of the kernels, and whether all are within bounds.
 
-    Also of a pack against its documents alone, both on the device.
+    Also of a pack against its documents alone, both on the device. Kernels that are not installed are left out.
     """
     model, cpu = twin_model(), torch.device("cpu")
     pack = twin_pack(model)
     reference = outcome(model, pack, cpu, torch.float32)
     rounding = outcome(model, pack, cpu, torch.bfloat16).errors(reference)
     found: dict[str, Any] = {"cpu bf16": rounding}
-    for name, prepare in kernels.items():
+    for name in kernels:
+        if name == "liger" and find_spec("liger_kernel") is None:
+            continue
+        prepare = partial(use_kernels, kernels=name, device=device, zero=0)
         found[name] = outcome(model, pack, device, torch.bfloat16, prepare).errors(reference)
     found["pack against documents"] = {"logits": pack_error(model, pack, device)}
     bounds = {name: max(SLACK * value, FLOOR) for name, value in rounding.items()}
