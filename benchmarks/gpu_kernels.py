@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from transformers import LlavaForConditionalGeneration
 
-from llava_train.model.attention import attend_by_document, varlen_kernel
+from llava_train.model import attention
+from llava_train.model.attention import attend_by_document
 
 _N_TOP = 15
 
