@@ -154,7 +154,7 @@ def work(pipe: Connection, wanted: Wanted, names: list[str] | None, results: dic
         pipe.send(("begins", parts[name].limit_s))
         started = time.perf_counter()
         torch.manual_seed(0)
-        torch.compiler.reset()  # what is compiled for one model counts towards the most that a layer may be compiled for
+        torch.compiler.reset()  # a layer may be compiled for so many models only, then it no longer is
         try:
             found = parts[name].run(bench)
         except Exception as error:

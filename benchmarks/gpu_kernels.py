@@ -37,8 +37,8 @@ def seconds_of(call: Callable[[], Any], cuda: bool, repeat: int = 10) -> float:
 def profile(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
     """The kernels that take most of a call, and the share of it in which the device is idle."""
     cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with torch.profiler.profile(activities=activities) as found:
+    # Of the device alone: to record what the CPU does would slow it down, and leave the device idle.
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
         call()
         if cuda:
             torch.cuda.synchronize()
@@ -82,13 +82,18 @@ def unique_graphs() -> int:
 
 def _backends(cuda: bool) -> Iterator[tuple[str, Callable[..., torch.Tensor]]]:
     """Functions of (query, key, value, borders, lengths), by name."""
-    yield "sdpa by document", lambda q, k, v, borders, lengths: attend_by_document(q, k, v, lengths, None)
-    if cuda:
-        kernel = varlen_kernel()
-        yield (
-            "the library's choice",
-            lambda q, k, v, borders, lengths: kernel(q, k, v, borders, max(lengths), None, None),
-        )
+    yield "by document", lambda q, k, v, borders, lengths: attend_by_document(q, k, v, lengths, None)
+    if not cuda:
+        return
+    kernels = {"torch varlen": attention._torch_varlen()}
+    if find_spec("flash_attn"):
+        kernels["flash-attn"] = attention.varlen_kernel()
+    for name, kernel in kernels.items():
+
+        def attend(q: Any, k: Any, v: Any, borders: Any, lengths: Any, kernel: Any = kernel) -> torch.Tensor:
+            return kernel(q, k, v, borders, max(lengths), None, None)
+
+        yield name, attend
 
 
 def attention_backends(device: torch.device, heads: int, head_size: int, n_tokens: int) -> dict[str, Any]:

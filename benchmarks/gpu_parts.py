@@ -83,12 +83,13 @@ def train(bench: Bench, case: Case, also: Callable[[Rig], Result] = lambda rig: 
 def _train_once(bench: Bench, case: Case, recompute: str, max_tokens: int, also: Callable[[Rig], Result]) -> Result:
     keys = {"zero": case.zero, "activation_checkpointing": recompute, "kernels": case.kernels}
     rig = start_rig(stage_config(case.shape, case.stage, case.samples, max_tokens, **keys), bench.world)
-    warm = draw_steps(rig, 1, seed=1, n_samples=case.warmup_samples)
-    timed = draw_steps(rig, case.steps)
-    about = {**keys, "shape": case.shape, "max_tokens": max_tokens}
-    found = {**about, **measure(rig, warm + timed, len(warm)), **also(rig)}
-    stop_rig(rig)
-    return found
+    try:
+        warm = draw_steps(rig, 1, seed=1, n_samples=case.warmup_samples)
+        timed = draw_steps(rig, case.steps)
+        about = {**keys, "shape": case.shape, "max_tokens": max_tokens}
+        return {**about, **measure(rig, warm + timed, len(warm)), **also(rig)}
+    finally:
+        stop_rig(rig)
 
 
 def _free() -> None:

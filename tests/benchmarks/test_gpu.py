@@ -7,17 +7,20 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from llava_train.train.world import start_distributed
 from tests.scripts import ROOT, load_script
 from tests.train.helpers import environment
 
 gpu = load_script("benchmarks/gpu.py")
 kernels = load_script("benchmarks/gpu_kernels.py")
-rig = load_script("benchmarks/rig.py")
+parts = load_script("benchmarks/gpu_parts.py")
 shapes = load_script("benchmarks/shapes.py")
 
 
@@ -28,12 +31,12 @@ def test_every_part_that_needs_no_gpu_runs(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
-    parts = found["parts"]
-    assert {name: part["error"] for name, part in parts.items() if "error" in part} == {}
-    assert len(parts) >= 12
-    trained = [part for part in parts.values() if "tokens_per_s" in part]
+    of_parts = found["parts"]
+    assert {name: part["error"] for name, part in of_parts.items() if "error" in part} == {}
+    assert len(of_parts) >= 12
+    trained = [part for part in of_parts.values() if "tokens_per_s" in part]
     assert len(trained) >= 9 and all(part["tflops"] > 0 and part["loss"] > 0 for part in trained)
-    assert parts["correctness"]["ok"]
+    assert of_parts["correctness"]["ok"]
     assert "within bounds" in done.stdout and found["versions"]["torch"]
 
 
@@ -54,11 +57,12 @@ def test_a_part_that_ends_its_process_or_hangs_loses_no_other(monkeypatch: pytes
     monkeypatch.setattr(gpu, "work", _dies)
     record = gpu.Record(tmp_path / "found.json")
     gpu.supervise(gpu.Wanted("cpu", None, None), record, time.monotonic() + 120)
-    parts = json.loads((tmp_path / "found.json").read_text())["parts"]
-    assert parts["good"] == {"found": "good", "before": []}
-    assert parts["ends"] == {"error": "its process ended with 9"}
-    assert parts["hangs"] == {"error": "took longer than 1 s"}
-    assert parts["last"] == {"found": "last", "before": ["ends", "good", "hangs"]}
+    assert json.loads((tmp_path / "found.json").read_text())["parts"] == {
+        "good": {"found": "good", "before": []},
+        "ends": {"error": "its process ended with 9"},
+        "hangs": {"error": "took longer than 1 s"},
+        "last": {"found": "last", "before": ["ends", "good", "hangs"]},
+    }
 
 
 def test_without_time_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -66,6 +70,24 @@ def test_without_time_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, tmp_path
     record = gpu.Record(tmp_path / "found.json", {"device": "d", "date": "2026-01-01"}, {}, ["a", "b"])
     gpu.supervise(gpu.Wanted("cpu", None, None), record, time.monotonic() + 5)
     assert record.parts == dict.fromkeys("ab", {"error": "no time left"})
+
+
+def test_what_does_not_fit_is_freed_before_the_next_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights: list[weakref.ref[Any]] = []
+
+    def measure(rig: Any, batches: Any, n_warmup: int) -> dict[str, Any]:
+        assert not any(weight() is not None for weight in weights), "the first model is still there"
+        weights.append(weakref.ref(rig.llava.model.lm_head.weight))
+        rig.step(batches[0])
+        if len(weights) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return {"tokens_per_s": 1.0}
+
+    monkeypatch.setattr(parts, "measure", measure)
+    case = parts.Case("tiny", "lora", 4, (("none", 700), ("full", 600)), warmup_samples=2)
+    found = parts.train(parts.Bench(start_distributed()), case)
+    assert found["activation_checkpointing"] == "full"
+    assert found["did_not_fit"] == ["none 700: CUDA out of memory."]
 
 
 def test_covered_counts_what_overlaps_once() -> None:
