@@ -3,6 +3,7 @@
 # the arguments. Weights and data are random, nothing is downloaded.
 #     bash benchmarks/gpu.sh                        # where llava_train is installed
 #     WHEELS=.whl bash benchmarks/gpu.sh            # where torch, transformers and peft are, and wheels of what else is needed
+#     WHEELS=.whl bash benchmarks/gpu.sh tests      # the tests that need CUDA in its place, where pytest and hypothesis are too
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -20,4 +21,9 @@ if [ -z "${LLAVA_COMMIT:-}" ]; then
     LLAVA_COMMIT=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
     export LLAVA_COMMIT
 fi
-"$python" benchmarks/gpu.py "$@"
+if [ "${1:-}" = tests ]; then
+    mapfile -t files < <(grep -rlE 'mark\.cuda' tests/model tests/train --include='test_*.py')
+    "$python" -m pytest -o addopts= -q -rs -m cuda "${files[@]}" "${@:2}"
+else
+    "$python" benchmarks/gpu.py "$@"
+fi

@@ -29,6 +29,7 @@ TRAINABLE: dict[str, dict[str, Any]] = {
     "all": {part: {"lr": 1e-3} for part in ("projector", "language_model", "vision_tower")},
 }
 CASES = [(0, "fp32", "lora"), (0, "fp32", "all"), (2, "bf16", "stage 1"), (2, "bf16", "lora")]
+ON_CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,9 @@ def world() -> World:
     return start_distributed()
 
 
-@pytest.mark.parametrize(("zero", "precision", "trains"), CASES)
+@pytest.mark.parametrize(
+    ("zero", "precision", "trains"), CASES + [pytest.param(*case, marks=ON_CUDA) for case in CASES[2:]]
+)
 def test_a_step_waits_for_its_norm_alone(zero: int, precision: str, trains: str, world: World, tmp_path: Path) -> None:
     data = write_data(tmp_path, 12)
     engine_keys = {"zero": zero, "precision": precision, "activation_checkpointing": "none"}
