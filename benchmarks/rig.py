@@ -59,7 +59,9 @@ def start_rig(config: StageConfig, world: World, llava: Llava | None = None) -> 
     """Starts DeepSpeed on a model, by default a random one of a `shapes.stage_config`."""
     llava = llava or random_llava(config, world.device)
     set_trainable(llava.model, config.trainable, config.seed)
-    _prepare_modes(llava, config)
+    recompute = config.engine.activation_checkpointing
+    assert recompute != "auto", "a benchmark says what it measures"
+    _prepare_modes(llava, config, recompute)
     use_kernels(llava.model, config.engine.kernels, world.device, config.engine.zero)
     yardstick = _yardstick(config, world, llava)
     groups = parameter_groups(llava.model, config.trainable, config.schedule.weight_decay)

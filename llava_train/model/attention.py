@@ -122,7 +122,7 @@ def varlen_kernel() -> VarlenKernel:
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
-        return _torch_varlen()
+        return attend_with_torch()
 
     def attend(query, key, value, borders, longest, scaling, window):  # type: ignore[no-untyped-def]
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
@@ -132,7 +132,8 @@ def varlen_kernel() -> VarlenKernel:
     return attend
 
 
-def _torch_varlen() -> VarlenKernel:
+def attend_with_torch() -> VarlenKernel:
+    """PyTorch's own variable-length kernel. It has shapes, and no values, elsewhere than on CUDA."""
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
