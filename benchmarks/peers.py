@@ -20,11 +20,13 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ from peers_report import report, summarize  # noqa: E402
 from workload import SHAPES, make_workload  # noqa: E402
 
 _POLL_S = 0.5
+_FORMATS = {"none": "stage.yaml", "trl": "model", "llamafactory": "model", "llava": "original"}
+"""What of the workload each peer reads."""
 
 
 def main() -> None:
@@ -62,10 +66,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small")
     parser.add_argument("--stage", choices=("1", "2", "lora"), help="what trains; default: the shape's")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps that are timed (default %(default)s)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: the shape's")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps that are timed (default %(default)s)")
     parser.add_argument("--warmup", type=int, default=1, help="optimizer steps before them (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each peer (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch; default: one a core")
+    parser.add_argument("--limit", type=int, default=900, help="seconds that one run may take (default %(default)s)")
     parser.add_argument("--parts", type=Path, default=Path("parts"), help="of data/build_small_parts.py")
     parser.add_argument("--scratch", type=Path, help="where a temporary folder is made; default: the system's")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/peers-SHAPE-DEVICE-DAY.json")
@@ -83,14 +90,15 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     peers = arguments.peer.split(",")
     pythons = {peer: python_of(peer.partition(":")[0], arguments.device == "cuda") for peer in peers}
     n_steps = arguments.warmup + arguments.steps
-    workload = make_workload(
-        scratch / "workload", arguments.shape, arguments.stage, n_steps, arguments.parts, arguments.seed, peers != ["none"]
-    )
+    formats = {_FORMATS[peer.partition(":")[0]] for peer in peers}
+    shape = SHAPES[arguments.shape]
+    shape = replace(shape, stage=arguments.stage or shape.stage, precision=arguments.precision or shape.precision)
+    workload = make_workload(scratch / "workload", shape, n_steps, arguments.parts, arguments.seed, formats)
     runs: dict[str, list[dict[str, Any]]] = {peer: [] for peer in peers}
     for repeat in range(arguments.repeats):
         shift = repeat % len(peers)
         for peer in peers[shift:] + peers[:shift]:
-            found = run_peer(peer, pythons[peer], scratch, arguments.device)
+            found = run_peer(peer, pythons[peer], scratch, arguments)
             runs[peer].append(found)
             timed = sum(step["s"] for step in found.get("steps", [])[arguments.warmup :])
             print(f"{peer}: {found.get('error') or f'{timed:.1f} s in timed steps'}", file=sys.stderr, flush=True)
@@ -103,17 +111,19 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "workload": workload,
         "lengths": [sample["n_tokens"] for sample in samples],
         "n_supervised": [sample["n_supervised"] for sample in samples],
+        "shape": arguments.shape,
+        "threads": arguments.threads,
         "n_warmup": arguments.warmup,
         "peers": summarize(runs, samples, workload["batch_size"], arguments.warmup),
         "runs": runs,
     }
 
 
-def run_peer(peer: str, python: Path, scratch: Path, device: str) -> dict[str, Any]:
+def run_peer(peer: str, python: Path, scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """One run of one peer: what its script wrote, its memory and wall time; `error` where it failed."""
     name, _, variant = peer.partition(":")
     own = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=scratch))
-    job = {"workload": str(scratch / "workload"), "device": device, "variant": variant}
+    job = {"workload": str(scratch / "workload"), "device": arguments.device, "variant": variant}
     job |= {"scratch": str(own / "scratch"), "result": str(own / "result.json")}
     (own / "job.json").write_text(json.dumps(job), encoding="utf-8")
     started = time.perf_counter()
@@ -123,9 +133,10 @@ def run_peer(peer: str, python: Path, scratch: Path, device: str) -> dict[str, A
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=own,
-            env=_environment(name, device),
+            env=_environment(name, arguments),
+            start_new_session=True,
         )
-        peak_bytes = _watch_memory(process)
+        peak_bytes = _watch_memory(process, started + arguments.limit)
     wall_s = time.perf_counter() - started
     if process.returncode or not (own / "result.json").is_file():
         tail = (own / "log").read_text(errors="replace")[-3000:]
@@ -135,23 +146,25 @@ def run_peer(peer: str, python: Path, scratch: Path, device: str) -> dict[str, A
     return {**found, "peak_pss_bytes": peak_bytes, "wall_s": wall_s}
 
 
-def _environment(peer: str, device: str) -> dict[str, str]:
+def _environment(peer: str, arguments: argparse.Namespace) -> dict[str, str]:
     """Every peer has all cores, no network, and no module of ours on its path but `none`."""
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OMP_NUM_THREADS", "VIRTUAL_ENV")}
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
-    kept |= offline | {"OMP_NUM_THREADS": str(os.cpu_count())}
-    if device == "cpu":
+    kept |= offline | {"OMP_NUM_THREADS": str(arguments.threads)}
+    if arguments.device == "cpu":
         kept["CUDA_VISIBLE_DEVICES"] = ""
     if peer == "none":
         kept["PYTHONPATH"] = str(HERE.parent)
     return kept
 
 
-def _watch_memory(process: subprocess.Popen[bytes]) -> int:
-    """Waits for a process; returns the largest memory (PSS) of it and its children together, in bytes."""
+def _watch_memory(process: subprocess.Popen[bytes], latest_end: float) -> int:
+    """Waits for a process, whose group is killed at `latest_end`; returns the largest memory of its family, in bytes."""
     peak, done = 0, threading.Event()
     threading.Thread(target=lambda: (process.wait(), done.set()), daemon=True).start()
     while not done.wait(_POLL_S):
+        if time.perf_counter() > latest_end:
+            os.killpg(process.pid, signal.SIGKILL)
         total = 0
         try:
             family = [psutil.Process(process.pid)]

@@ -84,7 +84,7 @@ def report(results: dict[str, Any]) -> str:
     workload, peers = results["workload"], results["peers"]
     lengths = results["lengths"]
     lines = [
-        f"{workload['shape']}, stage {workload['stage']}, {workload['precision']}, {results['device']}, "
+        f"{results['shape']}, stage {workload['stage']}, {workload['precision']}, {results['device']}, "
         f"{results['when'][:10]}, commit {results['commit']}",
         f"{len(lengths)} samples of {min(lengths)} to {max(lengths)} tokens (mean {sum(lengths) / len(lengths):.0f}), "
         f"steps of {workload['batch_size']}, the first {results['n_warmup']} not timed",

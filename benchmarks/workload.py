@@ -3,6 +3,7 @@
 `make_workload` writes a folder:
 
     model/          the starting point as transformers reads it: weights, processor
+    original/       the same as the original LLaVA reads it, where the encoder is a CLIP (`original_parts.py`)
     template.jinja  its chat template, with generation marks
     stage.yaml      what llava_train trains
     data.json       the samples for llava_train, in an order that its shuffling turns into that of `samples`
@@ -18,17 +19,18 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from mix665k import DrawnSample, draw_samples, draw_small_samples
+from original_parts import tokens_of, write_original
 from transformers import PreTrainedTokenizerBase
 
 from llava_train.config import StageConfig
-from llava_train.data.chat import IGNORED, ChatEncoder
+from llava_train.data.chat import IGNORED, ChatEncoder, EncodedSample
 from llava_train.data.order import step_samples
 from llava_train.data.pictures import PictureFolder, Pictures
 from llava_train.data.samples import parse_record
@@ -172,30 +174,31 @@ def trainable_of(stage: str) -> dict[str, Any]:
 
 
 def make_workload(
-    folder: Path, shape_name: str, stage: str | None, n_steps: int, parts: Path, seed: int, with_model: bool
+    folder: Path, shape: Shape, n_steps: int, parts: Path, seed: int, formats: Container[str]
 ) -> dict[str, Any]:
     """Writes a workload into an empty folder; returns what `workload.json` holds.
 
     Args:
         n_steps: optimizer steps, one epoch of samples in all.
         parts: what data/build_small_parts.py made, for the shapes that need it.
-        with_model: whether to write `model/` too, which llava_train itself does not need.
+        formats: which of `model` and `original` to write, which llava_train itself does not need.
     """
-    shape, stage = SHAPES[shape_name], stage or SHAPES[shape_name].stage
     (folder / "images").mkdir(parents=True)
     (folder / "template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    content = _stage_content(folder, shape, stage, n_steps, parts, seed)
+    content = _stage_content(folder, shape, n_steps, parts, seed)
     config = parse_stage(content, "the benchmark's stage")
     (folder / "stage.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     llava, _ = _starting_point(config)
     encoder = _encoder(config, llava)
-    samples = _write_samples(folder, shape, encoder, n_steps, seed)
+    samples, encoded = _write_samples(folder, shape, encoder, n_steps, seed)
     _write_for_llava_train(folder / "data.json", samples, shape.batch_size, seed)
-    if with_model:
+    if "model" in formats:
         export_model(llava.model, llava.processor, encoder.end_of_turn_id(), folder / "model")
+    if "original" in formats and llava.model.config.vision_config.model_type == "clip_vision_model":
+        write_original(llava, folder / "original")
+        _write_tokens(folder / "original" / "tokens.json", encoder, samples, encoded)
     workload = {
-        "shape": shape_name,
-        "stage": stage,
+        "stage": shape.stage,
         "trainable": content["trainable"],
         "precision": shape.precision,
         "batch_size": shape.batch_size,
@@ -209,7 +212,7 @@ def make_workload(
     return workload
 
 
-def _stage_content(folder: Path, shape: Shape, stage: str, n_steps: int, parts: Path, seed: int) -> dict[str, Any]:
+def _stage_content(folder: Path, shape: Shape, n_steps: int, parts: Path, seed: int) -> dict[str, Any]:
     model = {
         key: part.replace("PARTS", str(parts.resolve())) if isinstance(part, str) else part
         for key, part in shape.model.items()
@@ -219,7 +222,7 @@ def _stage_content(folder: Path, shape: Shape, stage: str, n_steps: int, parts: 
         "seed": seed,
         "model": {**model, "chat_template": str(folder / "template.jinja")},
         "init_from": "random",
-        "trainable": trainable_of(stage),
+        "trainable": trainable_of(shape.stage),
         "data": [{"path": str(folder / "data.json")}],
         "image": shape.image,
         "batch": {"size": shape.batch_size, "max_tokens": shape.max_tokens, "max_sample_tokens": shape.max_tokens},
@@ -234,10 +237,10 @@ def _stage_content(folder: Path, shape: Shape, stage: str, n_steps: int, parts: 
 
 def _write_samples(
     folder: Path, shape: Shape, encoder: ChatEncoder, n_steps: int, seed: int
-) -> list[dict[str, Any]]:
-    """Samples in the order of the steps, as LLaVA's records, with their numbers of tokens."""
+) -> tuple[list[dict[str, Any]], list[EncodedSample]]:
+    """Samples in the order of the steps, as LLaVA's records with their numbers of tokens, and as tokens."""
     rng, pictures = random.Random(seed), Pictures(PictureFolder(folder))
-    samples = []
+    samples, tokens = [], []
     for number, drawn in enumerate(shape.draw(n_steps * shape.batch_size, seed)):
         record = _record(number, drawn, encoder.tokenizer, rng)
         if drawn.has_image:
@@ -245,7 +248,17 @@ def _write_samples(
         encoded = encoder.encode(parse_record(record, pictures, ""))
         n_supervised = int((encoded.labels != IGNORED).sum())
         samples.append({**record, "n_tokens": encoded.n_tokens, "n_supervised": n_supervised})
-    return samples
+        tokens.append(encoded)
+    return samples, tokens
+
+
+def _write_tokens(path: Path, encoder: ChatEncoder, samples: list[dict[str, Any]], encoded: list[EncodedSample]) -> None:
+    image_token_id, n_image_tokens = encoder.image_token_id, encoder.n_image_tokens
+    by_id = {
+        sample["id"]: tokens_of(tokens, image_token_id, n_image_tokens)
+        for sample, tokens in zip(samples, encoded, strict=True)
+    }
+    path.write_text(json.dumps({"image_token_id": image_token_id, "samples": by_id}), encoding="utf-8")
 
 
 def _record(number: int, drawn: DrawnSample, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Job:
             "steps": steps,
             "peak_cuda_bytes": peak,
         }
-        self.result.write_text(json.dumps(found), encoding="utf-8")
+        self.result.write_text(json.dumps(found, default=str), encoding="utf-8")
 
 
 def read_job() -> Job:
@@ -95,17 +95,22 @@ class Observer:
 
     def saw(self, inputs: dict[str, Any]) -> None:
         """Counts a micro-batch; the counts stay on the device."""
+        import torch
+
         mask, ids, labels = inputs.get("attention_mask"), inputs["input_ids"], inputs["labels"]
-        images = (ids == -200).sum() * (self.tokens_of_image - 1)  # the original LLaVA's mark of an image
         if mask is None:
-            real = ids.new_tensor(ids.numel())
+            real = torch.ones_like(ids)
         elif mask.dim() == 4:  # additive: 0 where a token sees itself
-            real = (mask[:, 0].diagonal(dim1=-2, dim2=-1) == 0).sum()
+            real = mask[:, 0].diagonal(dim1=-2, dim2=-1) == 0
         else:
-            real = (mask != 0).sum()
-        supervised = (labels[:, 1:] != -100).sum()
-        computed = ids.numel() + images
-        self._seen.append({"n_tokens": real + images, "n_supervised": supervised, "n_computed": computed})
+            real = mask != 0
+        lengths = real.sum(dim=1)
+        n_computed = ids.numel()
+        if self.tokens_of_image > 1:  # of the original LLaVA's mark of an image, -200, the model makes so many
+            lengths = lengths + (ids == -200).sum(dim=1) * (self.tokens_of_image - 1)
+            n_computed = lengths.max() * len(ids)
+        n_supervised = (labels[:, 1:] != -100).sum()
+        self._seen.append({"n_tokens": lengths.sum(), "n_supervised": n_supervised, "n_computed": n_computed})
 
     def step_ended(self) -> None:
         if self.device == "cuda":
