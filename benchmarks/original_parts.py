@@ -47,7 +47,8 @@ def write_original(llava: Llava, folder: Path) -> None:
 
 def _write_part(folder: Path, part: PreTrainedModel, state: dict[str, Any], architectures: list[str]) -> None:
     folder.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads(part.config.to_json_string(use_diff=False))
     config |= {"architectures": architectures, "torch_dtype": str(part.dtype).removeprefix("torch.")}
     if rope := config.pop("rope_parameters", None):

@@ -3,14 +3,15 @@
     python benchmarks/peers.py --peer trl,llamafactory,none --device cpu --shape small
     python benchmarks/peers.py --peer trl,llava,llamafactory,none --device cuda --shape 7b-lora
 
-`none` is llava_train alone. A peer may be followed by a variant, `trl:4` or `llamafactory:exact`; what variants there are
-stands in peers/run_NAME.py. The weights, the samples and the optimizer steps are the same for all (`workload.py`); each
-peer runs in an environment of its own (`peers/environments.py`). They run one after another, in another order each
+`none` is llava_train alone. A peer may be followed by a variant, `trl:4` or `llamafactory:exact`; what variants there
+are stands in peers/run_NAME.py. The weights, the samples and the optimizer steps are the same for all (`workload.py`);
+each peer runs in an environment of its own (`peers/environments.py`). They run one after another, in another order each
 repeat, and a repeat's ratio is that of two runs minutes apart: nothing else should run beside.
 
-samples/s is that of the steps after the warm-up, from the end of one step to the end of the next: data, forward, backward
-and optimizer. Memory is the largest sum over the peer's processes (PSS, shared pages once) on a CPU, the most that
-torch allocated on a GPU.
+samples/s are those of the steps after the warm-up, from the end of one step to the end of the next: data, forward,
+backward and optimizer. Where a peer's steps have other samples than planned, they are its tokens/s by the mean length
+of a sample. Memory is the largest sum over the peer's processes (PSS, shared pages once) on a CPU, the most that torch
+allocated on a GPU.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ sys.path.insert(0, str(HERE / "peers"))
 
 from environments import ENVIRONMENTS, python_of  # noqa: E402
 from peers_report import report, summarize  # noqa: E402
-from workload import SHAPES, make_workload  # noqa: E402
+from shapes import SHAPES  # noqa: E402
 
 _POLL_S = 0.5
 _FORMATS = {"none": "stage.yaml", "trl": "model", "llamafactory": "model", "llava": "original"}
@@ -62,7 +63,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer", default="trl,llamafactory,none", help="NAME[:VARIANT], by commas (default %(default)s)")
+    parser.add_argument("--peer", default="trl,llamafactory,none", help="NAME[:VARIANT],... (default %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small")
     parser.add_argument("--stage", choices=("1", "2", "lora"), help="what trains; default: the shape's")
@@ -91,6 +92,8 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     pythons = {peer: python_of(peer.partition(":")[0], arguments.device == "cuda") for peer in peers}
     n_steps = arguments.warmup + arguments.steps
     formats = {_FORMATS[peer.partition(":")[0]] for peer in peers}
+    from workload import make_workload  # not before the arguments are known to be right: it takes seconds
+
     shape = SHAPES[arguments.shape]
     shape = replace(shape, stage=arguments.stage or shape.stage, precision=arguments.precision or shape.precision)
     workload = make_workload(scratch / "workload", shape, n_steps, arguments.parts, arguments.seed, formats)
@@ -148,7 +151,8 @@ def run_peer(peer: str, python: Path, scratch: Path, arguments: argparse.Namespa
 
 def _environment(peer: str, arguments: argparse.Namespace) -> dict[str, str]:
     """Every peer has all cores, no network, and no module of ours on its path but `none`."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "OMP_NUM_THREADS", "VIRTUAL_ENV")}
+    ours = ("PYTHONPATH", "OMP_NUM_THREADS", "VIRTUAL_ENV")
+    kept = {key: value for key, value in os.environ.items() if key not in ours}
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
     kept |= offline | {"OMP_NUM_THREADS": str(arguments.threads)}
     if arguments.device == "cpu":
@@ -159,7 +163,7 @@ def _environment(peer: str, arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _watch_memory(process: subprocess.Popen[bytes], latest_end: float) -> int:
-    """Waits for a process, whose group is killed at `latest_end`; returns the largest memory of its family, in bytes."""
+    """Waits for a process; returns the largest memory of its family, in bytes. Kills its group at `latest_end`."""
     peak, done = 0, threading.Event()
     threading.Thread(target=lambda: (process.wait(), done.set()), daemon=True).start()
     while not done.wait(_POLL_S):

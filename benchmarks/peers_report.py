@@ -15,8 +15,7 @@ def summarize(
 ) -> dict[str, dict[str, Any]]:
     """By peer: rates (median over repeats, with the lowest and highest), memory, losses, and the ratio to llava_train.
 
-    The ratio is the median over the repeats of llava_train's samples/s divided by the peer's: above 1 it is the peer that
-    is slower.
+    The ratio is the median over the repeats of llava_train's rate divided by the peer's: above 1 the peer is slower.
     """
     planned = planned_steps(samples, batch_size)
     reference = next((name for name in runs if name.partition(":")[0] == _REFERENCE), None)
@@ -47,10 +46,8 @@ def summarize(
 
 def planned_steps(samples: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, int]]:
     """Tokens and supervised tokens of each optimizer step."""
-    return [
-        {key: sum(sample[key] for sample in samples[start : start + batch_size]) for key in ("n_tokens", "n_supervised")}
-        for start in range(0, len(samples), batch_size)
-    ]
+    steps = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    return [{key: sum(sample[key] for sample in step) for key in ("n_tokens", "n_supervised")} for step in steps]
 
 
 def tokens_per_s(steps: Sequence[dict[str, Any]]) -> float:
@@ -68,7 +65,8 @@ def _add_ratios(found: dict[str, dict[str, Any]], runs: dict[str, list[Run]], re
     for name, summary in found.items():
         if "error" in summary:
             continue
-        pairs = [(a, b) for a, b in zip(runs[reference], runs[name], strict=True) if not {"error"} & (a.keys() | b.keys())]
+        repeats = zip(runs[reference], runs[name], strict=True)
+        pairs = [(ours, theirs) for ours, theirs in repeats if "error" not in ours and "error" not in theirs]
         ratios = [tokens_per_s(a["steps"][n_warmup:]) / tokens_per_s(b["steps"][n_warmup:]) for a, b in pairs]
         if ratios:
             summary["ratio"] = statistics.median(ratios)
@@ -89,26 +87,31 @@ def report(results: dict[str, Any]) -> str:
         f"{len(lengths)} samples of {min(lengths)} to {max(lengths)} tokens (mean {sum(lengths) / len(lengths):.0f}), "
         f"steps of {workload['batch_size']}, the first {results['n_warmup']} not timed",
         "",
-        "| trainer | samples/s (lowest to highest) | tokens/s | padding | peak memory | llava_train is faster by | same steps |",
+        "| trainer | samples/s (lowest to highest) | tokens/s | padding | peak memory | llava_train is | same steps |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, found in peers.items():
-        if "error" in found:
-            lines.append(f"| {name} | failed: {found['error']} | | | | | |")
-            continue
-        low, high = found["samples_per_s_range"]
-        ratio = "" if "ratio" not in found else "{:.2f}x ({:.2f} to {:.2f})".format(found["ratio"], *found["ratio_range"])
-        lines.append(
-            f"| {_title(name, found)} | {found['samples_per_s']:.3g} ({low:.3g} to {high:.3g}) | {found['tokens_per_s']:.4g} "
-            f"| {found['padding_share']:.0%} | {found['peak_bytes'] / 2**30:.2f} GiB "
-            f"| {ratio} | {'yes' if found['same_steps'] else 'no'} |"
-        )
+    lines += [_line(name, found) for name, found in peers.items()]
     good = {name: found for name, found in peers.items() if "error" not in found}
     lines += ["", f"| loss at step | {' | '.join(good)} |", "|---" * (len(good) + 1) + "|"]
     for step in range(workload["n_steps"]):
         losses = [found["losses"][step] if step < len(found["losses"]) else None for found in good.values()]
         lines.append(f"| {step + 1} | " + " | ".join("" if loss is None else f"{loss:.4f}" for loss in losses) + " |")
     return "\n".join(lines)
+
+
+def _line(name: str, found: dict[str, Any]) -> str:
+    if "error" in found:
+        return f"| {name} | failed: {found['error']} | | | | | |"
+    cells = [
+        _title(name, found),
+        "{:.3g} ({:.3g} to {:.3g})".format(found["samples_per_s"], *found["samples_per_s_range"]),
+        f"{found['tokens_per_s']:,.0f}",
+        f"{found['padding_share']:.0%}",
+        f"{found['peak_bytes'] / 2**30:.2f} GiB",
+        "{:.2f}x as fast ({:.2f} to {:.2f})".format(found["ratio"], *found["ratio_range"]) if "ratio" in found else "",
+        "yes" if found["same_steps"] else "no",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def _title(name: str, found: dict[str, Any]) -> str:

@@ -19,14 +19,14 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from mix665k import DrawnSample, draw_samples, draw_small_samples
+from mix665k import DrawnSample
 from original_parts import tokens_of, write_original
+from shapes import Shape, trainable_of
 from transformers import PreTrainedTokenizerBase
 
 from llava_train.config import StageConfig
@@ -62,115 +62,11 @@ TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
-_WORDS = (
-    "the man and woman look at a large red house with green door while their dog runs over grass near old stone wall "
-    "under blue sky where white clouds move slowly from left to right above small boat on water as people walk by"
-).split()
+_WORDS = """
+the man and woman look at a large red house with green door while their dog runs over grass near old stone wall under
+blue sky where white clouds move slowly from left to right above small boat on water as people walk by
+""".split()  # noqa: SIM905 (a list would be a page)
 _PHOTO = (640, 480)
-_RATES = {"1": {"projector": 1e-3}, "2": {"projector": 2e-5, "language_model": 2e-5}}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model, and samples for it."""
-
-    model: dict[str, Any]
-    """The model section of a stage file, less the template; `PARTS/` stands for the folder of the small parts."""
-    draw: Callable[[int, int], list[DrawnSample]]
-    """`draw(n, seed)`: lengths and turns of n samples."""
-    batch_size: int
-    precision: str = "bf16"
-    image: dict[str, Any] = field(default_factory=lambda: {"aspect": "pad"})
-    max_tokens: int = 4096
-    """Of one of llava_train's packs."""
-    stage: str = "2"
-    """What trains if nothing else is asked for: see `trainable_of`."""
-    engine: dict[str, Any] = field(default_factory=lambda: {"zero": 0, "activation_checkpointing": "none"})
-    cuda_only: bool = False
-
-
-def _captions(n: int, seed: int) -> list[DrawnSample]:
-    """As LLaVA's 558K: one short question and a caption of 10 to 45 tokens, always with a picture."""
-    rng = random.Random(seed)
-    lengths = [(8, rng.randint(10, 45)) for _ in range(n)]
-    return [DrawnSample("captions", True, (turn,), sum(turn) + 576, turn[1]) for turn in lengths]
-
-
-def _random(config: dict[str, Any]) -> dict[str, Any]:
-    return {"config": config}
-
-
-_TINY_LM = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-_TINY_TOWER = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 56,
-    "patch_size": 14,
-}
-_DINOV2_SMALL_AS_CLIP = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 384,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 6,
-    "image_size": 112,
-    "patch_size": 14,
-}
-_VICUNA_7B = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096}  # else LLaMA-7B, the default
-_CLIP_L_336 = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
-_7B = {"language_model": _random(_VICUNA_7B), "vision_tower": _random(_CLIP_L_336)}
-_ON_GPU: dict[str, Any] = {"zero": 0, "activation_checkpointing": "auto"}
-SHAPES = {
-    "tiny": Shape(
-        {"language_model": _random(_TINY_LM), "vision_tower": _random(_TINY_TOWER)},
-        lambda n, seed: draw_samples(n, seed, n_image_tokens=16, max_tokens=200, min_tokens=60, one_turn=0.41),
-        batch_size=4,
-        precision="fp32",
-    ),
-    "small": Shape(
-        {"language_model": "PARTS/smollm2-135m-instruct", "vision_tower": "PARTS/dinov2-small"},
-        draw_small_samples,
-        batch_size=8,
-        image={"aspect": "pad", "size": 112},
-    ),
-    # For the original LLaVA, which knows CLIP only: as `small`, the encoder's weights random, its shape DINOv2-small's.
-    "small-clip": Shape(
-        {"language_model": "PARTS/smollm2-135m-instruct", "vision_tower": _random(_DINOV2_SMALL_AS_CLIP)},
-        draw_small_samples,
-        batch_size=8,
-    ),
-    "7b-lora": Shape(_7B, draw_samples, 32, max_tokens=8192, stage="lora", engine=_ON_GPU, cuda_only=True),
-    "7b-stage1": Shape(_7B, _captions, 64, max_tokens=16384, stage="1", engine=_ON_GPU, cuda_only=True),
-}
-
-
-def trainable_of(stage: str) -> dict[str, Any]:
-    """`trainable` of a stage file: `1` the projector, `2` also the language model in full, `lora` through adapters.
-
-    Adapters have no dropout here, whose random numbers would tell the trainers' losses apart.
-    """
-    if stage == "lora":
-        lora = {"rank": 128, "alpha": 256, "dropout": 0.0}
-        return {"projector": {"lr": 2e-5}, "language_model": {"lr": 2e-5, "lora": lora}}
-    return {part: {"lr": lr} for part, lr in _RATES[stage].items()}
 
 
 def make_workload(
@@ -252,7 +148,9 @@ def _write_samples(
     return samples, tokens
 
 
-def _write_tokens(path: Path, encoder: ChatEncoder, samples: list[dict[str, Any]], encoded: list[EncodedSample]) -> None:
+def _write_tokens(
+    path: Path, encoder: ChatEncoder, samples: list[dict[str, Any]], encoded: list[EncodedSample]
+) -> None:
     image_token_id, n_image_tokens = encoder.image_token_id, encoder.n_image_tokens
     by_id = {
         sample["id"]: tokens_of(tokens, image_token_id, n_image_tokens)
@@ -291,7 +189,8 @@ def _draw_picture(rng: random.Random) -> Any:
 def _write_for_llava_train(path: Path, samples: Sequence[dict[str, Any]], batch_size: int, seed: int) -> None:
     """The records so placed that the k-th sample that llava_train trains on is `samples[k]`."""
     placed: list[dict[str, Any]] = [{}] * len(samples)
-    order = [i for step in range(len(samples) // batch_size) for i in step_samples(step, seed, len(samples), batch_size)]
+    steps = range(len(samples) // batch_size)
+    order = [i for step in steps for i in step_samples(step, seed, len(samples), batch_size)]
     for sample, index in zip(samples, order, strict=True):
         placed[index] = {key: sample[key] for key in ("id", "image", "conversations") if key in sample}
     path.write_text(json.dumps(placed), encoding="utf-8")

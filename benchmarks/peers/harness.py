@@ -2,9 +2,9 @@
 
     python run_NAME.py JOB.json
 
-where JOB.json holds {"workload": folder, "device": "cpu" | "cuda", "variant": text, "scratch": folder, "result": file}.
-It writes {"versions", "settings", "steps": [{"s", "loss", ...}], "peak_cuda_bytes"} to `result`. Nothing here needs more
-than Python 3.10 and, for `observe`, torch and transformers.
+where JOB.json holds {"workload": folder, "device": "cpu" | "cuda", "variant": text, "scratch": folder, "result": file}
+and `result` becomes {"versions", "settings", "steps": [{"s", "loss", ...}], "peak_cuda_bytes"}. Nothing here needs more
+than Python 3.10 and, to observe, torch and transformers of any age.
 """
 
 from __future__ import annotations
@@ -58,12 +58,7 @@ class Job:
             import torch
 
             peak = torch.cuda.max_memory_allocated()
-        found = {
-            "versions": versions(packages),
-            "settings": settings,
-            "steps": steps,
-            "peak_cuda_bytes": peak,
-        }
+        found = {"versions": versions(packages), "settings": settings, "steps": steps, "peak_cuda_bytes": peak}
         self.result.write_text(json.dumps(found, default=str), encoding="utf-8")
 
 
@@ -125,7 +120,7 @@ class Observer:
 
     def with_losses(self) -> list[dict[str, Any]]:
         assert len(self.losses) == len(self.steps), f"{len(self.losses)} losses of {len(self.steps)} steps"
-        return [{**step, "loss": loss} for step, loss in zip(self.steps, self.losses)]  # noqa: B905 (Python 3.9)
+        return [{**step, "loss": loss} for step, loss in zip(self.steps, self.losses, strict=True)]
 
 
 def observe(device: str, tokens_of_image: int = 1) -> tuple[Observer, Any]:

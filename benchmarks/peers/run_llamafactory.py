@@ -5,8 +5,8 @@ Variants:
                        its batch on average, so the samples are the same and their steps are not
     exact              each step's samples are one pack, as long as the longest step: the same steps, more padding
     4                  no packing, micro-batches of so many samples of like lengths: the same steps
-Where a step has several micro-batches, LLaMA-Factory averages the means of their losses (`model_accepts_loss_kwargs` is off
-for vision-language models), so that tokens of short micro-batches weigh more.
+Where a step has several micro-batches, LLaMA-Factory averages the means of their losses (`model_accepts_loss_kwargs` is
+off for vision-language models), so that tokens of micro-batches with few of them weigh more.
 
 Packs must be a multiple of 8 long (the collator pads tokens to one, and position ids not: transformers then stops).
 `pure_bf16` is refused without a GPU: there the weights are float32 under bfloat16 autocast.
@@ -42,9 +42,7 @@ def main() -> None:
     settings = {**arguments(job), **batches(job)}
     observer, ends = observe(job.device)
     run_exp(settings, callbacks=[ends])
-    job.write(
-        observer.with_losses(), settings, ["llamafactory", "torch", "transformers", "accelerate", "peft", "trl", "datasets"]
-    )
+    job.write(observer.with_losses(), settings, ["llamafactory", "torch", "transformers", "accelerate", "peft"])
 
 
 def write_data(job: Job) -> None:
@@ -74,8 +72,9 @@ def batches(job: Job) -> dict[str, Any]:
     longest = max(sample["n_tokens"] for sample in job.samples)
     if job.variant.isdecimal():
         micro_batch = int(job.variant)
-        steps = job.content["batch_size"] // micro_batch
-        return {"cutoff_len": longest + 1, "per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": steps}
+        n_micro_batches = job.content["batch_size"] // micro_batch
+        batch = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": n_micro_batches}
+        return {**batch, "cutoff_len": pack_length(longest)}
     packed = {"packing": True, "neat_packing": True, "per_device_train_batch_size": 1}
     if job.variant == "exact":
         cutoff = pack_length(max(sum(sample["n_tokens"] for sample in step) for step in job.steps()))
@@ -98,7 +97,7 @@ def batches(job: Job) -> dict[str, Any]:
 
 
 def pack_length(n_tokens: int) -> int:
-    """The shortest `cutoff_len` that holds so many tokens: LLaMA-Factory takes one off, and fills up to a multiple of 8."""
+    """The shortest `cutoff_len` for so many tokens: LLaMA-Factory takes one off and fills up to a multiple of 8."""
     return -(-(n_tokens + 1) // 8) * 8
 
 

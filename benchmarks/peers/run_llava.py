@@ -1,7 +1,7 @@
 """The original LLaVA (llava-torch, with its pins of 2023): its `train()`, model, trainer and collator.
 
-Only its tokenization is replaced, by the workload's token ids, since it knows neither ChatML nor SmolLM2's tokenizer, and
-the model is not written at the end. Variants:
+Only its tokenization is replaced, by the workload's token ids, since it knows neither ChatML nor SmolLM2's tokenizer,
+and the model is not written at the end. Variants:
 
     (none)   `--group_by_modality_length`, its recipe: the same samples, other steps
     exact    the samples in the workload's order: the same steps
@@ -33,6 +33,7 @@ def main() -> None:
     observer, ends = observe(job.device, job.content["n_image_tokens"])
     original.LLaVATrainer = functools.partial(original.LLaVATrainer, callbacks=[ends])
     original.safe_save_model_for_hf_trainer = lambda *_, **__: None
+    original.get_peft_state_maybe_zero_3 = original.get_peft_state_non_lora_maybe_zero_3 = lambda *_, **__: {}
     if job.content["precision"] == "fp32":
         CLIPVisionTower.to = stay_in_float32
     sys.argv = ["train.py", *(f"--{key}={value}" for key, value in settings.items())]
@@ -63,7 +64,7 @@ def arguments(job: Job, micro_batch: int, in_groups: bool) -> dict[str, Any]:
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": "pad",
         "tune_mm_mlp_adapter": "language_model" not in trainable,
-        **({"lora_enable": True, "lora_r": lora["rank"], "lora_alpha": lora["alpha"], "lora_dropout": 0.0} if lora else {}),
+        **(lora_arguments(lora) if lora else {}),
         "data_path": job.scratch / "data.json",
         "image_folder": job.workload,
         "lazy_preprocess": True,
@@ -71,8 +72,12 @@ def arguments(job: Job, micro_batch: int, in_groups: bool) -> dict[str, Any]:
         "group_by_modality_length": in_groups,
         "gradient_checkpointing": False,
         "bf16": bf16,
-        "tf32": False if job.device == "cpu" else True,
+        "tf32": job.device != "cpu",
     }
+
+
+def lora_arguments(lora: dict[str, Any]) -> dict[str, Any]:
+    return {"lora_enable": True, "lora_r": lora["rank"], "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"]}
 
 
 def give_data(job: Job, in_order: bool) -> None:

@@ -1,10 +1,11 @@
 """TRL's SFTTrainer with the best settings that it has for a vision-language model.
 
-TRL 1.16 refuses packing and padding-free batches for data with pictures, and its fused head, which never holds all logits,
-is always on. Left to choose: the micro-batch, how weights are kept, activation checkpointing (off: fastest where it
-fits), the layers' kernels (`use_kernels`, Triton: CUDA only). A variant is MICRO_BATCH, with `-amp` for float32 weights under
-autocast (what TRL does to a model given by name) instead of bfloat16 ones. Samples of a step are sorted by length so
-that micro-batches are padded little; the loss is over the supervised tokens of the whole step, as in llava_train.
+TRL 1.16 refuses packing and padding-free batches for data with pictures, and its fused head, which never holds all
+logits, is always on. Left to choose: the micro-batch, how weights are kept, activation checkpointing (off: fastest
+where it fits) and the layers' kernels (`use_kernels`, Triton: CUDA only). A variant is MICRO_BATCH, with `-amp` for
+float32 weights under autocast (what TRL does to a model given by name) instead of bfloat16 ones. Samples of a step are
+sorted by length, so that micro-batches are padded little; the loss is over the supervised tokens of the whole step, as
+in llava_train.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def dataset_of(job: Job) -> Dataset:
             {"role": roles[turn["from"]], "content": turn["value"].removeprefix("<image>\n")}
             for turn in sample["conversations"]
         ]
-        rows.append({"messages": messages, "images": [str(job.workload / sample["image"])] if "image" in sample else []})
+        images = [str(job.workload / sample["image"])] if "image" in sample else []
+        rows.append({"messages": messages, "images": images})
     dataset = Dataset.from_list(rows)
     return dataset.cast_column("images", List(Image()))
 
