@@ -7,7 +7,7 @@ them; haotian-liu/LLaVA issue 657 counts `llava_v1_5_mix665k.json` by image fold
 ocr_vqa 80,000, textvqa 21,953, text only 40,688, in all 665,298. The split of coco below adds up to its 364,100.
 
 **Derived from published figures**: questions a picture, for the paper merges those on one picture into one
-conversation. VQAv2 443,757 on 82,783 pictures, GQA 943,000 (balanced training split) on 72,140, OCR-VQA about 4.8 on one,
+conversation. VQAv2 443,757 on 82,783 pictures, GQA 943,000 (balanced training split) on 72,140, OCR-VQA about 4.8 each,
 LLaVA's conversations about 250,000 in 57,669 rows, Visual Genome ten regions a picture, RefCOCO at most ten. Tokens of
 LLaVA's own 158K: the sizes in the repository's docs/Data.md (126, 20.5 and 79.6 MB for 58K, 23K and 77K rows), less the
 JSON around the texts, at 4.5 bytes a token.

@@ -1,15 +1,17 @@
 """Attention over packs: each document of a pack attends to itself alone.
 
 Registered with transformers under the name `packed`. On CUDA in bf16 or fp16 one variable-length kernel runs
-over the whole pack (flash-attn where it is installed, else `torch.nn.attention.varlen`); elsewhere SDPA runs
-document by document. No T x T mask is ever built, and the borders come as arguments: reading them from
-`position_ids`, as transformers would, stalls the device in every layer.
+over the whole pack (flash-attn where it is installed, else `torch.nn.attention.varlen`); elsewhere attention runs
+document by document. No T x T mask is ever built, and the borders come as an argument: reading them from
+`position_ids`, as transformers would, stalls the device in every layer. `torch.compile` looks neither into this
+attention nor into `Documents`: with the lengths as plain arguments every pack would be compiled anew.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +20,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from llava_train.model import cpu_attention
 
 PACKED = "packed"
 """Name of this attention in transformers' attention interface."""
@@ -28,6 +32,17 @@ _NOT_COMPUTED = ("s_aux", "softcap", "position_bias")
 """Arguments by which models of transformers ask for sinks, capped scores and biases."""
 
 
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a pack begin and end."""
+
+    borders: torch.Tensor
+    """int32 [D + 1], on the device of the pack: the `cu_seqlens` of the kernels."""
+    lengths: Lengths
+    """Their D lengths, as Python ints: asking the device for them would stall it."""
+
+
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -38,8 +53,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    cu_seq_lens_q: torch.Tensor,
-    document_lengths: Lengths,
+    documents: Documents,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each document of a pack.
@@ -49,8 +63,7 @@ def packed_attention(
     Args:
         query: [1, heads, T, head size]; key and value: [1, key-value heads, T, head size].
         attention_mask: always None.
-        cu_seq_lens_q: int32 [D + 1] document borders on the device.
-        document_lengths: the D lengths as Python ints.
+        documents: their lengths add up to T.
 
     Returns:
         [1, T, heads, head size], and None for the weights.
@@ -63,10 +76,10 @@ def packed_attention(
     if asked or dropout:
         raise NotImplementedError(f"packed attention computes no {', '.join(asked) or 'dropout'}")
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        longest = max(document_lengths)
-        output = varlen_kernel()(query, key, value, cu_seq_lens_q, longest, scaling, sliding_window)
+        longest = max(documents.lengths)
+        output = varlen_kernel()(query, key, value, documents.borders, longest, scaling, sliding_window)
     else:
-        output = attend_by_document(query, key, value, document_lengths, scaling, sliding_window)
+        output = attend_by_document(query, key, value, documents.lengths, scaling, sliding_window)
     return output, None
 
 
@@ -78,24 +91,25 @@ def attend_by_document(
     scaling: float | None,
     window: int | None = None,
 ) -> torch.Tensor:
-    """SDPA on each document. Shapes as `packed_attention`.
+    """Attention of each document, one after the other. Shapes as `packed_attention`."""
+    documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    outputs = [_attend(q, k, v, scaling, window) for q, k, v in documents]
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
-    In float32: on a CPU the backward pass of short documents is three times as fast as in bfloat16.
-    """
-    dtype = query.dtype
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
+) -> torch.Tensor:
+    length, mask = query.shape[2], None
+    if window is not None and window < length:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    elif query.device.type == "cpu" and length <= cpu_attention.LONGEST:
+        return cpu_attention.attend(query, key, value, scaling)
+    dtype, grouped = query.dtype, query.shape[1] != key.shape[1]
+    # In float32: on a CPU the backward pass is up to three times as fast as in bfloat16.
     query, key, value = query.float(), key.float(), value.float()
-    outputs = []
-    for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
-        length, mask = q.shape[2], None
-        if window is not None and window < length:
-            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        grouped = q.shape[1] != k.shape[1]
-        outputs.append(
-            scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-            )
-        )
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None, "scale": scaling, "enable_gqa": grouped}
+    return scaled_dot_product_attention(query, key, value, **options).to(dtype)
 
 
 VarlenKernel = Callable[

@@ -7,6 +7,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 
 from llava_train.config import ModelSection
 from llava_train.errors import UserError
+from llava_train.model.attention import Documents
 
 
 class BuildError(UserError):
@@ -47,8 +48,7 @@ def check_packing(model: LlavaForConditionalGeneration) -> None:
                 position_ids=torch.zeros(1, 3, dtype=torch.int64),
                 attention_mask=None,
                 use_cache=False,
-                cu_seq_lens_q=torch.arange(4, dtype=torch.int32),
-                document_lengths=(1, 1, 1),
+                documents=Documents(torch.arange(4, dtype=torch.int32), (1, 1, 1)),
             ).last_hidden_state[0]
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
             problem = f"{type(error).__name__}: {error}"

@@ -6,8 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import LlavaForConditionalGeneration
+
+from llava_train.model.attention import Documents
+
+LOGITS_BYTES = 512 * 2**20
+"""Logits that are held at once, in float32: 4,000 rows over Vicuna's vocabulary. With few, a trained head's gradient,
+which is as large as the head, would be read and written too often."""
 
 
 class PackedLoss(nn.Module):
@@ -22,11 +27,15 @@ class PackedLoss(nn.Module):
         super().__init__()
         self.llava = llava
 
-    def forward(self, *, predictors: torch.Tensor, targets: torch.Tensor, **pack: Any) -> torch.Tensor:
-        """Cross entropy of each target: float32 [S]. Arguments as the fields of `data.loader.PackedBatch`."""
+    def forward(
+        self, *, predictors: torch.Tensor, targets: torch.Tensor, scale: float = 1.0, **pack: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed cross entropy times `scale`, float32 [], and that of each target, float32 [S], without gradient.
+
+        Other arguments as the fields of `data.loader.PackedBatch`.
+        """
         hidden = self.hidden_states(**pack)
-        logits = self.llava.lm_head(hidden[0, predictors])  # [S, vocabulary]
-        return cross_entropy(logits.float(), targets, reduction="none")
+        return summed_cross_entropy(hidden[0, predictors], self.llava.lm_head.weight, targets, scale)
 
     def hidden_states(
         self,
@@ -53,6 +62,63 @@ class PackedLoss(nn.Module):
             position_ids=position_ids,
             attention_mask=None,
             use_cache=False,
-            cu_seq_lens_q=cu_seqlens,
-            document_lengths=lengths,
+            documents=Documents(cu_seqlens, lengths),
         ).last_hidden_state
+
+
+def summed_cross_entropy(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy of targets, a few rows of logits at a time.
+
+    Args:
+        hidden: [S, hidden size]; head: [vocabulary, hidden size]; targets: int64 [S].
+        scale: of the sum. Given here, the gradient has it before it is rounded to the dtype of `hidden`.
+
+    Returns:
+        Their sum times `scale`, float32 [], and each one, float32 [S], which has no gradient.
+    """
+    if not torch.is_grad_enabled():
+        head = head.detach()  # or its gradient would be computed all the same
+    return _SummedCrossEntropy.apply(hidden, head, targets, scale)
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """The gradient of a sum is known as soon as the logits are, so it is computed with them and they are let go."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        needs_hidden, needs_head, *_ = ctx.needs_input_grad
+        of_hidden = torch.empty_like(hidden) if needs_hidden else None
+        of_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
+        losses = hidden.new_empty(len(targets), dtype=torch.float32)
+        n_rows = rows_at_once(len(head))
+        for start in range(0, len(targets), n_rows):
+            rows, wanted = hidden[start : start + n_rows], targets[start : start + n_rows, None]
+            logits = (rows @ head.T).float()
+            log_sums = logits.logsumexp(dim=1, keepdim=True)
+            losses[start : start + n_rows] = (log_sums - logits.gather(1, wanted))[:, 0]
+            if of_hidden is None and of_head is None:
+                continue
+            of_logits = logits.sub_(log_sums).exp_()
+            of_logits.scatter_add_(1, wanted, torch.full_like(log_sums, -1.0))
+            of_logits = of_logits.mul_(scale).to(hidden.dtype)
+            if of_hidden is not None:
+                torch.mm(of_logits, head, out=of_hidden[start : start + n_rows])
+            if of_head is not None:
+                of_head += of_logits.T @ rows
+        ctx.save_for_backward(of_hidden, None if of_head is None else of_head.to(head.dtype))
+        ctx.mark_non_differentiable(losses)
+        return losses.sum() * scale, losses
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        of_hidden, of_head = (tensor if tensor is None else tensor * gradients[0] for tensor in ctx.saved_tensors)
+        return of_hidden, of_head, None, None
+
+
+def rows_at_once(n_tokens: int) -> int:
+    """Rows of logits, each over a vocabulary of `n_tokens`, that are held at once."""
+    return max(1, LOGITS_BYTES // (4 * n_tokens))

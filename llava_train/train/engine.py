@@ -14,6 +14,7 @@ from torch import nn
 from llava_train.config import StageConfig
 from llava_train.contradictions import user_deepspeed
 from llava_train.train.checkpoint_files import DurableFiles
+from llava_train.train.stopwatch import Stopwatch
 from llava_train.train.world import World
 
 _BUCKET_ELEMENTS = 200_000_000
@@ -69,6 +70,14 @@ def start_engine(
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         _forget_first_step(engine.optimizer)
     return engine
+
+
+def time_reduction(engine: deepspeed.DeepSpeedEngine, watch: Stopwatch) -> None:
+    """Times what `engine.backward` ends with, the sum of the gradients over ranks, as part of `optimizer`.
+
+    Sums that DeepSpeed runs beside the backward pass (ZeRO 2 and 3) cost no time of their own.
+    """
+    engine.allreduce_gradients = watch.timing("optimizer", engine.allreduce_gradients)
 
 
 def gathered(engine: deepspeed.DeepSpeedEngine, world: World, module: nn.Module) -> dict[str, torch.Tensor]:

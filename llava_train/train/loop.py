@@ -27,6 +27,7 @@ from llava_train.train.engine import optimizer_step
 from llava_train.train.interrupt import Preempted
 from llava_train.train.schedule import lr_factor, step_seed
 from llava_train.train.session import Session
+from llava_train.train.stopwatch import Stopwatch
 from llava_train.train.tracking import BAD_STEPS_FILE, QUARANTINE_FILE, Tracker, quarantine_summary
 from llava_train.train.window import Window
 from llava_train.train.world import World
@@ -106,7 +107,7 @@ class Loop:
             self.tracker.quarantine(batch.bad_samples)
             set_learning_rate(self.engine, lr_factor(batch.step, self.n_steps, self.config.schedule))
             torch.manual_seed(step_seed(self.config.seed, batch.step, self.world.rank))
-            sums, norm, taken = train_step(self.engine, self.world, batch, n_supervised)
+            sums, norm, taken = train_step(self.engine, self.world, batch, n_supervised, self.window.watch)
             self.clock.mark("first step")
             if line := self.clock.line():
                 self.tracker.say(line)
@@ -192,36 +193,46 @@ def too_many_bad(n_bad: int, step: int, n_steps: int, config: StageConfig) -> bo
 
 
 def train_step(
-    engine: deepspeed.DeepSpeedEngine, world: World, batch: StepBatch, n_supervised: float
+    engine: deepspeed.DeepSpeedEngine,
+    world: World,
+    batch: StepBatch,
+    n_supervised: float,
+    watch: Stopwatch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | float, bool]:
     """One optimizer step.
 
     Args:
         n_supervised: supervised tokens of the step, over all ranks.
+        watch: times its parts `copy` and `optimizer`.
 
     Returns:
         float64 [sources, 2] on the device: this rank's summed cross entropy and number of supervised tokens by
         source; the norm of the whole gradient before clipping; and whether the step was taken: it is not when the
         loss of any rank, or the gradient, is not finite.
     """
+    watch = watch or Stopwatch()
     scale = world.n_ranks / max(n_supervised, 1.0)
     sums = torch.zeros(len(batch.n_samples), 2, dtype=torch.float64, device=world.device)
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         engine.set_gradient_accumulation_boundary(number == len(batch.micro_batches))
         world.touch()
-        micro_batch = micro_batch.to(world.device)
-        losses = forward(engine, micro_batch)
-        loss = losses.sum() * scale
+        with watch("copy"):
+            micro_batch = micro_batch.to(world.device)
+        loss, losses = forward(engine, micro_batch, scale)
         # A loss may be infinite and its gradient finite. Then the gradient shall not be either, on any rank.
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
         engine.backward(loss, scale_wrt_gas=False)
-        counted = torch.stack([losses.detach(), torch.ones_like(losses)], dim=1).double()
+        counted = torch.stack([losses, torch.ones_like(losses)], dim=1).double()
         sums.index_add_(0, micro_batch.sources, counted)
-    return sums, *optimizer_step(engine)
+    with watch("optimizer"):
+        norm, taken = optimizer_step(engine)
+    return sums, norm, taken
 
 
-def forward(engine: deepspeed.DeepSpeedEngine, batch: PackedBatch) -> torch.Tensor:
-    """Cross entropy of each target of a pack, through the engine: float32 [S]. `batch` is on the device."""
+def forward(
+    engine: deepspeed.DeepSpeedEngine, batch: PackedBatch, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`PackedLoss.forward` on a pack, through the engine. `batch` is on the device."""
     return engine(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -231,6 +242,7 @@ def forward(engine: deepspeed.DeepSpeedEngine, batch: PackedBatch) -> torch.Tens
         lengths=batch.lengths,
         predictors=batch.predictors,
         targets=batch.targets,
+        scale=scale,
     )
 
 

@@ -24,7 +24,9 @@ from llava_train.devices import DTYPES, imitates_bf16
 from llava_train.errors import UserError
 from llava_train.files import damage, write_manifest
 from llava_train.model.build import Llava, build_llava
+from llava_train.model.kernels import use_kernels
 from llava_train.model.loss import PackedLoss
+from llava_train.model.quantize import check_quantization, is_quantized, quantize_base, round_like_nf4
 from llava_train.model.standardize import feature_statistics, fold, standardize
 from llava_train.model.trainable import parameter_groups, set_trainable, summarize
 from llava_train.model.weights import (
@@ -37,13 +39,16 @@ from llava_train.model.weights import (
     save_projector,
 )
 from llava_train.train.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
-from llava_train.train.engine import gathered, start_engine
+from llava_train.train.engine import gathered, start_engine, time_reduction
 from llava_train.train.evaluate import evaluate, open_held_out
 from llava_train.train.interrupt import STOP_FILE
 from llava_train.train.loop import Loop
+from llava_train.train.metrics import Yardstick, model_flops
+from llava_train.train.peaks import peak_flops_of
 from llava_train.train.resume import Resumption, find_resumption, load
 from llava_train.train.run_folder import check_unchanged, config_hash, describe, held, write_card
 from llava_train.train.session import Session
+from llava_train.train.stopwatch import Stopwatch
 from llava_train.train.tracking import Tracker
 from llava_train.train.window import Window
 from llava_train.train.world import World
@@ -99,7 +104,7 @@ def _train(config: StageConfig, session: Session) -> State:
     clock.mark("data")
 
     llava, came_from, new_dataset = _build(config, world, mixture)
-    parts = list(summarize(llava.model, config.trainable))
+    parts, yardstick = list(summarize(llava.model, config.trainable)), _yardstick(config, world, llava)
     clock.mark("model")
     world.on_main(lambda: write_card(config.run_dir, card, world.n_ranks, resumption.step, bool(changes)))
     world.say(f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}")
@@ -108,7 +113,9 @@ def _train(config: StageConfig, session: Session) -> State:
 
     with Tracker(config, world, resumption.step, n_steps) as tracker:
         tracker.started(parts, resumption.step, resumption.passed_over)
-        window = Window(tuple(source.name for source in mixture.sources), tracker.n_bad_before)
+        names, watch = tuple(source.name for source in mixture.sources), Stopwatch(world.device)
+        window = Window(names, tracker.n_bad_before, yardstick, watch)
+        time_reduction(engine, watch)
         if resumption.checkpoint:
             window.restore(resumption.manifest["window"], world)
         steps, on_cuda = range(resumption.step, n_steps), world.device.type == "cuda"
@@ -126,15 +133,26 @@ def _train(config: StageConfig, session: Session) -> State:
 def _build(config: StageConfig, world: World, mixture: Mixture) -> tuple[Llava, str, Callable[..., StepDataset]]:
     """The model, ready to train; where its trained parts came from; and what makes data sets of mixtures for it."""
     world.beat("building the model", patience=_START_PATIENCE)
+    check_quantization(config.trainable)
     if config.init_from not in (None, "random"):
         check_init(str(config.init_from), config.output)
     llava, came_from = _starting_point(config)
+    if is_quantized(config.trainable):
+        quantize_base(llava.model, world.device)
     set_trainable(llava.model, config.trainable, config.seed)
     new_dataset = _dataset_maker(config, world, llava)
     if config.trainable.projector and config.trainable.projector.standardize:
         _standardize_features(config, world, llava, new_dataset(mixture, seed=config.seed, rank=0, n_ranks=1))
     _prepare_modes(llava, config)
+    use_kernels(llava.model, config.engine.kernels, world.device, config.engine.zero)
     return llava, came_from, new_dataset
+
+
+def _yardstick(config: StageConfig, world: World, llava: Llava) -> Yardstick:
+    """What the run's speed is measured by. Call it before DeepSpeed partitions the parameters."""
+    flops = model_flops(llava.model, llava.n_image_tokens, config.loader.cache_features)
+    peak = peak_flops_of(world.device, config.engine.precision)
+    return Yardstick(flops, peak, llava.n_image_tokens, llava.model.config.image_token_id)
 
 
 def _say_notes(config: StageConfig, world: World, llava: Llava) -> None:
@@ -266,6 +284,8 @@ def _prepare_modes(llava: Llava, config: StageConfig) -> None:
 def _write_result(config: StageConfig, trained: State, folder: Path) -> None:
     """Writes what the stage leaves: its starting point, built anew, with the trained parameters."""
     llava, _ = _starting_point(config)
+    if is_quantized(config.trainable):
+        round_like_nf4(llava.model)
     peft_model = set_trainable(llava.model, config.trainable, config.seed)
     unexpected = llava.model.load_state_dict(trained, strict=False).unexpected_keys
     assert not unexpected, f"trained parameters without a place: {unexpected}"

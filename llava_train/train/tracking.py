@@ -210,9 +210,10 @@ def parts_table(parts: Iterable[PartSummary]) -> Table:
 def _progress_line(metrics: Metrics) -> str:
     minutes, seconds = divmod(int(metrics["time_left_s"]), 60)
     hours, minutes = divmod(minutes, 60)
+    mfu = "" if metrics["mfu"] is None else f"MFU {metrics['mfu']:.1%}  "
     return (
         f"loss {metrics['loss']:.4f}  lr {max(metrics['lr'].values()):.2e}  "
-        f"{metrics['tokens_per_s']:,.0f} tokens/s  {hours}:{minutes:02}:{seconds:02} left"
+        f"{metrics['tokens_per_s']:,.0f} tokens/s  {mfu}{hours}:{minutes:02}:{seconds:02} left"
     )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import deepspeed
 import torch
 
 from llava_train.data.loader import StepBatch
+from llava_train.train.metrics import PackWork, Yardstick, peak_memory_bytes
+from llava_train.train.stopwatch import Stopwatch
 from llava_train.train.tracking import Metrics
 from llava_train.train.world import World
 
@@ -22,11 +24,14 @@ class Window:
     source_names: tuple[str, ...]
     n_bad: int = 0
     """Samples left out since the run began, those that this rank reports."""
+    yardstick: Yardstick = field(default_factory=Yardstick)
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    """Times `copy` and `optimizer` of each step."""
     started: float = field(default_factory=time.perf_counter)
     data_wait_s: float = 0.0
     n_steps: int = 0
-    n_tokens: int = 0
-    n_images: int = 0
+    work: PackWork = field(default_factory=PackWork)
+    """Of this rank."""
     n_samples: list[int] = field(init=False)
     """By source, over all ranks."""
     n_before: int = 0
@@ -40,7 +45,7 @@ class Window:
 
     def next(self) -> Window:
         """The window after this one."""
-        return Window(self.source_names, self.n_bad)
+        return Window(self.source_names, self.n_bad, self.yardstick, self.watch)
 
     def state(self, world: World) -> dict[str, Any]:
         """What a checkpoint keeps of it. Every rank must call it."""
@@ -62,8 +67,7 @@ class Window:
     def add(self, batch: StepBatch, world: World, sums: torch.Tensor, norm: torch.Tensor | float, taken: bool) -> None:
         self.n_steps += 1
         self.n_samples = [total + n for total, n in zip(self.n_samples, batch.n_samples, strict=True)]
-        self.n_tokens += batch.n_tokens
-        self.n_images += batch.n_images
+        self.work = sum(map(self.yardstick.measure, batch.micro_batches), start=self.work)
         self.n_bad += sum(world.is_main or not bad.on_every_rank for bad in batch.bad_samples)
         if taken:
             self.by_source = sums if self.by_source is None else self.by_source + sums
@@ -74,11 +78,13 @@ class Window:
         assert self.last is not None
         sums, norm = self.last
         by_source = torch.zeros_like(sums) if self.by_source is None else self.by_source
-        of_ranks = torch.tensor([self.n_tokens, self.n_images, self.data_wait_s, self.n_bad], dtype=torch.float64)
-        totals = torch.cat([sums.sum(dim=0), of_ranks.to(world.device), by_source.flatten()])
-        torch.distributed.all_reduce(totals)
-        loss_sum, n_supervised, n_tokens, n_images, data_wait_s, n_bad, *of_sources = totals.tolist()
+        spent = self.watch.read()
+        seconds = [self.data_wait_s, spent.get("copy", 0.0), spent.get("optimizer", 0.0)]
+        (loss_sum, n_supervised), (data_wait_s, copy_s, optimizer_s), work, (n_bad,), of_sources = _sums(
+            world, sums.sum(dim=0), seconds, astuple(self.work), [self.n_bad], by_source
+        )
         elapsed_s = time.perf_counter() - self.started
+        of_all_ranks_s = world.n_ranks * elapsed_s
         lr = {group["name"]: group["lr"] for group in engine.optimizer.param_groups if "decay" not in group["name"]}
         return {
             "step": step,
@@ -90,11 +96,27 @@ class Window:
             "n_bad": int(n_bad),
             "step_s": elapsed_s / self.n_steps,
             "data_wait_s": data_wait_s / world.n_ranks / self.n_steps,
+            "data_wait_share": data_wait_s / of_all_ranks_s,
+            "copy_share": copy_s / of_all_ranks_s,
+            "optimizer_share": optimizer_s / of_all_ranks_s,
             "samples_per_s": (sum(self.n_samples) - self.n_before) / elapsed_s,
-            "tokens_per_s": n_tokens / elapsed_s,
-            "images_per_s": n_images / elapsed_s,
+            **self._speed(PackWork(*map(int, work)), elapsed_s, world.n_ranks),
+            "peak_memory_bytes": max(world.gather(peak_memory_bytes(world.device))),
             "time_left_s": (n_steps - step) * elapsed_s / self.n_steps,
             "skipped_steps": engine.skipped_steps,
+        }
+
+    def _speed(self, work: PackWork, elapsed_s: float, n_ranks: int) -> Metrics:
+        """Rates of the work of all ranks; FLOP/s and MFU of one device, None where they are not known."""
+        flops_per_s = work.flops / elapsed_s / n_ranks
+        flops, peak = self.yardstick.flops, self.yardstick.peak_flops
+        return {
+            "tokens_per_s": work.n_tokens / elapsed_s,
+            "text_tokens_per_s": work.n_text_tokens / elapsed_s,
+            "images_per_s": work.n_images / elapsed_s,
+            "padding_share": work.n_padding_tokens / max(work.n_tokens + work.n_padding_tokens, 1.0),
+            "tflops_per_s": flops_per_s / 1e12 if flops else None,
+            "mfu": flops_per_s / peak if flops and peak else None,
         }
 
     def _of_sources(self, by_source: Sequence[float]) -> dict[str, Metrics]:
@@ -105,3 +127,11 @@ class Window:
             for name, loss_sum, count, n_samples in each
             if n_samples
         }
+
+
+def _sums(world: World, *groups: torch.Tensor | Sequence[float]) -> list[list[float]]:
+    """The numbers of each group, summed over the ranks in one message."""
+    tensors = [torch.as_tensor(group, dtype=torch.float64, device=world.device).flatten() for group in groups]
+    totals = torch.cat(tensors)
+    torch.distributed.all_reduce(totals)
+    return [part.tolist() for part in totals.cpu().split([len(tensor) for tensor in tensors])]

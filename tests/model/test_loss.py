@@ -4,15 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_train.data.chat import IGNORED
-from llava_train.model.loss import PackedLoss
+from llava_train.model import loss
+from llava_train.model.loss import PackedLoss, summed_cross_entropy
 from tests.tiny import dataset_of, tiny_llava, write_data
 
 
 def loss_of(llava, batch) -> torch.Tensor:
     names = ("input_ids", "position_ids", "pixel_values", "n_images", "cu_seqlens", "lengths", "predictors", "targets")
-    return PackedLoss(llava.model)(**{name: getattr(batch, name) for name in names}).sum()
+    return PackedLoss(llava.model)(**{name: getattr(batch, name) for name in names})[0]
 
 
 def test_the_loss_of_a_pack_is_the_sum_over_its_documents_of_transformers_own(tmp_path: Path) -> None:
@@ -72,3 +74,65 @@ def test_no_document_is_asked_for_its_first_token(tmp_path: Path) -> None:
     assert (pack.labels[0, starts] == IGNORED).all()
     assert not set((pack.predictors + 1).tolist()) & set(starts.tolist())
     assert torch.equal(pack.targets, pack.labels[0][pack.labels[0] != IGNORED])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize("trained", ["hidden", "head", "both"])
+def test_the_loss_and_its_gradients_are_those_of_cross_entropy_however_many_rows_at_once(
+    trained: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(loss, "rows_at_once", lambda *_: rows)
+    hidden, head, targets = torch.randn(10, 8), torch.randn(30, 8), torch.randint(30, (10,))
+    hidden.requires_grad_(trained != "head")
+    head.requires_grad_(trained != "hidden")
+    wanted = [tensor for tensor in (hidden, head) if tensor.requires_grad]
+    total, each = summed_cross_entropy(hidden, head, targets, 0.25)
+    expected = torch.nn.functional.cross_entropy(hidden @ head.T, targets, reduction="none")
+    torch.testing.assert_close(each, expected)
+    torch.testing.assert_close(total, expected.sum() * 0.25)
+    assert not each.requires_grad
+    ours = torch.autograd.grad(total * 3, wanted)
+    theirs = torch.autograd.grad(expected.sum() * 0.75, wanted)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_loss_that_is_not_finite_makes_its_gradient_so() -> None:
+    hidden = torch.full((2, 4), torch.inf, requires_grad=True)
+    total, _ = summed_cross_entropy(hidden, torch.randn(6, 4), torch.tensor([0, 1]))
+    total.backward()
+    assert not total.isfinite() and not hidden.grad.isfinite().any()
+
+
+class _Largest(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+class _Products(TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function == torch.ops.aten.mm.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_more_logits_are_held_than_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 4 * 5 * 1000)
+    hidden, head = torch.randn(64, 8, requires_grad=True), torch.randn(1000, 8)
+    with _Largest() as largest:
+        summed_cross_entropy(hidden, head, torch.randint(1000, (64,)))[0].backward()
+    assert largest.numel == head.numel(), "the head is the largest tensor, not the 64 x 1000 logits"
+    assert loss.rows_at_once(1000) == 5
+
+
+def test_without_gradients_none_are_computed() -> None:
+    head = torch.randn(1000, 8, requires_grad=True)
+    with torch.no_grad(), _Products() as products:
+        summed_cross_entropy(torch.randn(2, 8), head, torch.tensor([1, 2]))
+    assert products.number == 1

@@ -49,11 +49,11 @@ def faulty_forward(*arguments: Any) -> torch.Tensor:
     return InfiniteGradient.apply(losses) if fault == "gradient" else losses
 
 
-def faulty_step(engine: Any, world: Any, batch: StepBatch, n_supervised: float) -> Any:
+def faulty_step(engine: Any, world: Any, batch: StepBatch, n_supervised: float, *watch: Any) -> Any:
     global fault
     mine = world.rank == world.n_ranks - 1
     fault = faults.get(batch.step + 1) if mine else None
-    result = _train_step(engine, world, batch, n_supervised)
+    result = _train_step(engine, world, batch, n_supervised, *watch)
     if fault == "weights":
         next(p for p in engine.module.parameters() if p.requires_grad).data.view(-1)[0] = math.nan
     return result
