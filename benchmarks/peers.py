@@ -114,6 +114,8 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "workload": workload,
         "lengths": [sample["n_tokens"] for sample in samples],
         "n_supervised": [sample["n_supervised"] for sample in samples],
+        "several_turns": sum(len(sample["conversations"]) > 2 for sample in samples) / len(samples),
+        "text_only": sum("image" not in sample for sample in samples) / len(samples),
         "shape": arguments.shape,
         "threads": arguments.threads,
         "n_warmup": arguments.warmup,

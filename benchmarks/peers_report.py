@@ -84,7 +84,8 @@ def report(results: dict[str, Any]) -> str:
     lines = [
         f"{results['shape']}, stage {workload['stage']}, {workload['precision']}, {results['device']}, "
         f"{results['when'][:10]}, commit {results['commit']}",
-        f"{len(lengths)} samples of {min(lengths)} to {max(lengths)} tokens (mean {sum(lengths) / len(lengths):.0f}), "
+        f"{len(lengths)} samples of {min(lengths)} to {max(lengths)} tokens (mean {sum(lengths) / len(lengths):.0f}, "
+        f"{results['several_turns']:.0%} with several turns, {results['text_only']:.0%} text only), "
         f"steps of {workload['batch_size']}, the first {results['n_warmup']} not timed",
         "",
         "| trainer | samples/s (lowest to highest) | tokens/s | padding | peak memory | llava_train is | same steps |",
@@ -115,6 +116,7 @@ def _line(name: str, found: dict[str, Any]) -> str:
 
 
 def _title(name: str, found: dict[str, Any]) -> str:
-    package = {"none": "llava_train", "llava": "llava"}.get(name.partition(":")[0], name.partition(":")[0])
+    peer = name.partition(":")[0]
+    package = {"none": "llava_train", "llava": "llava-torch"}.get(peer, peer)
     version = found["versions"].get(package)
     return f"{name} {version}" if version else name

@@ -23,6 +23,8 @@ class Shape:
     draw: Callable[[int, int], list[DrawnSample]]
     """`draw(n, seed)`: lengths and turns of n samples."""
     batch_size: int
+    micro_batch: int
+    """Samples that a trainer which pads computes at once, unless its variant says otherwise."""
     precision: str = "bf16"
     image: dict[str, Any] = field(default_factory=lambda: {"aspect": "pad"})
     max_tokens: int = 4096
@@ -87,12 +89,14 @@ SHAPES = {
         {"language_model": _random(_TINY_LM), "vision_tower": _random(_TINY_TOWER)},
         lambda n, seed: draw_samples(n, seed, n_image_tokens=16, max_tokens=200, min_tokens=60, one_turn=0.41),
         batch_size=4,
+        micro_batch=4,
         precision="fp32",
     ),
     "small": Shape(
         {"language_model": "PARTS/smollm2-135m-instruct", "vision_tower": "PARTS/dinov2-small"},
         draw_small_samples,
         batch_size=8,
+        micro_batch=8,
         image={"aspect": "pad", "size": 112},
     ),
     # For the original LLaVA, which knows CLIP only: as `small`, the encoder's weights random, its shape DINOv2-small's.
@@ -100,9 +104,10 @@ SHAPES = {
         {"language_model": "PARTS/smollm2-135m-instruct", "vision_tower": _random(_DINOV2_SMALL_AS_CLIP)},
         draw_small_samples,
         batch_size=8,
+        micro_batch=8,
     ),
-    "7b-lora": Shape(_7B, draw_samples, 32, max_tokens=8192, stage="lora", engine=_ON_GPU, cuda_only=True),
-    "7b-stage1": Shape(_7B, _captions, 64, max_tokens=16384, stage="1", engine=_ON_GPU, cuda_only=True),
+    "7b-lora": Shape(_7B, draw_samples, 32, 4, max_tokens=8192, stage="lora", engine=_ON_GPU, cuda_only=True),
+    "7b-stage1": Shape(_7B, _captions, 64, 8, max_tokens=16384, stage="1", engine=_ON_GPU, cuda_only=True),
 }
 
 

@@ -98,6 +98,7 @@ def make_workload(
         "trainable": content["trainable"],
         "precision": shape.precision,
         "batch_size": shape.batch_size,
+        "micro_batch": shape.micro_batch,
         "n_steps": n_steps,
         "seed": seed,
         "n_image_tokens": llava.n_image_tokens,

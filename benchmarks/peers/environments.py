@@ -37,7 +37,7 @@ ENVIRONMENTS = {
         ("python3.11", "python3.12"),
         """torch==2.13.0 trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0 peft==0.21.2
         pillow==12.3.0 psutil""",
-        on_cuda="kernels",
+        on_cuda="liger-kernel==0.8.5",
     ),
     "llamafactory": Environment(
         ("python3.11", "python3.12"),

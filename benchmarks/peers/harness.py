@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ def read_job() -> Job:
     given = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     paths = {key: Path(given[key]) for key in ("workload", "scratch", "result")}
     return Job(device=given["device"], variant=given["variant"], **paths)
+
+
+def has(module: str) -> bool:
+    return find_spec(module) is not None
 
 
 def versions(packages: list[str]) -> dict[str, str]:

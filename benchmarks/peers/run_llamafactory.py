@@ -17,8 +17,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import torch
-from harness import Job, common_arguments, observe, read_job
+from harness import Job, common_arguments, has, observe, read_job
 from llamafactory.data.formatter import StringFormatter
 from llamafactory.data.mm_plugin import get_mm_plugin
 from llamafactory.data.template import register_template
@@ -120,8 +119,8 @@ def arguments(job: Job) -> dict[str, Any]:
         "dataset": "benchmark",
         "dataset_dir": str(job.scratch),
         "template": "benchmark",
-        "flash_attn": "fa2" if on_cuda and _has_flash_attention() else "sdpa",
-        "enable_liger_kernel": on_cuda,
+        "flash_attn": "fa2" if on_cuda and has("flash_attn") else "sdpa",
+        "enable_liger_kernel": on_cuda and has("liger_kernel"),
         "bf16": bf16,
         "pure_bf16": bf16 and on_cuda,
         "disable_gradient_checkpointing": True,
@@ -129,14 +128,6 @@ def arguments(job: Job) -> dict[str, Any]:
         "overwrite_output_dir": True,
         "output_dir": str(job.scratch / "out"),
     }
-
-
-def _has_flash_attention() -> bool:
-    try:
-        import flash_attn  # noqa: F401
-    except ImportError:
-        return False
-    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

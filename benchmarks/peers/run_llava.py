@@ -18,7 +18,7 @@ import sys
 from typing import Any
 
 import torch
-from harness import Job, common_arguments, observe, read_job
+from harness import Job, common_arguments, has, observe, read_job
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.train import train as original
 from torch.utils.data import SequentialSampler
@@ -26,7 +26,7 @@ from torch.utils.data import SequentialSampler
 
 def main() -> None:
     job = read_job()
-    micro_batch = job.variant.replace("group", "").replace("exact", "") or str(job.content["batch_size"])
+    micro_batch = job.variant.replace("group", "").replace("exact", "") or job.content["micro_batch"]
     in_groups = job.variant == "" or job.variant.startswith("group")
     settings = arguments(job, int(micro_batch), in_groups)
     give_data(job, in_order=not in_groups)
@@ -37,7 +37,8 @@ def main() -> None:
     if job.content["precision"] == "fp32":
         CLIPVisionTower.to = stay_in_float32
     sys.argv = ["train.py", *(f"--{key}={value}" for key, value in settings.items())]
-    original.train(attn_implementation="flash_attention_2" if _has_flash_attention(job) else None)
+    attention = "flash_attention_2" if job.device == "cuda" and has("flash_attn") else None
+    original.train(attn_implementation=attention)
     job.write(observer.with_losses(), settings, ["llava-torch", "torch", "transformers", "accelerate", "peft"])
 
 
@@ -70,7 +71,7 @@ def arguments(job: Job, micro_batch: int, in_groups: bool) -> dict[str, Any]:
         "lazy_preprocess": True,
         "model_max_length": 4096,
         "group_by_modality_length": in_groups,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": job.device == "cuda",  # as its scripts: without, attention of 2023 needs too much
         "bf16": bf16,
         "tf32": job.device != "cpu",
     }
@@ -109,14 +110,6 @@ def give_data(job: Job, in_order: bool) -> None:
     original.preprocess = preprocess
     if in_order:
         original.LLaVATrainer._get_train_sampler = lambda self: SequentialSampler(self.train_dataset)
-
-
-def _has_flash_attention(job: Job) -> bool:
-    try:
-        import flash_attn  # noqa: F401
-    except ImportError:
-        return False
-    return job.device == "cuda"
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """TRL's SFTTrainer with the best settings that it has for a vision-language model.
 
 TRL 1.16 refuses packing and padding-free batches for data with pictures, and its fused head, which never holds all
-logits, is always on. Left to choose: the micro-batch, how weights are kept, activation checkpointing (off: fastest
-where it fits) and the layers' kernels (`use_kernels`, Triton: CUDA only). A variant is MICRO_BATCH, with `-amp` for
-float32 weights under autocast (what TRL does to a model given by name) instead of bfloat16 ones. Samples of a step are
-sorted by length, so that micro-batches are padded little; the loss is over the supervised tokens of the whole step, as
-in llava_train.
+logits on a GPU, is always on. Left to choose: the micro-batch, how weights are kept, activation checkpointing and the
+kernels of liger for the layers (Triton: CUDA only). A variant is MICRO_BATCH, then `-amp` for float32 weights under
+autocast (what TRL does to a model given by name) instead of bfloat16 ones, `-ckpt` for activation checkpointing.
+Samples of a step are sorted by length, so that micro-batches are padded little; the loss is over the supervised tokens
+of the whole step, as in llava_train.
 """
 
 from __future__ import annotations
 
 import torch
 from datasets import Dataset, Image, List
-from harness import Job, common_arguments, observe, read_job
+from harness import Job, common_arguments, has, observe, read_job
 from peft import LoraConfig
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
@@ -20,18 +20,22 @@ from trl import SFTConfig, SFTTrainer
 
 def main() -> None:
     job = read_job()
-    micro_batch, _, amp = (job.variant or str(job.content["batch_size"])).partition("-")
+    first, *rest = job.variant.split("-")
+    micro_batch, amp = int(first or job.content["micro_batch"]), "amp" in rest
     bf16 = job.content["precision"] == "bf16"
     settings = {
-        **common_arguments(job, int(micro_batch)),
-        "bf16": bool(amp) and bf16,
-        "gradient_checkpointing": False,
+        **common_arguments(job, micro_batch),
+        "bf16": amp and bf16,
+        "gradient_checkpointing": "ckpt" in rest,
+        "use_liger_kernel": job.device == "cuda" and has("liger_kernel"),
         "assistant_only_loss": True,
         "max_length": None,
         "train_sampling_strategy": "sequential",
     }
     model = LlavaForConditionalGeneration.from_pretrained(
-        job.workload / "model", dtype=torch.bfloat16 if bf16 and not amp else torch.float32, attn_implementation="sdpa"
+        job.workload / "model",
+        dtype=torch.bfloat16 if bf16 and not amp else torch.float32,
+        attn_implementation="flash_attention_2" if job.device == "cuda" and has("flash_attn") else "sdpa",
     )
     processor = AutoProcessor.from_pretrained(job.workload / "model")
     processor.chat_template = (job.workload / "template.jinja").read_text(encoding="utf-8")
