@@ -101,8 +101,8 @@ class LoraSection(Section):
     alpha: Annotated[float, Field(gt=0)]
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     quantize_base: Literal["nf4"] | None = None
-    """Keep the language model's own weights in 4 bits while its adapters train (QLoRA, 2305.14314); needs CUDA and
-    bitsandbytes. The result has the weights in full again."""
+    """Keep the language model's own weights in 4 bits while its adapters train (QLoRA, 2305.14314); needs bitsandbytes.
+    The result has them in bf16, as 4 bits rounded them."""
 
 
 class PartTraining(Section):

@@ -29,13 +29,35 @@ def contradictions(config: StageConfig) -> Iterator[str]:
         )
     if engine.offload_parameters and engine.zero != 3:
         yield f"engine.offload_parameters: needs engine.zero: 3, not {engine.zero}"
+    if engine.kernels == "compile" and engine.activation_checkpointing == "selective":
+        yield (
+            "engine.activation_checkpointing: selective does not see into what engine.kernels: compile makes, which "
+            "itself keeps only what is dear to compute again; choose none, full or auto"
+        )
+    if config.trainable.lora and config.trainable.lora.quantize_base:
+        yield from _beside_4_bits(engine)
     if engine.offload_optimizer and engine.zero == 0:
         yield "engine.offload_optimizer: needs engine.zero: 1, 2 or 3, not 0"
+    if config.loader.cache_features and config.trainable.vision_tower:
+        yield (
+            "loader.cache_features: a vision tower that trains has new features at every step; remove the key, or "
+            "freeze the tower: remove trainable.vision_tower"
+        )
     if config.eval and config.model.chat_template == "plain" and config.trainable.language_model:
         yield "model.chat_template: plain has no prompt to answer; a language model trains on a chat template"
     if config.eval and config.eval.questions and not config.eval.metric:
         yield "eval.questions: no score is computed over them; set eval.metric, or remove the key"
     yield from deepspeed_conflicts(config)
+
+
+def _beside_4_bits(engine: EngineSection) -> Iterator[str]:
+    key = "trainable.language_model.lora.quantize_base"
+    if engine.zero == 3:
+        yield f"{key}: 4-bit weights cannot be spread over GPUs by engine.zero: 3; set it to 2, or remove the key"
+    if engine.offload_parameters:
+        yield f"{key}: 4-bit weights stay on the GPU; remove engine.offload_parameters, or the key"
+    if engine.precision != "bf16":
+        yield f"{key}: the layers compute in bf16; set engine.precision to it, or remove the key"
 
 
 def deepspeed_conflicts(config: StageConfig) -> Iterator[str]:

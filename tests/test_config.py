@@ -54,7 +54,7 @@ def test_the_published_recipe_of_llava_15() -> None:
     assert (stage1.batch.size, stage1.trainable.learning_rates()) == (256, {"projector": 1e-3})
     assert (stage2.batch.size, stage2.engine.zero, stage2.image.aspect) == (128, 3, "pad")
     assert stage2.trainable.learning_rates() == {"projector": 2e-5, "language_model": 2e-5}
-    assert lora.trainable.lora.model_dump() == {"rank": 128, "alpha": 256, "dropout": 0.05}
+    assert lora.trainable.lora.model_dump() == {"rank": 128, "alpha": 256, "dropout": 0.05, "quantize_base": None}
     assert lora.trainable.learning_rates() == {"projector": 2e-5, "language_model": 2e-4}
     assert stage2.schedule.model_dump() == {
         "epochs": 1, "max_steps": None, "lr": "cosine", "warmup": 0.03, "weight_decay": 0.0, "clip": 1.0,
@@ -103,6 +103,25 @@ def test_the_published_recipe_of_llava_15() -> None:
 )  # fmt: skip
 def test_a_wrong_key_or_value_is_refused_with_a_remedy(override: str, message: str, tmp_path: Path) -> None:
     assert message in refusal(tmp_path, GOOD, override)
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ("{zero: 3}", "4-bit weights cannot be spread over GPUs by engine.zero: 3; set it to 2, or remove the key"),
+        ("{zero: 3, offload_parameters: true}", "4-bit weights stay on the GPU; remove engine.offload_parameters"),
+        ("{zero: 2, precision: fp32}", "the layers compute in bf16; set engine.precision to it, or remove the key"),
+    ],
+)
+def test_an_engine_that_4_bit_weights_cannot_have_is_refused(engine: str, message: str, tmp_path: Path) -> None:
+    lora = "trainable.language_model.lora={rank: 4, alpha: 8, quantize_base: nf4}"
+    found = refusal(tmp_path, GOOD, lora, f"engine={engine}")
+    assert f"trainable.language_model.lora.quantize_base: {message}" in found
+
+
+def test_features_of_a_vision_tower_that_trains_cannot_be_cached(tmp_path: Path) -> None:
+    overrides = ("trainable.vision_tower={lr: 1.0e-6}", "loader.cache_features=true")
+    assert "loader.cache_features: a vision tower that trains has new features" in refusal(tmp_path, GOOD, *overrides)
 
 
 def test_answers_cannot_be_generated_without_a_prompt(tmp_path: Path) -> None:

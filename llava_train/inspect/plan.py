@@ -25,9 +25,8 @@ from llava_train.data.problems import DataError, SampleError
 from llava_train.devices import DTYPES
 from llava_train.errors import UserError
 from llava_train.model.processor import Front, build_processor
-from llava_train.model.recompute import RECOMPUTES
 from llava_train.model.skeleton import config_without_weights, skeleton
-from llava_train.train.memory import GIB, MARGIN, Estimate, Estimator
+from llava_train.train.memory import GIB, MARGIN, Estimate, Estimator, ways
 from llava_train.train.metrics import ModelFlops, model_flops
 from llava_train.train.peak import NotImitatedError
 from llava_train.train.peaks import peak_flops
@@ -269,10 +268,9 @@ def _pack_flops(flops: ModelFlops | None, lengths: Lengths, pack: np.ndarray) ->
 
 
 def _estimates(estimator: Estimator, config: StageConfig, budget: int) -> tuple[Estimate, ...]:
-    asked = config.engine.activation_checkpointing
     found: list[Estimate] = []
     try:
-        for recompute in RECOMPUTES if asked == "auto" else (asked,):
+        for recompute in ways(config):
             found.append(estimator.estimate(config, recompute))
             if found[-1].total_bytes <= budget:
                 break

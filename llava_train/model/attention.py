@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from llava_train.model import cpu_attention
 
@@ -160,5 +159,6 @@ def _left_of(window: int | None, longest: int) -> tuple[int, int]:
     return (window - 1 if window is not None and window < longest else -1, 0)
 
 
+# No mask function goes with it: transformers then makes no mask. With one it reads position_ids first, and waits for
+# the device to know whether they restart.
 AttentionInterface.register(PACKED, packed_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, lambda *_, **__: None)  # no mask, whatever position_ids look like

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from llava_train.config import PARTS, LoraSection, Part, TrainableSection
+from llava_train.model.quantize import n_weights
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def summarize(model: LlavaForConditionalGeneration, section: TrainableSection) -
         parameters = [parameter for name, parameter in named if part_of(name) == part]
         yield PartSummary(
             part=part,
-            n_parameters=sum(parameter.numel() for parameter in parameters),
+            n_parameters=sum(map(n_weights, parameters)),
             n_trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
             dtype=parameters[0].dtype,
             lr=rates.get(part),

@@ -18,6 +18,7 @@ from llava_train.data.problems import SampleError
 from llava_train.data.samples import IMAGE_PLACEHOLDER, Turn
 from llava_train.model.attention import PACKED
 from llava_train.model.build import Llava
+from llava_train.model.kernels import uncompiled
 from llava_train.train.loop import BadSampleError, forward, refuse_bad
 from llava_train.train.tracking import Evaluated
 from llava_train.train.world import World
@@ -182,7 +183,8 @@ def evaluating(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
     modes = {module: module.training for module in engine.module.modules()}
     engine.module.eval()
     try:
-        yield
+        with uncompiled(engine.module):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

@@ -139,7 +139,7 @@ class Estimator:
             return Choice(asked, None, "as the stage file says")
         tried: list[Estimate] = []
         try:
-            for recompute in RECOMPUTES:
+            for recompute in ways(config):
                 tried.append(self.estimate(config, recompute))
                 if tried[-1].total_bytes <= budget:
                     break
@@ -151,6 +151,15 @@ class Estimator:
         if worse:
             why += ", " + " and ".join(f"{gib(one.total_bytes)} with {one.recompute}" for one in worse)
         return Choice(last.recompute, last, why)
+
+
+def ways(config: StageConfig) -> tuple[Recompute, ...]:
+    """What `engine.activation_checkpointing` comes to, in the order that it is tried."""
+    asked = config.engine.activation_checkpointing
+    if asked != "auto":
+        return (asked,)
+    # contradictions.py says why compiled layers have no `selective`
+    return tuple(way for way in RECOMPUTES if way != "selective" or config.engine.kernels != "compile")
 
 
 def budget_of(device: torch.device, n_ranks_on_node: int, loaded: int = 0) -> int:

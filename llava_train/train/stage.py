@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from llava_train.devices import DTYPES, imitates_bf16
 from llava_train.errors import UserError
 from llava_train.files import damage, write_manifest
 from llava_train.model.build import Llava, build_llava
+from llava_train.model.kernels import use_kernels
 from llava_train.model.loss import PackedLoss
+from llava_train.model.quantize import check_quantization, is_quantized, quantize_base, round_like_nf4
 from llava_train.model.recompute import Recompute, enable_recompute
 from llava_train.model.standardize import feature_statistics, fold, standardize
 from llava_train.model.trainable import parameter_groups, set_trainable, summarize
@@ -49,6 +51,7 @@ from llava_train.train.memory import Estimator, budget_of
 from llava_train.train.metrics import Yardstick, model_flops
 from llava_train.train.out_of_memory import advised
 from llava_train.train.peaks import peak_flops_of
+from llava_train.train.precompute import cached_features
 from llava_train.train.resume import Resumption, find_resumption, load
 from llava_train.train.run_folder import check_unchanged, config_hash, describe, held, write_card
 from llava_train.train.session import Session
@@ -71,6 +74,7 @@ def run_stage(config: StageConfig, session: Session) -> Path:
     Raises:
         DataError, BuildError, HandOffError, BadSampleError: what the user gave cannot be used.
         RunFolderError: another process works in the run's folder, or the folder is another run's.
+        FeatureError: the features of its pictures cannot be kept.
         CheckpointError: its newest checkpoint cannot be continued.
         BadNumbersError, HarmedError: the loss, the gradient or the weights are not finite.
         OutOfMemory: the stage does not fit a device.
@@ -113,6 +117,7 @@ def _train(config: StageConfig, session: Session) -> State:
     budget = _budget(world, llava)
     choice = world.on_main(lambda: estimator.choose(config, budget))
     _prepare_modes(llava, config, choice.recompute)
+    use_kernels(llava.model, config.engine.kernels, world.device, config.engine.zero)
     parts, yardstick = list(summarize(llava.model, config.trainable)), _yardstick(config, world, llava)
     clock.mark("model")
     world.on_main(lambda: write_card(config.run_dir, card, world.n_ranks, resumption.step, bool(changes)))
@@ -120,6 +125,10 @@ def _train(config: StageConfig, session: Session) -> State:
     _say_notes(config, world, llava)
     if config.engine.activation_checkpointing == "auto":
         world.say(choice.line)
+    steps, features = range(resumption.step, n_steps), None
+    if config.loader.cache_features:
+        features = cached_features(config, session, llava, new_dataset(mixture, seed=config.seed), steps)
+        clock.mark("features")
     engine, checkpoints = _start_engine(config, session, llava, resumption, config_hash(card))
 
     with Tracker(config, world, resumption.step, n_steps) as tracker:
@@ -129,11 +138,14 @@ def _train(config: StageConfig, session: Session) -> State:
         time_reduction(engine, watch)
         if resumption.checkpoint:
             window.restore(resumption.manifest["window"], world)
-        steps, on_cuda = range(resumption.step, n_steps), world.device.type == "cuda"
-        batches = read_steps(new_dataset(mixture, seed=config.seed), steps, config.loader.workers, on_cuda)
+        dataset = new_dataset(mixture, seed=config.seed, features=features)
         evaluate_after = _evaluation(config, world, engine, llava, new_dataset, held_out, n_steps, tracker)
         loop = Loop(session, config, engine, n_steps, tracker, window, checkpoints, evaluate_after)
-        with advised(world, estimator, config, choice.recompute, budget):
+        on_cuda = world.device.type == "cuda"
+        with (
+            advised(world, estimator, config, choice.recompute, budget),
+            closing(read_steps(dataset, steps, config.loader.workers, on_cuda)) as batches,
+        ):
             if on_cuda and steps:
                 dry_run(engine, world, estimator.pack(config))
             loop.train(batches)
@@ -148,9 +160,12 @@ def _train(config: StageConfig, session: Session) -> State:
 def _build(config: StageConfig, world: World, mixture: Mixture) -> tuple[Llava, str, Callable[..., StepDataset]]:
     """The model, ready to train; where its trained parts came from; and what makes data sets of mixtures for it."""
     world.beat("building the model", patience=_START_PATIENCE)
+    check_quantization(config.trainable)
     if config.init_from not in (None, "random"):
         check_init(str(config.init_from), config.output)
     llava, came_from = _starting_point(config)
+    if is_quantized(config.trainable):
+        quantize_base(llava.model, world.device)
     set_trainable(llava.model, config.trainable, config.seed)
     new_dataset = _dataset_maker(config, world, llava)
     if config.trainable.projector and config.trainable.projector.standardize:
@@ -299,6 +314,8 @@ def _prepare_modes(llava: Llava, config: StageConfig, recompute: Recompute) -> N
 def _write_result(config: StageConfig, trained: State, folder: Path) -> None:
     """Writes what the stage leaves: its starting point, built anew, with the trained parameters."""
     llava, _ = _starting_point(config)
+    if is_quantized(config.trainable):
+        round_like_nf4(llava.model)
     peft_model = set_trainable(llava.model, config.trainable, config.seed)
     unexpected = llava.model.load_state_dict(trained, strict=False).unexpected_keys
     assert not unexpected, f"trained parameters without a place: {unexpected}"

@@ -17,6 +17,7 @@ from llava_train.errors import UserError
 from llava_train.files import read_manifest
 from llava_train.model.build import Llava, build_llava
 from llava_train.model.foreign import load_whole
+from llava_train.model.quantize import is_quantized, round_like_nf4
 from llava_train.model.trainable import part_module
 from llava_train.model.weights import ADAPTER_FOLDER, PROJECTOR_CARD, PROJECTOR_FILE, RESULT_FOLDER, load_init
 from llava_train.stage_file import RUN_CARD, load_run_card
@@ -83,6 +84,8 @@ def load_base(run_dir: Path, dtype: torch.dtype | None = None) -> Llava:
         return llava
     if config.init_from not in (None, "random"):
         load_init(str(config.init_from), llava.model, config.model)
+    if is_quantized(config.trainable):
+        round_like_nf4(llava.model)  # the adapter was trained on such weights
     part_module(llava.model, "projector").load_state_dict(load_file(run_dir / ADAPTER_FOLDER / PROJECTOR_FILE))
     return llava
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_train.data.packing import plan_packs, sample_cost
+from llava_train.data.packing import attention_cost_of, plan_packs, sample_cost
+from tests.scripts import load_script
 
 MAX_TOKENS = 512
 LENGTHS = st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=60)
@@ -74,6 +75,31 @@ def test_every_rank_has_work_in_every_micro_step_when_samples_suffice(lengths, n
 def test_short_samples_need_at_most_one_micro_step_more_than_their_tokens(lengths, n_ranks) -> None:
     plan = plan_packs(lengths, n_ranks, MAX_TOKENS)
     assert len(plan[0]) <= math.ceil(sum(lengths) / (n_ranks * MAX_TOKENS)) + 1
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 10_000))
+@pytest.mark.parametrize("max_tokens", [8192, 16384])
+@pytest.mark.parametrize(("batch", "n_ranks"), [(64, 8), (128, 8), (128, 16), (512, 64), (1024, 128)])
+def test_ranks_with_8_samples_or_more_wait_for_each_other_less_than_3_percent(
+    batch: int, n_ranks: int, max_tokens: int, seed: int
+) -> None:
+    lengths = [sample.n_tokens for sample in load_script("benchmarks/mix665k.py").draw_samples(batch, seed)]
+    attention_cost = attention_cost_of(4096)
+    costs = [sample_cost(n, attention_cost) for n in lengths]
+    plan = plan_packs(lengths, n_ranks, max_tokens, attention_cost)
+    costliest = sum(max(sum(costs[i] for i in pack) for pack in packs) for packs in zip(*plan, strict=True))
+    assert sum(costs) >= 0.97 * n_ranks * costliest
+
+
+@settings(max_examples=200)
+@given(lengths=st.lists(st.integers(64, MAX_TOKENS), min_size=40, max_size=120), n_ranks=st.integers(1, 6))
+def test_samples_that_fill_packs_badly_need_few_more_micro_steps_than_their_tokens(lengths, n_ranks) -> None:
+    """Against the tokens, and the samples of which no pack holds two: half as many again, as first fit decreasing."""
+    plan = plan_packs(lengths, n_ranks, MAX_TOKENS)
+    over_half = sum(n > MAX_TOKENS // 2 for n in lengths)
+    fewest = max(math.ceil(sum(lengths) / MAX_TOKENS), over_half)
+    assert len(plan[0]) <= math.ceil((fewest * 1.5 + 1) / n_ranks)
 
 
 def test_the_example_of_the_docstring() -> None:

@@ -20,6 +20,7 @@ from llava_train.data.loader import StepDataset
 from llava_train.data.mixture import Mixture
 from llava_train.data.sources import open_source
 from llava_train.model.build import Llava, build_llava
+from llava_train.model.kernels import use_kernels
 from llava_train.model.loss import PackedLoss
 from llava_train.model.trainable import parameter_groups, set_trainable
 from llava_train.stage_file import parse_stage
@@ -97,6 +98,7 @@ CASES = {
     **_each("lora-checkpointing", (3,), trainable=LORA, clip=0.5, engine=CHECKPOINTING),
     **_each("offload-optimizer", (1, 2), engine=OFFLOAD_OPTIMIZER),
     **_each("offload-both", (3,), engine=OFFLOAD_BOTH),
+    **_each("compiled", (3,), engine={"kernels": "compile"}),
     **_each("bf16-one-pack", (0, 1, 2, 3), max_tokens=4096, precision="bf16"),
     **_each("bf16-unpacked", (0, 1, 2, 3), packing=False, precision="bf16"),
 }
@@ -123,6 +125,7 @@ def train_case(case: Case, data: Path, world: World) -> dict[str, Any]:
     config = case.config()
     llava = new_model(config)
     _prepare_modes(llava, config, config.engine.activation_checkpointing)
+    use_kernels(llava.model, config.engine.kernels, world.device, config.engine.zero)
     dataset = StepDataset(
         Mixture([open_source(data)]),
         encoder_of(llava),

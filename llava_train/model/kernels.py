@@ -1,0 +1,74 @@
+"""What computes the layers beside matrix products and attention: `engine.kernels` of the stage file.
+
+Norms, rotary embeddings and gates are many small operations that only move memory. `compile` lets torch.compile make
+one of several, a layer at a time: all layers of a kind share one compilation, in a minute at most, and packs of any
+length share it too. `liger` puts the kernels of liger-kernel in their place. They do not add up, so it is one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from deepspeed.utils import set_z3_leaf_modules
+from torch import nn
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from llava_train.errors import UserError
+
+
+def use_kernels(model: LlavaForConditionalGeneration, kernels: str, device: torch.device, zero: int) -> None:
+    """Prepares a model, adapters and all, in place, before DeepSpeed takes it.
+
+    Args:
+        kernels: `eager`, `compile` or `liger`.
+        zero: stage of ZeRO.
+
+    Raises:
+        UserError: they cannot be used here.
+    """
+    if kernels == "compile":
+        _compile_layers(model, zero)
+    elif kernels == "liger":
+        _use_liger(model.model.language_model, device)
+
+
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """The transformer layers in a model of transformers."""
+    return [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Runs compiled layers as they were written: what is run now and then (evaluation) is not worth compiling for."""
+    compiled = {layer: vars(layer).pop("forward") for layer in layers_of(model) if "forward" in vars(layer)}
+    try:
+        yield
+    finally:
+        for layer, forward in compiled.items():
+            layer.forward = forward
+
+
+def _compile_layers(model: LlavaForConditionalGeneration, zero: int) -> None:
+    layers = layers_of(model)
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+    if zero == 3:  # fetched as a whole, for the hooks of its parts would cut it into pieces
+        set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
+
+
+def _use_liger(language_model: PreTrainedModel, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise UserError("engine.kernels: the kernels of liger need a CUDA device; choose eager or compile")
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
+    except ImportError as error:
+        raise UserError("engine.kernels: liger needs a package; pip install liger-kernel") from error
+    model_type = language_model.config.model_type
+    if model_type not in known:
+        raise UserError(f"engine.kernels: liger has no kernels for a {model_type}; choose eager or compile")
+    # The loss is ours: theirs multiplies the rows of ignored tokens too.
+    _apply_liger_kernel_to_instance(language_model, cross_entropy=False, fused_linear_cross_entropy=False)

@@ -1,0 +1,71 @@
+"""`engine.kernels`: how layers are computed is a speed knob."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from llava_train.config import LoraSection, TrainableSection
+from llava_train.errors import UserError
+from llava_train.model.kernels import layers_of, uncompiled, use_kernels
+from llava_train.model.loss import PackedLoss
+from llava_train.model.trainable import set_trainable
+from tests.tiny import dataset_of, tiny_llava, write_data
+
+CPU = torch.device("cpu")
+NAMES = ("input_ids", "position_ids", "pixel_values", "n_images", "cu_seqlens", "lengths", "predictors", "targets")
+
+
+def trained_llava(kernels: str):
+    llava = tiny_llava()
+    lora = LoraSection(rank=4, alpha=8)
+    set_trainable(llava.model, TrainableSection(projector={"lr": 1.0}, language_model={"lr": 1.0, "lora": lora}))
+    for name, parameter in llava.model.named_parameters():
+        if ".lora_B." in name:
+            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    use_kernels(llava.model, kernels, CPU, zero=2)
+    return llava
+
+
+def gradients(llava, pack) -> dict[str, torch.Tensor]:
+    llava.model.zero_grad()
+    loss, _ = PackedLoss(llava.model)(**{name: getattr(pack, name) for name in NAMES})
+    loss.backward()
+    found = {name: parameter.grad for name, parameter in llava.model.named_parameters() if parameter.requires_grad}
+    return {"loss": loss.detach(), **found}
+
+
+def test_compiled_layers_give_the_same_gradients_and_packs_of_any_length_share_their_compilation(
+    tmp_path: Path,
+) -> None:
+    eager, compiled = trained_llava("eager"), trained_llava("compile")
+    data = write_data(tmp_path, 12)
+    packs = [dataset_of(eager, data, batch_size=size)[0].micro_batches[0] for size in (2, 3, 5, 7, 9, 4)]
+    assert len({pack.input_ids.shape for pack in packs}) == len(packs)
+    torch._dynamo.utils.counters.clear()
+    n_compiled = []
+    for pack in packs:
+        torch.testing.assert_close(gradients(compiled, pack), gradients(eager, pack), rtol=1e-4, atol=1e-4)
+        n_compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert n_compiled[-1] == n_compiled[1] > 0, n_compiled
+
+
+def test_layers_run_uncompiled_inside_and_compiled_again_afterwards() -> None:
+    model = trained_llava("compile").model
+    compiled = [layer.forward for layer in layers_of(model)]
+    assert len(compiled) == model.config.text_config.num_hidden_layers + model.config.vision_config.num_hidden_layers
+    with uncompiled(model):
+        assert all(layer.forward.__func__ is type(layer).forward for layer in layers_of(model))
+    assert [layer.forward for layer in layers_of(model)] == compiled
+
+
+def test_compiled_layers_keep_the_names_of_the_weights() -> None:
+    assert list(trained_llava("compile").model.state_dict()) == list(trained_llava("eager").model.state_dict())
+
+
+def test_liger_is_refused_without_a_cuda_device() -> None:
+    with pytest.raises(UserError, match=r"engine.kernels: .* need a CUDA device; choose eager or compile"):
+        use_kernels(tiny_llava().model, "liger", CPU, zero=2)
