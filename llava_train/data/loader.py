@@ -90,6 +90,11 @@ class PackedBatch:
     def n_supervised(self) -> int:
         return len(self.targets)
 
+    def model_inputs(self) -> dict[str, Any]:
+        """What `model.loss.PackedLoss` takes."""
+        names = ("input_ids", "position_ids", "pixel_values", "features", "n_images", "cu_seqlens", "lengths")
+        return {name: getattr(self, name) for name in (*names, "predictors", "targets")}
+
     def to(self, device: torch.device) -> PackedBatch:
         return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
 

@@ -57,8 +57,10 @@ class PackedLoss(nn.Module):
         images = project(llava, features)  # [N * image tokens, hidden]
         embeddings = llava.get_input_embeddings()(input_ids)
         if n_images:
-            is_image = (input_ids == llava.config.image_token_id)[..., None]
-            embeddings = embeddings.masked_scatter(is_image, images.to(embeddings.dtype))
+            is_image = (input_ids[0] == llava.config.image_token_id).byte()
+            # Not by masked_scatter, nor by nonzero: the backward pass of one and the other itself wait for the device.
+            positions = is_image.argsort(descending=True, stable=True)[: len(images)]
+            embeddings = embeddings.index_copy(1, positions, images.to(embeddings.dtype)[None])
         else:
             embeddings = embeddings + images.sum() * 0
         return llava.model.language_model(

@@ -17,7 +17,7 @@ from llava_train.train.checkpoint_files import DurableFiles
 from llava_train.train.stopwatch import Stopwatch
 from llava_train.train.world import World
 
-_BUCKET_ELEMENTS = 200_000_000
+BUCKET_ELEMENTS = 200_000_000
 
 
 def deepspeed_config(config: StageConfig, n_trainable: int, universal: bool = False) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def deepspeed_config(config: StageConfig, n_trainable: int, universal: bool = Fa
     bf16 = engine.precision == "bf16"
     zero: dict[str, Any] = {"stage": engine.zero}
     if engine.zero:
-        bucket = max(1, min(_BUCKET_ELEMENTS, n_trainable))
+        bucket = max(1, min(BUCKET_ELEMENTS, n_trainable))
         zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
