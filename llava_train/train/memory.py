@@ -5,7 +5,7 @@ What a step holds at its worst moment is
     weights + gradients + optimizer + buckets + gathered weights + CUDA itself
     + the most of  activations | reducing gradients | the optimizer's step
 
-Activations are found by running a pack on shapes alone (`peak`); the rest is arithmetic over the numbers of parameters
+Activations are found by running a pack on shapes alone (`activations`); the rest is arithmetic over the numbers of parameters
 (`holdings`). Both were compared with measured peaks: tests/train/test_memory.py.
 """
 
@@ -22,9 +22,9 @@ from llava_train.config import StageConfig
 from llava_train.devices import DTYPES
 from llava_train.model.recompute import RECOMPUTES, Recompute
 from llava_train.model.skeleton import skeleton
+from llava_train.train.activations import NotImitatedError, activation_bytes
 from llava_train.train.heaviest import PackShape, heaviest_pack
 from llava_train.train.holdings import Held, held_bytes, size_of
-from llava_train.train.peak import NotImitatedError, activation_bytes
 
 GIB = 2**30
 MARGIN = 0.06

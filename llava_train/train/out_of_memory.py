@@ -11,8 +11,8 @@ from llava_train.config import StageConfig
 from llava_train.data.loader import PackedBatch
 from llava_train.errors import UserError
 from llava_train.model.recompute import Recompute
+from llava_train.train.activations import NotImitatedError
 from llava_train.train.memory import Estimator, gib
-from llava_train.train.peak import NotImitatedError
 from llava_train.train.remedies import find_remedy
 from llava_train.train.world import World
 

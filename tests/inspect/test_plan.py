@@ -24,8 +24,8 @@ from llava_train.inspect.plan import (
     usable,
 )
 from llava_train.inspect.plan_table import print_plan
+from llava_train.train.device_peaks import peak_flops
 from llava_train.train.memory import GIB
-from llava_train.train.peaks import peak_flops
 from tests.tiny import dataset_of, stage, stage_content, tiny_llava, write_data
 
 
