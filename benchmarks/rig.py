@@ -30,11 +30,11 @@ from llava_train.model.kernels import use_kernels
 from llava_train.model.loss import PackedLoss
 from llava_train.model.recompute import Recompute
 from llava_train.model.trainable import parameter_groups, set_trainable
+from llava_train.train.device_peaks import peak_flops_of
 from llava_train.train.engine import start_engine
 from llava_train.train.loop import train_step
 from llava_train.train.memory import Estimator, budget_of
 from llava_train.train.metrics import PackWork, Yardstick, model_flops, peak_memory_bytes
-from llava_train.train.peaks import peak_flops_of
 from llava_train.train.stage import _prepare_modes
 from llava_train.train.world import World
 

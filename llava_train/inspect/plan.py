@@ -27,9 +27,9 @@ from llava_train.errors import UserError
 from llava_train.model.processor import Front, build_processor
 from llava_train.model.recompute import RECOMPUTES
 from llava_train.model.skeleton import config_without_weights, skeleton
+from llava_train.train.device_peaks import peak_flops
 from llava_train.train.memory import GIB, MARGIN, Estimate, Estimator
 from llava_train.train.metrics import ModelFlops, model_flops
-from llava_train.train.peaks import peak_flops
 from llava_train.train.remedies import Remedy, find_remedy
 
 MFU = 0.4
@@ -45,7 +45,7 @@ DEVICES = {
     "RTX4090": "NVIDIA GeForce RTX 4090",
     "RTX5090": "NVIDIA GeForce RTX 5090",
 }
-"""Short names of GPUs whose peak is known, see `train.peaks`."""
+"""Short names of GPUs whose peak is known, see `train.device_peaks`."""
 PUBLISHED = {
     "blip_laion_cc_sbu_558k.json": 558_128,
     "llava_v1_5_mix665k.json": 665_298,

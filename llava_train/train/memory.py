@@ -22,9 +22,9 @@ from llava_train.config import StageConfig
 from llava_train.devices import DTYPES
 from llava_train.model.recompute import RECOMPUTES, Recompute
 from llava_train.model.skeleton import skeleton
+from llava_train.train.activations import activation_bytes
 from llava_train.train.heaviest import PackShape, heaviest_pack
 from llava_train.train.holdings import Held, held_bytes, size_of
-from llava_train.train.peak import activation_bytes
 
 GIB = 2**30
 MARGIN = 0.06

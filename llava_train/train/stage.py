@@ -41,8 +41,9 @@ from llava_train.model.weights import (
     save_projector,
 )
 from llava_train.train.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
+from llava_train.train.device_peaks import peak_flops_of
 from llava_train.train.dry_run import dry_run
-from llava_train.train.engine import gathered, start_engine, time_reduction
+from llava_train.train.engine import gathered, start_engine, stop_engine, time_reduction
 from llava_train.train.evaluate import evaluate, open_held_out
 from llava_train.train.heaviest import most_images
 from llava_train.train.interrupt import STOP_FILE
@@ -50,7 +51,6 @@ from llava_train.train.loop import Loop
 from llava_train.train.memory import Estimator, budget_of
 from llava_train.train.metrics import Yardstick, model_flops
 from llava_train.train.out_of_memory import advised
-from llava_train.train.peaks import peak_flops_of
 from llava_train.train.precompute import cached_features
 from llava_train.train.resume import Resumption, find_resumption, load
 from llava_train.train.run_folder import check_unchanged, config_hash, describe, held, write_card
@@ -153,7 +153,7 @@ def _train(config: StageConfig, session: Session) -> State:
         checkpoints.refuse_harmed(n_steps)
         trained = gathered(engine, world, llava.model)
         trained = fold(llava.model, trained) if world.is_main else trained
-    engine.destroy()
+    stop_engine(engine)
     return trained
 
 
