@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-_COLUMNS = ("TFLOP/s", "MFU", "tokens/s", "samples/s", "GiB", "with")
-
 
 def table(about: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
     """Training first, then what was found otherwise, then what failed."""
     width = max([4, *map(len, results)])
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [f"{about['device']}; {versions}; commit {about['commit']}", ""]
-    lines.append(f"{'':{width}} {'TFLOP/s':>8} {'MFU':>6} {'tokens/s':>9} {'samples/s':>9} {'GiB':>6}  with")
+    of_memory = f"{'GiB':>6} {'guess':>6}"
+    lines.append(f"{'':{width}} {'TFLOP/s':>8} {'MFU':>6} {'tokens/s':>9} {'samples/s':>9} {of_memory}  with")
     lines += [_training(name, found, width) for name, found in results.items() if "tokens_per_s" in found]
     lines += [""] + [line for name, found in results.items() for line in _others(name, found)]
     lines += [f"{name}: FAILED: {found['error']}" for name, found in results.items() if "error" in found]
@@ -21,10 +20,11 @@ def table(about: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
 
 def _training(name: str, found: dict[str, Any], width: int) -> str:
     tflops, mfu = found["tflops"], found["mfu"]
+    guess = f"{found['estimate_gib']:.1f}" if found["estimate_gib"] else "-"
     how = f"{found['kernels']}, recompute {found['activation_checkpointing']}, packs <= {found['max_tokens']}"
     return (
         f"{name:{width}} {'-' if tflops is None else f'{tflops:.4g}':>8} {'-' if mfu is None else f'{mfu:.1%}':>6} "
-        f"{found['tokens_per_s']:>9,.0f} {found['samples_per_s']:>9.1f} {found['peak_gib']:>6.1f}  {how}"
+        f"{found['tokens_per_s']:>9,.0f} {found['samples_per_s']:>9.1f} {found['peak_gib']:>6.1f} {guess:>6}  {how}"
     )
 
 

@@ -28,10 +28,12 @@ from llava_train.data.packing import attention_cost_of, plan_packs
 from llava_train.model.build import Llava
 from llava_train.model.kernels import use_kernels
 from llava_train.model.loss import PackedLoss
+from llava_train.model.recompute import Recompute
 from llava_train.model.trainable import parameter_groups, set_trainable
 from llava_train.train.device_peaks import peak_flops_of
 from llava_train.train.engine import start_engine
 from llava_train.train.loop import train_step
+from llava_train.train.memory import Estimator, budget_of
 from llava_train.train.metrics import PackWork, Yardstick, model_flops, peak_memory_bytes
 from llava_train.train.stage import _prepare_modes
 from llava_train.train.world import World
@@ -49,6 +51,9 @@ class Rig:
     llava: Llava
     engine: deepspeed.DeepSpeedEngine
     yardstick: Yardstick
+    recompute: Recompute
+    estimate_bytes: int | None
+    """Memory that its heaviest pack may take, by `train/memory.py`; None where patches are joined."""
 
     def step(self, batch: StepBatch) -> torch.Tensor:
         """One optimizer step; its losses summed by source, [sources, 2], on the device."""
@@ -59,13 +64,16 @@ def start_rig(config: StageConfig, world: World, llava: Llava | None = None) -> 
     """Starts DeepSpeed on a model, by default a random one of a `shapes.stage_config`."""
     llava = llava or random_llava(config, world.device)
     set_trainable(llava.model, config.trainable, config.seed)
-    recompute = config.engine.activation_checkpointing
-    assert recompute != "auto", "a benchmark says what it measures"
+    estimator = Estimator(llava.model.config, world.n_ranks, world.device.type)
+    recompute = estimator.choose(config, budget_of(world.device, n_ranks_on_node=1)).recompute
+    joined = isinstance(llava.model.model.vision_tower, JoinedPatches)
+    estimate_bytes = None if joined else estimator.estimate(config, recompute).total_bytes
     _prepare_modes(llava, config, recompute)
     use_kernels(llava.model, config.engine.kernels, world.device, config.engine.zero)
     yardstick = _yardstick(config, world, llava)
     groups = parameter_groups(llava.model, config.trainable, config.schedule.weight_decay)
-    return Rig(config, world, llava, start_engine(PackedLoss(llava.model), groups, config), yardstick)
+    engine = start_engine(PackedLoss(llava.model), groups, config)
+    return Rig(config, world, llava, engine, yardstick, recompute, estimate_bytes)
 
 
 def _yardstick(config: StageConfig, world: World, llava: Llava) -> Yardstick:
@@ -187,6 +195,7 @@ def measure(rig: Rig, batches: Sequence[StepBatch], n_warmup: int = 1, repeat: i
         "text_tokens_per_s": work.n_text_tokens / total,
         "samples_per_s": n_samples / total,
         "peak_gib": peak_memory_bytes(rig.world.device) / 2**30,
+        "estimate_gib": rig.estimate_bytes and rig.estimate_bytes / 2**30,
         "step_s": statistics.median(seconds),
         "steps_s": [round(value, 4) for value in seconds],
         "samples_a_step": n_samples / len(timed),

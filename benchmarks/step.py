@@ -172,12 +172,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             found: dict[str, Any] = {"parts_s": parts_of(steps, kept, arguments.warmup)}
             if arguments.pairs:
                 found["overhead"] = overhead(steps, list(kept), arguments.pairs)
-        return {"of": _of(rig.config), **found}
+        return {"of": {**_of(rig.config), "recompute": rig.recompute}, **found}
 
 
 def _of(config: StageConfig) -> dict[str, Any]:
     return {"name": config.name, "batch": config.batch.size, "max_tokens": config.batch.max_tokens} | {
-        key: getattr(config.engine, key) for key in ("zero", "precision", "kernels", "activation_checkpointing")
+        key: getattr(config.engine, key) for key in ("zero", "precision", "kernels")
     }
 
 
