@@ -7,13 +7,14 @@ For each batch, number of ranks and `batch.max_tokens` it plans steps of drawn s
 - efficiency: mean load of the ranks / largest load, over the micro-steps (all ranks wait for the costliest pack of
   each), a load being the cost of a pack's tokens and of their attention in a language model of `--hidden-size`;
 - micro-steps of a step, and how many its tokens need at the least;
-- planning: CPU milliseconds per 1,000 samples, the least and the median over the steps, on one core.
+- planning: CPU milliseconds per 1,000 samples on one core, the least and the median over the steps and repetitions.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ from llava_train.data.packing import attention_cost_of, plan_packs, sample_cost
 
 RANKS, BATCHES, MAX_TOKENS = (1, 8, 64, 256, 1024), (128, 256, 1024, 8192), (2048, 4096, 8192, 16384)
 GOAL, GOAL_SAMPLES = 0.97, 8
+_REPETITIONS = 3
 
 
 def measure(steps: list[list[int]], n_ranks: int, max_tokens: int, attention_cost: float) -> dict[str, Any]:
@@ -36,9 +38,10 @@ def measure(steps: list[list[int]], n_ranks: int, max_tokens: int, attention_cos
     total = waited_for = 0.0
     worst, planning_ms, n_micro_steps = 1.0, [], []
     for lengths in steps:
-        started = time.process_time()
-        plan = plan_packs(lengths, n_ranks, max_tokens, attention_cost)
-        planning_ms.append((time.process_time() - started) * 1e6 / len(lengths))
+        for _ in range(_REPETITIONS):
+            started = time.process_time()
+            plan = plan_packs(lengths, n_ranks, max_tokens, attention_cost)
+            planning_ms.append((time.process_time() - started) * 1e6 / len(lengths))
         loads = np.array(
             [[sum(sample_cost(lengths[i], attention_cost) for i in pack) for pack in rank] for rank in plan]
         )
@@ -100,7 +103,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, str]:
+def machine() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
@@ -109,6 +112,7 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "commit": commit.strip(),
+        "load_average": round(os.getloadavg()[0], 1),
     }
 
 

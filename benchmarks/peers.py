@@ -38,8 +38,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "peers"))
 
 from environments import ENVIRONMENTS, python_of  # noqa: E402
+from peer_shapes import SHAPES  # noqa: E402
 from peers_report import report, summarize  # noqa: E402
-from shapes import SHAPES  # noqa: E402
 
 _POLL_S = 0.5
 _FORMATS = {"none": "stage.yaml", "trl": "model", "llamafactory": "model", "llava": "original"}

@@ -1,125 +1,176 @@
-"""Models, and samples for them, on which trainers are compared.
+"""Models of known shapes with random weights, made on the device: nothing is downloaded, nothing read from disk.
 
-`tiny` is for tests, `small` what two cores can train, `7b-lora` and `7b-stage1` are LLaVA-1.5-7B's shapes with random
-weights: how fast a model trains does not depend on what it has learnt.
+    llava = random_llava(stage_config("7b", "lora"), torch.device("cuda"))
+
+The published shapes: Vicuna-7B and CLIP-L/336 (LLaVA-1.5), Qwen2.5-0.5B and -1.5B with SigLIP2-so400m/384. For the
+last two "Optimizing VLM Training on One GPU" joins four neighbouring patches each, 729 to 182 image tokens, which LLaVA
+does not: `JoinedPatches` does it here, so that the shapes are the same.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
-from mix665k import DrawnSample, draw_samples, draw_small_samples
+import torch
+from torch import nn
+
+from llava_train.config import StageConfig
+from llava_train.devices import DTYPES
+from llava_train.model.build import Llava, join, load_language_model, load_vision_tower, new_projector
+from llava_train.model.processor import build_processor
+from llava_train.stage_file import parse_stage
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, and samples for it."""
+    """A model's parts as transformers configures them, and how large its samples may be."""
 
-    model: dict[str, Any]
-    """The model section of a stage file, less the template; `PARTS/` stands for the folder of the small parts."""
-    draw: Callable[[int, int], list[DrawnSample]]
-    """`draw(n, seed)`: lengths and turns of n samples."""
-    batch_size: int
-    micro_batch: int
-    """Samples that a trainer which pads computes at once, unless its variant says otherwise."""
+    language_model: dict[str, Any]
+    vision_tower: dict[str, Any]
+    max_sample_tokens: int = 2048
+    joined: int = 1
+    """Patches that make one image token."""
     precision: str = "bf16"
-    image: dict[str, Any] = field(default_factory=lambda: {"aspect": "pad"})
-    max_tokens: int = 4096
-    """Of one of llava_train's packs."""
-    stage: str = "2"
-    """What trains if nothing else is asked for: see `trainable_of`."""
-    engine: dict[str, Any] = field(default_factory=lambda: {"zero": 0, "activation_checkpointing": "none"})
-    cuda_only: bool = False
+    min_tokens: int = 0
+    """Of a sample."""
+
+    @property
+    def n_patches(self) -> int:
+        return (self.vision_tower["image_size"] // self.vision_tower["patch_size"]) ** 2
+
+    @property
+    def n_image_tokens(self) -> int:
+        return self.n_patches // self.joined
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.vision_tower["model_type"] != "siglip_vision_model"
 
 
-def _captions(n: int, seed: int) -> list[DrawnSample]:
-    """As LLaVA's 558K: one short question and a caption of 10 to 45 tokens, always with a picture."""
-    rng = random.Random(seed)
-    lengths = [(8, rng.randint(10, 45)) for _ in range(n)]
-    return [DrawnSample("captions", True, (turn,), sum(turn) + 576, turn[1]) for turn in lengths]
+def _sizes(model_type: str, hidden: int, mlp: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return {"model_type": model_type, **sizes, **more}
 
 
-def _random(config: dict[str, Any]) -> dict[str, Any]:
-    return {"config": config}
-
-
-_TINY_LM = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-_TINY_TOWER = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 56,
-    "patch_size": 14,
-}
-_DINOV2_SMALL_AS_CLIP = {
-    "model_type": "clip_vision_model",
+_CLIP_L = _sizes("clip_vision_model", 1024, 4096, 24, 16, image_size=336, patch_size=14)
+_SIGLIP2 = _sizes("siglip_vision_model", 1152, 4304, 27, 16, image_size=384, patch_size=14)
+_DINOV2_S = {
+    "model_type": "dinov2",
     "hidden_size": 384,
-    "intermediate_size": 1536,
     "num_hidden_layers": 12,
     "num_attention_heads": 6,
     "image_size": 112,
     "patch_size": 14,
 }
-_VICUNA_7B = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096}  # else LLaMA-7B, the default
-_CLIP_L_336 = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
-_7B = {"language_model": _random(_VICUNA_7B), "vision_tower": _random(_CLIP_L_336)}
-_ON_GPU: dict[str, Any] = {"zero": 0, "activation_checkpointing": "auto"}
+_QWEN = {"vocab_size": 151_936, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 SHAPES = {
     "tiny": Shape(
-        {"language_model": _random(_TINY_LM), "vision_tower": _random(_TINY_TOWER)},
-        lambda n, seed: draw_samples(n, seed, n_image_tokens=16, max_tokens=200, min_tokens=60, one_turn=0.41),
-        batch_size=4,
-        micro_batch=4,
+        _sizes("llama", 64, 128, 2, 4, num_key_value_heads=2),
+        _sizes("clip_vision_model", 32, 64, 3, 2, image_size=56, patch_size=14),
+        max_sample_tokens=200,
         precision="fp32",
+        min_tokens=60,
     ),
+    # small, but with heads as large as the CUDA kernels are made for
+    "twin": Shape(
+        _sizes("llama", 256, 512, 4, 4, num_key_value_heads=2),
+        _sizes("clip_vision_model", 64, 128, 3, 2, image_size=56, patch_size=14),
+        max_sample_tokens=300,
+        precision="fp32",
+        min_tokens=60,
+    ),
+    # SmolLM2-135M and DINOv2-small: what two CPU cores train
     "small": Shape(
-        {"language_model": "PARTS/smollm2-135m-instruct", "vision_tower": "PARTS/dinov2-small"},
-        draw_small_samples,
-        batch_size=8,
-        micro_batch=1,  # no padding: on a CPU twice to four times as fast as larger ones
-        image={"aspect": "pad", "size": 112},
+        _sizes("llama", 576, 1536, 30, 9, num_key_value_heads=3, vocab_size=49_152, tie_word_embeddings=True),
+        _DINOV2_S,
+        max_sample_tokens=700,
+        precision="fp32",
+        min_tokens=90,
     ),
-    # For the original LLaVA, which knows CLIP only: as `small`, the encoder's weights random, its shape DINOv2-small's.
-    "small-clip": Shape(
-        {"language_model": "PARTS/smollm2-135m-instruct", "vision_tower": _random(_DINOV2_SMALL_AS_CLIP)},
-        draw_small_samples,
-        batch_size=8,
-        micro_batch=1,
+    "0.5b": Shape(
+        _sizes("qwen2", 896, 4864, 24, 14, num_key_value_heads=2, tie_word_embeddings=True, **_QWEN), _SIGLIP2, joined=4
     ),
-    "7b-lora": Shape(_7B, draw_samples, 32, 4, max_tokens=8192, stage="lora", engine=_ON_GPU, cuda_only=True),
-    "7b-stage1": Shape(_7B, _captions, 64, 8, max_tokens=16384, stage="1", engine=_ON_GPU, cuda_only=True),
+    "1.5b": Shape(
+        _sizes("qwen2", 1536, 8960, 28, 12, num_key_value_heads=2, tie_word_embeddings=True, **_QWEN),
+        _SIGLIP2,
+        joined=4,
+    ),
+    "7b": Shape(_sizes("llama", 4096, 11_008, 32, 32, vocab_size=32_064, max_position_embeddings=4096), _CLIP_L),
+}
+TRAINABLE: dict[str, dict[str, Any]] = {
+    "stage1": {"projector": {"lr": 1e-3}},
+    "full": {"projector": {"lr": 2e-5}, "language_model": {"lr": 2e-5}},
+    "lora": {
+        "projector": {"lr": 2e-5},
+        "language_model": {"lr": 2e-4, "lora": {"rank": 128, "alpha": 256, "dropout": 0.05}},
+    },
 }
 
 
-_RATES = {"1": {"projector": 1e-3}, "2": {"projector": 2e-5, "language_model": 2e-5}}
+def stage_config(shape_name: str, stage: str, batch: int, max_tokens: int, **engine: Any) -> StageConfig:
+    """A stage that trains a shape; `stage` is a key of `TRAINABLE`. Its data set is never opened."""
+    shape = SHAPES[shape_name]
+    tokens = {"max_tokens": max_tokens, "max_sample_tokens": min(shape.max_sample_tokens, max_tokens)}
+    content = {
+        "name": f"{shape_name}-{stage}",
+        "model": {
+            "language_model": {"config": shape.language_model},
+            "vision_tower": {"config": shape.vision_tower},
+            "vision_feature_select": "patch" if shape.has_class_token else "full",
+            "chat_template": "chatml",
+        },
+        "init_from": "random",
+        "trainable": TRAINABLE[stage],
+        "data": [{"path": "random"}],
+        "batch": {"size": batch, **tokens},
+        "engine": {"precision": shape.precision, "activation_checkpointing": "none", **engine},
+    }
+    return parse_stage(content, f"the shape {shape_name}")
 
 
-def trainable_of(stage: str) -> dict[str, Any]:
-    """`trainable` of a stage file: `1` the projector, `2` also the language model in full, `lora` through adapters.
+def random_llava(config: StageConfig, device: torch.device) -> Llava:
+    """The model of a `stage_config`, its weights drawn on the device: `build.build_llava`, less what needs a CPU."""
+    section, dtype, shape = config.model, DTYPES[config.engine.precision], SHAPES[config.name.split("-")[0]]
+    front = build_processor(section, config.image)
+    with torch.device(device):
+        language_model = load_language_model(section.language_model, dtype, len(front.tokenizer))
+        vision_tower = load_vision_tower(section.vision_tower, front.vision_config, dtype)
+        model = join(section, front, language_model, vision_tower, config.seed)
+        llava = Llava(model, front.processor, front.n_image_tokens)
+        return _with_joined_patches(llava, config, shape) if shape.joined > 1 else llava
 
-    Adapters have no dropout here, whose random numbers would tell the trainers' losses apart.
-    """
-    if stage == "lora":
-        lora = {"rank": 128, "alpha": 256, "dropout": 0.0}
-        return {"projector": {"lr": 2e-5}, "language_model": {"lr": 2e-5, "lora": lora}}
-    return {part: {"lr": lr} for part, lr in _RATES[stage].items()}
+
+class JoinedPatches(nn.Module):
+    """A vision tower that gives `n` neighbouring patches as one, `n` times as wide; what is left over is dropped."""
+
+    def __init__(self, tower: nn.Module, n: int) -> None:
+        super().__init__()
+        self.tower, self.n = tower, n
+        self.config, self.dtype = tower.config, tower.dtype
+
+    def forward(self, pixel_values: torch.Tensor, **options: Any) -> SimpleNamespace:
+        hidden_states = self.tower(pixel_values, **options).hidden_states
+        return SimpleNamespace(hidden_states=_Joined(hidden_states, self.n))
+
+
+class _Joined:
+    def __init__(self, hidden_states: Any, n: int) -> None:
+        self.hidden_states, self.n = hidden_states, n
+
+    def __getitem__(self, layer: int) -> torch.Tensor:
+        hidden = self.hidden_states[layer]
+        n_images, n_patches, width = hidden.shape
+        whole = n_patches // self.n
+        return hidden[:, : whole * self.n].reshape(n_images, whole, width * self.n)
+
+
+def _with_joined_patches(llava: Llava, config: StageConfig, shape: Shape) -> Llava:
+    model = llava.model
+    wide = copy.deepcopy(model.config)
+    wide.vision_config.hidden_size *= shape.joined
+    model.model.multi_modal_projector = new_projector(config.model, wide, model.dtype, config.seed)
+    model.model.vision_tower = JoinedPatches(model.model.vision_tower, shape.joined)
+    return Llava(model, llava.processor, shape.n_image_tokens)

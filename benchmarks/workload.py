@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 from mix665k import DrawnSample
 from original_parts import tokens_of, write_original
-from shapes import Shape, trainable_of
+from peer_shapes import Shape, trainable_of
 from transformers import PreTrainedTokenizerBase
 
 from llava_train.config import StageConfig

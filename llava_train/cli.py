@@ -172,6 +172,34 @@ def preview(
             print(f"wrote {html}", file=sys.stderr)
 
 
+@app.command(cls=ManyValues)
+def plan(
+    config: ConfigFile,
+    set_: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs, over all nodes.")] = 1,
+    memory: Annotated[str, typer.Option(help="Memory of one GPU.")] = "80G",
+    device: Annotated[str, typer.Option(help="Which GPU, for the hours.")] = "H100",
+    tflops: Annotated[float | None, typer.Option(min=0, help="Its peak, in place of the datasheet's.")] = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak that a run uses.")] = 0.4,
+    json_: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Tell what a stage will take: memory, packs, steps, hours. Needs no GPU and no weights; exit code 1: does not fit.
+
+    Example: llava-train plan --config stage2.yaml --gpus 8 --memory 80G
+    """
+    with user_errors():
+        stage = load_stage(config, set_ or [])
+        from llava_train.inspect.plan import as_record, bytes_of, make_plan
+        from llava_train.inspect.plan_table import print_plan
+
+        made = make_plan(stage, gpus, bytes_of(memory), device, tflops, mfu)
+        if json_:
+            print(json.dumps(as_record(made)))
+        else:
+            print_plan(Console(soft_wrap=True), made)
+        raise SystemExit(0 if made.fits else 1)
+
+
 def _say_note(note: str | None) -> None:
     if note:
         print(note, file=sys.stderr)

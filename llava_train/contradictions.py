@@ -38,6 +38,11 @@ def contradictions(config: StageConfig) -> Iterator[str]:
         yield from _beside_4_bits(engine)
     if engine.offload_optimizer and engine.zero == 0:
         yield "engine.offload_optimizer: needs engine.zero: 1, 2 or 3, not 0"
+    if config.loader.cache_features and config.trainable.vision_tower:
+        yield (
+            "loader.cache_features: a vision tower that trains has new features at every step; remove the key, or "
+            "freeze the tower: remove trainable.vision_tower"
+        )
     if config.eval and config.model.chat_template == "plain" and config.trainable.language_model:
         yield "model.chat_template: plain has no prompt to answer; a language model trains on a chat template"
     if config.eval and config.eval.questions and not config.eval.metric:

@@ -96,6 +96,14 @@ def with_suffix(stages: Sequence[StageConfig], suffix: str) -> list[StageConfig]
     return found
 
 
+def with_overrides(config: StageConfig, overrides: Sequence[str]) -> StageConfig:
+    """A stage with some keys changed, as `--set` changes them. Raises ConfigError."""
+    content = config.model_dump(mode="json")
+    for override in overrides:
+        _apply_override(content, override)
+    return parse_stage(content, "--set " + " ".join(overrides))
+
+
 def stage_schema() -> dict[str, Any]:
     """JSON Schema of a stage file, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **StageConfig.model_json_schema()}

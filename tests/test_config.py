@@ -119,6 +119,11 @@ def test_an_engine_that_4_bit_weights_cannot_have_is_refused(engine: str, messag
     assert f"trainable.language_model.lora.quantize_base: {message}" in found
 
 
+def test_features_of_a_vision_tower_that_trains_cannot_be_cached(tmp_path: Path) -> None:
+    overrides = ("trainable.vision_tower={lr: 1.0e-6}", "loader.cache_features=true")
+    assert "loader.cache_features: a vision tower that trains has new features" in refusal(tmp_path, GOOD, *overrides)
+
+
 def test_answers_cannot_be_generated_without_a_prompt(tmp_path: Path) -> None:
     overrides = ("eval={every: 5, data: [{path: x}]}", "model.chat_template=plain")
     assert "model.chat_template: plain has no prompt to answer" in refusal(tmp_path, GOOD, *overrides)

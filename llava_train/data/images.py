@@ -54,6 +54,12 @@ def decoded(image: Image.Image, picture: Picture) -> Image.Image:
         return _upright(_as_rgb(image), image.getexif().get(ExifTags.Base.Orientation))
 
 
+def stored_bytes(picture: Picture) -> bytes:
+    """A picture as it is stored, not decoded. Raises SampleError where it cannot be read."""
+    with _problems_of(picture), picture.open("rb") as file:
+        return file.read()
+
+
 @contextmanager
 def open_image(picture: Picture) -> Iterator[Image.Image]:
     """The header of a picture, its pixels not decoded yet. Raises SampleError."""

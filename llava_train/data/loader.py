@@ -10,21 +10,25 @@ sample has no supervised token. Either way a `BadSample` says so.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llava_train.data.chat import IGNORED, ChatEncoder, EncodedSample
+from llava_train.data.feature_cache import FeatureCache, FeatureError
 from llava_train.data.images import ImagePreprocessor, decode_image
 from llava_train.data.mixture import Mixture, Place
 from llava_train.data.order import step_samples
 from llava_train.data.packing import plan_packs
+from llava_train.data.pictures import Picture
 from llava_train.data.problems import SampleError
 from llava_train.data.samples import Sample
+
+T = TypeVar("T")
 
 _NOT_FOR_WORKERS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -71,11 +75,12 @@ class PackedBatch:
     position_ids: torch.Tensor  # int64 [1, T]; restart at each document
     cu_seqlens: torch.Tensor  # int32 [D + 1]; document borders
     lengths: tuple[int, ...]  # tokens of each document
-    pixel_values: torch.Tensor  # float32 [N, 3, H, W]; one blank image when there is none
-    n_images: int  # 0 when pixel_values is that blank image
+    pixel_values: torch.Tensor | None  # float32 [N, 3, H, W]; one blank image when there is none; None with features
+    n_images: int  # 0 when there is only that blank image
     predictors: torch.Tensor  # int64 [S]; positions whose next token is supervised
     targets: torch.Tensor  # int64 [S]; those next tokens
     sources: torch.Tensor  # int64 [S]; number of the source that each target comes from
+    features: torch.Tensor | None = None  # [N, image tokens, features]; in place of pixel_values, from a FeatureCache
 
     @property
     def max_seqlen(self) -> int:
@@ -84,6 +89,11 @@ class PackedBatch:
     @property
     def n_supervised(self) -> int:
         return len(self.targets)
+
+    def model_inputs(self) -> dict[str, Any]:
+        """What `model.loss.PackedLoss` takes."""
+        names = ("input_ids", "position_ids", "pixel_values", "features", "n_images", "cu_seqlens", "lengths")
+        return {name: getattr(self, name) for name in (*names, "predictors", "targets")}
 
     def to(self, device: torch.device) -> PackedBatch:
         return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
@@ -142,6 +152,7 @@ class StepDataset(Dataset[StepBatch]):
     Args:
         seed: decides the order; None keeps the order of the sources (evaluation).
         attention_cost: see `packing.sample_cost`.
+        features: where the features of all pictures are; pictures are then not decoded.
     """
 
     def __init__(
@@ -157,7 +168,9 @@ class StepDataset(Dataset[StepBatch]):
         n_ranks: int = 1,
         packing: bool = True,
         attention_cost: float = 0.0,
+        features: FeatureCache | None = None,
     ) -> None:
+        self.features = features
         self.mixture, self.encoder, self.preprocessor = mixture, encoder, preprocessor
         self.batch_size, self.max_tokens, self.packing = batch_size, max_tokens, packing
         self.seed, self.rank, self.n_ranks, self.attention_cost = seed, rank, n_ranks, attention_cost
@@ -200,18 +213,28 @@ class StepDataset(Dataset[StepBatch]):
     def _collate(self, step: int, items: Sequence[Encoded]) -> tuple[PackedBatch, list[BadSample]]:
         """Packs samples. Images that cannot be decoded become blank and their samples unsupervised."""
         documents, pixels, bad = [], [], []
+        blank = self.preprocessor.blank() if self.features is None else self.features.blank()
         for item in items:
             tokens = item.tokens
             try:
-                images = [self.preprocessor(decode_image(picture)) for picture in item.sample.images[: tokens.n_images]]
+                images = [self._image(picture) for picture in item.sample.images[: tokens.n_images]]
             except SampleError as error:
-                images = [self.preprocessor.blank()] * tokens.n_images
+                images = [blank] * tokens.n_images
                 tokens = replace(tokens, labels=np.full_like(tokens.labels, IGNORED))
                 bad.append(bad_sample(step, item.place, error, on_every_rank=False))
             documents.append(tokens)
             pixels += images
         numbers = [item.place.source_number for item in items]
-        return pack_documents(documents, pixels, self.preprocessor.blank(), self._filler(), numbers), bad
+        batch = pack_documents(documents, pixels, blank, self._filler(), numbers)
+        if self.features is not None:
+            batch = replace(batch, pixel_values=None, features=batch.pixel_values)
+        return batch, bad
+
+    def _image(self, picture: Picture) -> torch.Tensor:
+        """Pixels or features of a picture. Raises SampleError."""
+        if self.features is not None:
+            return self.features.of_picture(picture)
+        return self.preprocessor(decode_image(picture))
 
     def _filler(self) -> EncodedSample:
         """A document for a rank that has none: two unsupervised tokens."""
@@ -260,13 +283,19 @@ def first_pictures(dataset: StepDataset, n_pictures: int, n_steps: int) -> list[
         for pack in dataset[step].micro_batches:
             if sum(map(len, found)) >= n_pictures:
                 return found
-            if pack.n_images:
+            if pack.n_images and pack.pixel_values is not None:
                 found.append(pack.pixel_values)
     return found
 
 
-def read_steps(dataset: StepDataset, steps: range, n_workers: int, pin_memory: bool) -> Iterator[StepBatch]:
-    """Yields `dataset[step]` in order, read ahead by worker processes (`n_workers` 0: in this process)."""
+def read_steps(dataset: Dataset[T], steps: range, n_workers: int, pin_memory: bool) -> Generator[T, None, None]:
+    """Yields `dataset[step]` in order, read ahead by worker processes (`n_workers` 0: in this process).
+
+    Close it, or the process may never end: its workers run until then.
+
+    Raises:
+        FeatureError: on one rank alone, see `FeatureCache.of_picture`.
+    """
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -280,7 +309,15 @@ def read_steps(dataset: StepDataset, steps: range, n_workers: int, pin_memory: b
         batches = iter(loader)  # starts the workers; `_prepare_worker` lets their signals go
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held_before)
-    yield from batches
+    try:
+        yield from batches
+    except FeatureError as error:  # torch puts a worker's traceback before what it says
+        told = FeatureError(str(error).strip().rpartition(f"{FeatureError.__name__}: ")[2])
+        told.on_every_rank = False
+        raise told from None
+    finally:
+        # A process waits for its workers before it ends, and they for it. Tracebacks keep torch's own end from coming.
+        getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 def _prepare_worker(worker: int) -> None:

@@ -29,7 +29,7 @@ import numpy as np
 Pack = list[int]
 
 _BALANCED = 1.01  # costliest pack / mean pack below which swaps don't pay
-_MOST_SWAPS = 8  # of a pack; most are balanced after 3
+_MOST_SWAPS = 5  # of a pack; most are balanced after 3
 _FULL = 0.98  # share of `max_tokens` up to which packs of equal cost are tried for
 _MOST_SAMPLES_TO_SWAP = 32  # in a pack: with more, no swap is needed, and each would be slow
 
@@ -171,17 +171,17 @@ def _swapped(step: _Step, packs: list[Pack], group: int, to_the_last: bool = Fal
     if there is room for it. The costliest pack swaps with the cheapest, the second with the last but one, and so on;
     `to_the_last` the costliest alone with whichever pack of its group suits best.
     """
-    if not packs or group == 1 or max(map(len, packs)) > _MOST_SAMPLES_TO_SWAP:
+    if group == 1 or not 2 <= max(map(len, packs), default=0) <= _MOST_SAMPLES_TO_SWAP:
         return packs
     n_samples = len(step.costs)
     slots = np.full((len(packs), max(map(len, packs))), n_samples)  # sample n_samples is none
     for number, pack in enumerate(packs):
         slots[number, : len(pack)] = pack
     costs, lengths = np.append(step.costs, 0.0), np.append(step.lengths, 0)
-    stride = -(-group // (2 * _MOST_SWAPS))
+    loads, stride = costs[slots].sum(axis=1), -(-group // (2 * _MOST_SWAPS))
     for shifts in (range(0, stride * _MOST_SWAPS, stride), [None] * _MOST_SWAPS * to_the_last):
         for shift in shifts:
-            costly, cheap, excess = _pairs(costs[slots].sum(axis=1).reshape(-1, group), shift)
+            costly, cheap, excess = _pairs(loads.reshape(-1, group), shift)
             if not len(costly):
                 break
             chosen, from_costly, from_cheap = _best_swaps(
@@ -191,20 +191,23 @@ def _swapped(step: _Step, packs: list[Pack], group: int, to_the_last: bool = Fal
                 break
             a, b = (costly[chosen], from_costly), (cheap[chosen], from_cheap)
             slots[a], slots[b] = slots[b], slots[a]
+            changed = np.concatenate([a[0], b[0]])
+            loads[changed] = costs[slots[changed]].sum(axis=1)
     return [[i for i in pack if i < n_samples] for pack in slots.tolist()]
 
 
 def _pairs(loads: np.ndarray, shift: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs of packs that differ, in groups that are uneven.
+    """Pairs of a pack that costs too much and one that costs less.
 
     Args:
         loads: cost of each pack [groups, packs of a group].
-        shift: of the cheaper half against the costlier; None pairs the costliest with all others.
+        shift: of the cheaper half against the costlier; None pairs the costliest of a group with all others.
 
     Returns:
         Numbers of the costlier packs and of the cheaper ones, and what they differ by.
     """
-    uneven = np.flatnonzero(loads.max(axis=1) > _BALANCED * loads.mean(axis=1))
+    allowed = _BALANCED * loads.mean(axis=1)
+    uneven = np.flatnonzero(loads.max(axis=1) > allowed)
     by_load = np.argsort(loads[uneven], axis=1, kind="stable") + uneven[:, None] * loads.shape[1]
     half = loads.shape[1] // 2
     if shift is None:
@@ -212,9 +215,9 @@ def _pairs(loads: np.ndarray, shift: int | None) -> tuple[np.ndarray, np.ndarray
         costly = np.broadcast_to(by_load[:, -1:], cheap.shape)
     else:
         costly, cheap = by_load[:, : -half - 1 : -1], np.roll(by_load[:, :half], shift, axis=1)
-    excess = loads.ravel()[costly] - loads.ravel()[cheap]
-    differ = excess > (_BALANCED - 1) * loads.ravel()[costly]
-    return costly[differ], cheap[differ], excess[differ]
+    too_much = loads.ravel()[costly] > allowed[uneven, None]
+    costly, cheap = costly[too_much], cheap[too_much]
+    return costly, cheap, loads.ravel()[costly] - loads.ravel()[cheap]
 
 
 def _best_swaps(

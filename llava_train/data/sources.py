@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import datasets
 import pyarrow as pa
-from datasets.exceptions import DatasetsError
 
 from llava_train.data.archives import PictureArchive
 from llava_train.data.pictures import PictureFolder, Pictures, PictureStore, PrefixedStores
@@ -21,6 +19,9 @@ from llava_train.data.problems import DataError, SampleError
 from llava_train.data.records import GZIP_MAGIC, JsonRecords
 from llava_train.data.samples import Sample, parse_record, record_id
 from llava_train.files import is_hub_id
+
+if TYPE_CHECKING:
+    import datasets
 
 _SUFFIXES_OF_FILES = (".json", ".jsonl", ".gz", ".parquet", ".arrow", ".zip", ".tar")
 """What misses such a file must not be told of the hub."""
@@ -149,6 +150,9 @@ def _open_records(path: Path, subset: str | None, split: str | None, cache: Path
         raise DataError(f"{path}: a file has no `subset:` or `split:`; remove the key, or name a data set")
     if kind == "json":
         return JsonRecords(path, cache)
+    import datasets  # an eighth of all that a start imports, and JSON does not need it
+    from datasets.exceptions import DatasetsError
+
     split = split or "train"
     try:
         if kind == "parquet":
@@ -185,7 +189,7 @@ def _unreadable(path: Path, reason: str | None) -> DataError:
 
 
 def _split_of(loaded: datasets.Dataset | datasets.DatasetDict, split: str) -> datasets.Dataset:
-    if isinstance(loaded, datasets.Dataset):
+    if not isinstance(loaded, dict):
         return loaded
     if split not in loaded:
         raise ValueError(f"it has no split {split!r}; set `split:` to one of {', '.join(loaded)}")

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from llava_train.model import cpu_attention
 
@@ -123,7 +122,7 @@ def varlen_kernel() -> VarlenKernel:
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
-        return _torch_varlen()
+        return attend_with_torch()
 
     def attend(query, key, value, borders, longest, scaling, window):  # type: ignore[no-untyped-def]
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
@@ -133,7 +132,8 @@ def varlen_kernel() -> VarlenKernel:
     return attend
 
 
-def _torch_varlen() -> VarlenKernel:
+def attend_with_torch() -> VarlenKernel:
+    """PyTorch's own variable-length kernel. It has shapes, and no values, elsewhere than on CUDA."""
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -159,5 +159,6 @@ def _left_of(window: int | None, longest: int) -> tuple[int, int]:
     return (window - 1 if window is not None and window < longest else -1, 0)
 
 
+# No mask function goes with it: transformers then makes no mask. With one it reads position_ids first, and waits for
+# the device to know whether they restart.
 AttentionInterface.register(PACKED, packed_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, lambda *_, **__: None)  # no mask, whatever position_ids look like

@@ -30,7 +30,7 @@ from llava_train.model.attention import PACKED
 from llava_train.model.compatibility import BuildError, check_packing, refuse_unlike_llava
 from llava_train.model.processor import IMAGE_TOKEN, Front, build_processor, config_from, tower_class
 
-_VOCABULARY_MULTIPLE = 64
+VOCABULARY_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def widen(model: PreTrainedModel, n_tokens: int) -> None:
     """
     n_old = model.get_input_embeddings().num_embeddings
     if n_tokens > n_old:
-        model.resize_token_embeddings(n_tokens, pad_to_multiple_of=_VOCABULARY_MULTIPLE, mean_resizing=False)
+        model.resize_token_embeddings(n_tokens, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=False)
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             layer.weight[n_old:] = layer.weight[:n_old].float().mean(dim=0).to(layer.weight.dtype)
 
@@ -129,16 +129,7 @@ def join(
     seed: int = 0,
 ) -> LlavaForConditionalGeneration:
     """The parts, and a fresh projector, as one LLaVA model. The parts' own tensors are used, none is copied."""
-    config = LlavaConfig(
-        vision_config=vision_tower.config,
-        text_config=language_model.config,
-        image_token_index=int(front.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),
-        image_seq_length=front.n_image_tokens,
-        projector_hidden_act="linear" if section.projector == "linear" else "gelu",
-        vision_feature_select_strategy="default" if section.vision_feature_select == "patch" else "full",
-        vision_feature_layer=section.vision_feature_layer,
-        tie_word_embeddings=language_model.config.tie_word_embeddings,
-    )
+    config = joined_config(section, front, language_model.config, vision_tower.config)
     dtype = language_model.dtype
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
@@ -152,6 +143,22 @@ def join(
     model.model.language_model.set_attn_implementation(PACKED)
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     return model.eval()
+
+
+def joined_config(
+    section: ModelSection, front: Front, text_config: PreTrainedConfig, vision_config: PreTrainedConfig
+) -> LlavaConfig:
+    """The configuration of a LLaVA model of these parts."""
+    return LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=int(front.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),
+        image_seq_length=front.n_image_tokens,
+        projector_hidden_act="linear" if section.projector == "linear" else "gelu",
+        vision_feature_select_strategy="default" if section.vision_feature_select == "patch" else "full",
+        vision_feature_layer=section.vision_feature_layer,
+        tie_word_embeddings=text_config.tie_word_embeddings,
+    )
 
 
 def _generation_config(language_model: PreTrainedModel) -> GenerationConfig:

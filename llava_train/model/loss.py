@@ -9,6 +9,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from llava_train.model.attention import Documents
+from llava_train.model.features import encode, project
 
 LOGITS_BYTES = 512 * 2**20
 """Logits that are held at once, in float32: 4,000 rows over Vicuna's vocabulary. With few, a trained head's gradient,
@@ -42,21 +43,26 @@ class PackedLoss(nn.Module):
         *,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None,
         n_images: int,
         cu_seqlens: torch.Tensor,
         lengths: tuple[int, ...],
+        features: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Output of the language model's last layer: [1, T, hidden size]."""
+        """Output of the language model's last layer: [1, T, hidden size]. Of `features`, the tower is not asked."""
         llava = self.llava
-        pixel_values = pixel_values.to(llava.model.vision_tower.dtype)
-        features = torch.cat(llava.get_image_features(pixel_values).pooler_output)  # [N * image tokens, hidden]
+        if features is None:
+            assert pixel_values is not None
+            features = encode(llava, pixel_values)
+        images = project(llava, features)  # [N * image tokens, hidden]
         embeddings = llava.get_input_embeddings()(input_ids)
         if n_images:
-            is_image = (input_ids == llava.config.image_token_id)[..., None]
-            embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
+            is_image = (input_ids[0] == llava.config.image_token_id).byte()
+            # Not by masked_scatter, nor by nonzero: the backward pass of one and the other itself wait for the device.
+            positions = is_image.argsort(descending=True, stable=True)[: len(images)]
+            embeddings = embeddings.index_copy(1, positions, images.to(embeddings.dtype)[None])
         else:
-            embeddings = embeddings + features.sum() * 0
+            embeddings = embeddings + images.sum() * 0
         return llava.model.language_model(
             inputs_embeds=embeddings,
             position_ids=position_ids,

@@ -206,6 +206,6 @@ def _image_size(vision_config: PreTrainedConfig, wanted: int | None) -> int:
         raise BuildError(
             f"image.size: {size}, but {vision_config.model_type} takes {own} pixels only; leave image.size out"
         )
-    if size % patch:
+    if size != own and size % patch:  # SigLIP's 384 are no multiple of 14: it leaves the rest of a picture out
         raise BuildError(f"image.size: {size} is not a multiple of the encoder's patch size {patch}")
     return size

@@ -146,7 +146,7 @@ def _freeze_unused(model: LlavaForConditionalGeneration) -> None:
     """
     tower = part_module(model, "vision_tower")
     size = model.config.vision_config.image_size
-    pixels = torch.zeros(1, 3, size, size, dtype=model.dtype)
+    pixels = torch.zeros(1, 3, size, size, dtype=model.dtype, device=model.device)
     model.get_image_features(pixels).pooler_output[0].float().sum().backward()
     for parameter in tower.parameters():
         parameter.requires_grad_(parameter.grad is not None)

@@ -17,7 +17,8 @@ from llava_train.train.checkpoint_files import DurableFiles
 from llava_train.train.stopwatch import Stopwatch
 from llava_train.train.world import World
 
-_BUCKET_ELEMENTS = 200_000_000
+BUCKET_ELEMENTS = 200_000_000
+_TORCHS_LINEAR = torch.nn.functional.linear
 
 
 def deepspeed_config(config: StageConfig, n_trainable: int, universal: bool = False) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def deepspeed_config(config: StageConfig, n_trainable: int, universal: bool = Fa
     bf16 = engine.precision == "bf16"
     zero: dict[str, Any] = {"stage": engine.zero}
     if engine.zero:
-        bucket = max(1, min(_BUCKET_ELEMENTS, n_trainable))
+        bucket = max(1, min(BUCKET_ELEMENTS, n_trainable))
         zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -78,6 +79,12 @@ def time_reduction(engine: deepspeed.DeepSpeedEngine, watch: Stopwatch) -> None:
     Sums that DeepSpeed runs beside the backward pass (ZeRO 2 and 3) cost no time of their own.
     """
     engine.allreduce_gradients = watch.timing("optimizer", engine.allreduce_gradients)
+
+
+def stop_engine(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Lets go of an engine, and of what DeepSpeed put in torch's place: a later stage must round as it does alone."""
+    engine.destroy()
+    torch.nn.functional.linear = _TORCHS_LINEAR
 
 
 def gathered(engine: deepspeed.DeepSpeedEngine, world: World, module: nn.Module) -> dict[str, torch.Tensor]:

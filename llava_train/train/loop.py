@@ -25,6 +25,7 @@ from llava_train.errors import UserError
 from llava_train.train.checkpoint import Checkpoints
 from llava_train.train.engine import optimizer_step
 from llava_train.train.interrupt import Preempted
+from llava_train.train.out_of_memory import noted
 from llava_train.train.schedule import lr_factor, step_seed
 from llava_train.train.session import Session
 from llava_train.train.stopwatch import Stopwatch
@@ -107,7 +108,8 @@ class Loop:
             self.tracker.quarantine(batch.bad_samples)
             set_learning_rate(self.engine, lr_factor(batch.step, self.n_steps, self.config.schedule))
             torch.manual_seed(step_seed(self.config.seed, batch.step, self.world.rank))
-            sums, norm, taken = train_step(self.engine, self.world, batch, n_supervised, self.window.watch)
+            with noted(f"step {batch.step + 1}", *batch.micro_batches):
+                sums, norm, taken = train_step(self.engine, self.world, batch, n_supervised, self.window.watch)
             self.clock.mark("first step")
             if line := self.clock.line():
                 self.tracker.say(line)
@@ -233,17 +235,7 @@ def forward(
     engine: deepspeed.DeepSpeedEngine, batch: PackedBatch, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`PackedLoss.forward` on a pack, through the engine. `batch` is on the device."""
-    return engine(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        pixel_values=batch.pixel_values,
-        n_images=batch.n_images,
-        cu_seqlens=batch.cu_seqlens,
-        lengths=batch.lengths,
-        predictors=batch.predictors,
-        targets=batch.targets,
-        scale=scale,
-    )
+    return engine(**batch.model_inputs(), scale=scale)
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, factor: float) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from llava_train.model.build import Llava, build_llava
 from llava_train.model.kernels import use_kernels
 from llava_train.model.loss import PackedLoss
 from llava_train.model.quantize import check_quantization, is_quantized, quantize_base, round_like_nf4
+from llava_train.model.recompute import Recompute, enable_recompute
 from llava_train.model.standardize import feature_statistics, fold, standardize
 from llava_train.model.trainable import parameter_groups, set_trainable, summarize
 from llava_train.model.weights import (
@@ -39,12 +41,17 @@ from llava_train.model.weights import (
     save_projector,
 )
 from llava_train.train.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
-from llava_train.train.engine import gathered, start_engine, time_reduction
+from llava_train.train.device_peaks import peak_flops_of
+from llava_train.train.dry_run import dry_run
+from llava_train.train.engine import gathered, start_engine, stop_engine, time_reduction
 from llava_train.train.evaluate import evaluate, open_held_out
+from llava_train.train.heaviest import most_images
 from llava_train.train.interrupt import STOP_FILE
 from llava_train.train.loop import Loop
+from llava_train.train.memory import Estimator, budget_of
 from llava_train.train.metrics import Yardstick, model_flops
-from llava_train.train.peaks import peak_flops_of
+from llava_train.train.out_of_memory import advised
+from llava_train.train.precompute import cached_features
 from llava_train.train.resume import Resumption, find_resumption, load
 from llava_train.train.run_folder import check_unchanged, config_hash, describe, held, write_card
 from llava_train.train.session import Session
@@ -67,8 +74,10 @@ def run_stage(config: StageConfig, session: Session) -> Path:
     Raises:
         DataError, BuildError, HandOffError, BadSampleError: what the user gave cannot be used.
         RunFolderError: another process works in the run's folder, or the folder is another run's.
+        FeatureError: the features of its pictures cannot be kept.
         CheckpointError: its newest checkpoint cannot be continued.
         BadNumbersError, HarmedError: the loss, the gradient or the weights are not finite.
+        OutOfMemory: the stage does not fit a device.
         Preempted: somebody asked to stop; the run is saved.
     """
     world, result = session.world, config.run_dir / RESULT_FOLDER
@@ -104,11 +113,22 @@ def _train(config: StageConfig, session: Session) -> State:
     clock.mark("data")
 
     llava, came_from, new_dataset = _build(config, world, mixture)
+    estimator = Estimator(llava.model.config, world.n_ranks, world.device.type, most_images(mixture))
+    budget = _budget(world, llava)
+    choice = world.on_main(lambda: estimator.choose(config, budget))
+    _prepare_modes(llava, config, choice.recompute)
+    use_kernels(llava.model, config.engine.kernels, world.device, config.engine.zero)
     parts, yardstick = list(summarize(llava.model, config.trainable)), _yardstick(config, world, llava)
     clock.mark("model")
     world.on_main(lambda: write_card(config.run_dir, card, world.n_ranks, resumption.step, bool(changes)))
     world.say(f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}")
     _say_notes(config, world, llava)
+    if choice.estimate:
+        world.say(choice.line)
+    steps, features = range(resumption.step, n_steps), None
+    if config.loader.cache_features:
+        features = cached_features(config, session, llava, new_dataset(mixture, seed=config.seed), steps)
+        clock.mark("features")
     engine, checkpoints = _start_engine(config, session, llava, resumption, config_hash(card))
 
     with Tracker(config, world, resumption.step, n_steps) as tracker:
@@ -118,15 +138,22 @@ def _train(config: StageConfig, session: Session) -> State:
         time_reduction(engine, watch)
         if resumption.checkpoint:
             window.restore(resumption.manifest["window"], world)
-        steps, on_cuda = range(resumption.step, n_steps), world.device.type == "cuda"
-        batches = read_steps(new_dataset(mixture, seed=config.seed), steps, config.loader.workers, on_cuda)
+        dataset = new_dataset(mixture, seed=config.seed, features=features)
         evaluate_after = _evaluation(config, world, engine, llava, new_dataset, held_out, n_steps, tracker)
-        Loop(session, config, engine, n_steps, tracker, window, checkpoints, evaluate_after).train(batches)
+        loop = Loop(session, config, engine, n_steps, tracker, window, checkpoints, evaluate_after)
+        on_cuda = world.device.type == "cuda"
+        with (
+            advised(world, estimator, config, choice.recompute, budget),
+            closing(read_steps(dataset, steps, config.loader.workers, on_cuda)) as batches,
+        ):
+            if on_cuda and steps:
+                dry_run(engine, world, estimator.pack(config))
+            loop.train(batches)
         world.beat("gathering the result", patience=_START_PATIENCE)
         checkpoints.refuse_harmed(n_steps)
         trained = gathered(engine, world, llava.model)
         trained = fold(llava.model, trained) if world.is_main else trained
-    engine.destroy()
+    stop_engine(engine)
     return trained
 
 
@@ -143,9 +170,14 @@ def _build(config: StageConfig, world: World, mixture: Mixture) -> tuple[Llava, 
     new_dataset = _dataset_maker(config, world, llava)
     if config.trainable.projector and config.trainable.projector.standardize:
         _standardize_features(config, world, llava, new_dataset(mixture, seed=config.seed, rank=0, n_ranks=1))
-    _prepare_modes(llava, config)
-    use_kernels(llava.model, config.engine.kernels, world.device, config.engine.zero)
     return llava, came_from, new_dataset
+
+
+def _budget(world: World, llava: Llava) -> int:
+    """Bytes that a step may take on the device of each rank: of all devices the smallest. Every rank must call it."""
+    host = socket.gethostname()
+    loaded = sum(parameter.nbytes for parameter in llava.model.parameters())
+    return min(world.gather(budget_of(world.device, world.gather(host).count(host), loaded)))
 
 
 def _yardstick(config: StageConfig, world: World, llava: Llava) -> Yardstick:
@@ -270,15 +302,13 @@ def _standardize_features(config: StageConfig, world: World, llava: Llava, datas
     standardize(llava.model, mean, deviation, is_new=config.init_from in (None, "random"))
 
 
-def _prepare_modes(llava: Llava, config: StageConfig) -> None:
+def _prepare_modes(llava: Llava, config: StageConfig, recompute: Recompute) -> None:
     """Training mode for what trains or is checkpointed; frozen encoders stay in evaluation mode."""
     llava.model.train()
     language_model, vision_tower = llava.model.model.language_model, llava.model.model.vision_tower
     vision_tower.train(config.trainable.vision_tower is not None)
-    if config.engine.activation_checkpointing == "full":
-        trained = [language_model] + ([vision_tower] if config.trainable.vision_tower else [])
-        for module in trained:
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in [language_model] + ([vision_tower] if config.trainable.vision_tower else []):
+        enable_recompute(module, recompute)
 
 
 def _write_result(config: StageConfig, trained: State, folder: Path) -> None:

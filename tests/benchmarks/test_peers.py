@@ -21,7 +21,7 @@ from tests.scripts import ROOT, load_script
 
 original_parts = load_script("benchmarks/original_parts.py")
 peers_report = load_script("benchmarks/peers_report.py")
-shapes = load_script("benchmarks/shapes.py")
+shapes = load_script("benchmarks/peer_shapes.py")
 workload = load_script("benchmarks/workload.py")
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,14 +8,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_train.data.chat import IGNORED
+from llava_train.data.feature_cache import FeatureCache
 from llava_train.model import loss
+from llava_train.model.features import encode, feature_shape
 from llava_train.model.loss import PackedLoss, summed_cross_entropy
 from tests.tiny import dataset_of, tiny_llava, write_data
 
 
 def loss_of(llava, batch) -> torch.Tensor:
-    names = ("input_ids", "position_ids", "pixel_values", "n_images", "cu_seqlens", "lengths", "predictors", "targets")
-    return PackedLoss(llava.model)(**{name: getattr(batch, name) for name in names})[0]
+    names = ["input_ids", "position_ids", "pixel_values", "n_images", "cu_seqlens", "lengths", "predictors", "targets"]
+    return PackedLoss(llava.model)(**{name: getattr(batch, name) for name in [*names, "features"]})[0]
 
 
 def test_the_loss_of_a_pack_is_the_sum_over_its_documents_of_transformers_own(tmp_path: Path) -> None:
@@ -62,6 +65,26 @@ def test_a_pack_without_images_gives_the_projector_a_gradient_of_zero(tmp_path: 
     llava = tiny_llava()
     (pack,) = dataset_of(llava, write_data(tmp_path, 3, text_only=True), batch_size=3)[0].micro_batches
     assert pack.n_images == 0
+    loss_of(llava, pack).backward()
+    gradients = [parameter.grad for parameter in llava.model.model.multi_modal_projector.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+@torch.no_grad()
+def test_features_of_pictures_give_the_same_loss_as_pixels_bit_for_bit(tmp_path: Path) -> None:
+    llava = tiny_llava()
+    (pack,) = dataset_of(llava, write_data(tmp_path, 6))[0].micro_batches
+    assert pack.n_images
+    read = replace(pack, pixel_values=None, features=encode(llava.model, pack.pixel_values))
+    assert torch.equal(loss_of(llava, read), loss_of(llava, pack))
+
+
+def test_a_pack_without_images_gives_the_projector_a_gradient_of_zero_with_features_too(tmp_path: Path) -> None:
+    llava = tiny_llava()
+    cache = FeatureCache(tmp_path, feature_shape(llava), torch.float32)
+    data = write_data(tmp_path, 3, text_only=True)
+    (pack,) = dataset_of(llava, data, batch_size=3, features=cache)[0].micro_batches
+    assert (pack.n_images, pack.pixel_values, pack.features.shape) == (0, None, (1, *feature_shape(llava)))
     loss_of(llava, pack).backward()
     gradients = [parameter.grad for parameter in llava.model.model.multi_modal_projector.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)

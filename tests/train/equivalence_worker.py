@@ -24,7 +24,9 @@ from llava_train.model.kernels import use_kernels
 from llava_train.model.loss import PackedLoss
 from llava_train.model.trainable import parameter_groups, set_trainable
 from llava_train.stage_file import parse_stage
+from llava_train.train.dry_run import dry_run
 from llava_train.train.engine import gathered, start_engine
+from llava_train.train.heaviest import PackShape
 from llava_train.train.loop import set_learning_rate, train_step
 from llava_train.train.stage import _prepare_modes
 from llava_train.train.world import World, start_distributed
@@ -57,11 +59,17 @@ class Case:
     precision: str = "fp32"
     clip: float = 1.0
     engine: dict[str, Any] = field(default_factory=dict)
+    dry_run: PackShape | None = None
 
     def config(self) -> StageConfig:
         content = stage_content(trainable=self.trainable, schedule={"clip": self.clip})
         content["model"]["projector"] = self.projector
-        content["engine"] = {"zero": self.zero, "precision": self.precision, **self.engine}
+        content["engine"] = {
+            "zero": self.zero,
+            "precision": self.precision,
+            "activation_checkpointing": "none",
+            **self.engine,
+        }
         return parse_stage(content, "test")
 
 
@@ -113,7 +121,7 @@ def encoder_of(llava: Llava) -> ChatEncoder:
 def train_case(case: Case, data: Path, world: World) -> dict[str, Any]:
     config = case.config()
     llava = new_model(config)
-    _prepare_modes(llava, config)
+    _prepare_modes(llava, config, config.engine.activation_checkpointing)
     use_kernels(llava.model, config.engine.kernels, world.device, config.engine.zero)
     dataset = StepDataset(
         Mixture([open_source(data)]),
@@ -129,6 +137,8 @@ def train_case(case: Case, data: Path, world: World) -> dict[str, Any]:
     engine = start_engine(
         PackedLoss(llava.model), parameter_groups(llava.model, config.trainable, WEIGHT_DECAY), config
     )
+    if case.dry_run:
+        dry_run(engine, world, case.dry_run)
     losses, norms, micro_steps, images = [], [], [], []
     for step, factor in enumerate(FACTORS):
         batch = dataset[step]

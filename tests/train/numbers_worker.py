@@ -32,21 +32,21 @@ def planned_train(self: loop.Loop, batches: Iterable[StepBatch]) -> None:
 
 class InfiniteGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, losses: torch.Tensor) -> torch.Tensor:
-        return losses.clone()
+    def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return gradient * math.inf
 
 
-def faulty_forward(*arguments: Any) -> torch.Tensor:
-    losses = _forward(*arguments)
+def faulty_forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    loss, losses = _forward(*arguments)
     if fault == "nan":
-        return losses * math.nan
+        return loss * math.nan, losses * math.nan
     if fault == "inf":
-        return losses + math.inf
-    return InfiniteGradient.apply(losses) if fault == "gradient" else losses
+        return loss + math.inf, losses + math.inf
+    return InfiniteGradient.apply(loss) if fault == "gradient" else loss, losses
 
 
 def faulty_step(engine: Any, world: Any, batch: StepBatch, n_supervised: float, *watch: Any) -> Any:

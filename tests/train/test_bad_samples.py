@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 
-from tests.train.helpers import TRAIN, Finished, Outcome, read_lines, run_many, run_ranks, write_samples, write_stage
+from tests.train.helpers import (
+    TRAIN,
+    Finished,
+    Outcome,
+    read_lines,
+    run_many,
+    run_ranks,
+    start_ranks,
+    wait,
+    write_samples,
+    write_stage,
+)
 
 KINDS = "itxitrbtiltiti"
 """Missing image 2, roles out of order 5, no picture 6, over-long 9."""
@@ -110,6 +121,16 @@ def test_error_on_a_rank_other_than_the_first_is_said_too(stopped_on_two_ranks: 
     said = [line for text in stopped_on_two_ranks.stderr for line in text.splitlines() if line.startswith("error: ")]
     assert len(said) == 1
     assert "picture.json: sample 'picture-2-b'" in said[0]
+
+
+def test_error_ends_a_run_whose_workers_read_ahead(folder: Path) -> None:
+    """They ignore SIGTERM, and a process waits for them at its end."""
+    loader = {"workers": 2}
+    data = [{"path": "missing.json"}]
+    stage(folder, "workers", on_bad_sample="error", data=data, loader=loader, schedule={"epochs": 50})
+    started = start_ranks([TRAIN, "--config", "workers.yaml"], folder)
+    ended = wait(started, folder, timeout_s=100)
+    assert ended.codes == [2], ended.stderr
 
 
 @pytest.mark.parametrize("name", ["alone", "two-zero0", "two-zero2", "two-zero3"])

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llava_train.model.quantize import quantize_base
-from llava_train.model.trainable import part_module
+from llava_train.model.trainable import part_module, set_trainable
 from llava_train.stage_file import load_stage
+from llava_train.train.metrics import model_flops
 from llava_train.train.stage import _starting_point
 from llava_train.use.export import export
 from llava_train.use.loading import load_llava
@@ -129,6 +130,20 @@ def test_the_result_and_the_adapter_compute_in_bf16_what_training_computed(
     error_of_published = (logits_of(beside_published.eval(), n_image_tokens) - expected).norm()
     for model in (plain, load_llava(run).model, load_llava(run / "adapter").model):
         assert (logits_of(model, n_image_tokens) - expected).norm() < 0.2 * error_of_published
+
+
+def test_the_flops_beside_4_bit_weights_are_those_beside_whole_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    config, counts = load_stage(folder / "zero2.yaml"), []
+    for in_4_bits in (True, False):
+        llava, _ = _starting_point(config)
+        if in_4_bits:
+            quantize_base(llava.model, torch.device("cpu"))
+        set_trainable(llava.model, config.trainable)
+        counts.append(model_flops(llava.model, llava.n_image_tokens))
+    assert counts[0] is not None and counts[0] == counts[1]
 
 
 def test_an_export_of_the_run_finds_its_adapter_right(

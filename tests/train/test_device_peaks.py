@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from llava_train.train.peaks import _PEAKS, peak_flops, peak_flops_of
+from llava_train.train.device_peaks import _PEAKS, peak_flops, peak_flops_of
 
 KNOWN = {
     "NVIDIA A100-SXM4-80GB": 312,

@@ -1,10 +1,11 @@
-"""How long data takes: opening a JSON of LLaVA-mix665k's size, the first batch, and samples a second of the loader.
+"""How long data takes: opening a JSON of the size of LLaVA-mix665k, the first batch, samples a second, waiting.
 
-    python benchmarks/data_loading.py [--rows 665298] [--out FOLDER] [--workers 2]
+    python benchmarks/loader.py [--rows 665298] [--out FOLDER] [--workers 2] [--gpu 25]
 
 The file is generated: as many rows as mix665k, texts of its length. Memory is the proportional set size (PSS) of this
 process and its workers together, so that shared pages count once. The loader reads JPEGs of 640 x 480 and prepares
-them as CLIP-336 sees them, with the tokenizer of bytes; a profile of one process says where its time goes.
+them as CLIP-336 sees them, with the tokenizer of bytes; a profile of one process says where its time goes. The share
+of waiting is what a GPU that trains on `--gpu` samples a second would wait for data: its steps are slept here.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import about_this
 from PIL import Image
 
 from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, RandomVisionTower
@@ -135,6 +136,21 @@ def throughput(mixture: Mixture, front: Any, workers: int, n_steps: int = 12, ba
     return n_samples / (time.perf_counter() - started)
 
 
+def waiting(mixture: Mixture, front: Any, workers: int, gpu: float, n_steps: int = 12, batch_size: int = 32) -> float:
+    """Share of the steps after the first in which a GPU that takes `gpu` samples a second waits for `workers`."""
+    dataset = dataset_of(mixture, front, batch_size)
+    batches = read_steps(dataset, range(n_steps + 1), workers, pin_memory=False)
+    next(batches)
+    time.sleep(batch_size / gpu)
+    waited, started = 0.0, time.perf_counter()
+    for _ in range(n_steps):
+        asked = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - asked
+        time.sleep(batch_size / gpu)
+    return waited / (time.perf_counter() - started)
+
+
 def profile(mixture: Mixture, front: Any, n_samples: int = 200) -> dict[str, float]:
     """Milliseconds a sample of each part, in one process of one thread."""
     dataset, spent = dataset_of(mixture, front, 1), dict.fromkeys(("parse", "tokenize", "decode", "preprocess"), 0.0)
@@ -157,8 +173,9 @@ def profile(mixture: Mixture, front: Any, n_samples: int = 200) -> dict[str, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=665_298)
-    parser.add_argument("--out", type=Path, default=Path("/tmp/llava-train-data-loading"))
+    parser.add_argument("--out", type=Path, default=Path("/tmp/llava-train-loader"))
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--gpu", type=float, default=H100_SAMPLES_PER_S, help="samples a second that a GPU trains on")
     parser.add_argument("--open", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -174,7 +191,7 @@ def main() -> None:
     for old in (folder / "cache").glob("*"):
         old.unlink()
     result: dict[str, Any] = {
-        "device": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
+        **about_this("cpu"),
         "rows": arguments.rows,
         "file_GB": path.stat().st_size / 1e9,
         "workers": arguments.workers,
@@ -182,7 +199,10 @@ def main() -> None:
     }
     mixture, front = Mixture([open_source(path, folder, cache=folder / "cache")]), parts()
     result["ms_a_sample"] = profile(mixture, front)
-    result["samples_per_s"] = {str(n): throughput(mixture, front, n) for n in (0, 1, arguments.workers)}
+    numbers = sorted({0, 1, arguments.workers})
+    result["samples_per_s"] = {str(n): throughput(mixture, front, n) for n in numbers}
+    result["waiting_share"] = {str(n): waiting(mixture, front, n, arguments.gpu) for n in numbers}
+    result["gpu_samples_per_s"] = arguments.gpu
     result["cores_to_feed_an_H100"] = H100_SAMPLES_PER_S * sum(result["ms_a_sample"].values()) / 1000
     print(json.dumps(result, indent=2))
 

@@ -1,0 +1,320 @@
+"""What a stage will take, told without weights and without a GPU: memory, packs, steps, hours.
+
+    lengths of the data (measured, or assumed where there is none) -> packs of some steps -> micro-steps, FLOPs
+    the parts' config.json -> a model without weights -> memory on each GPU, and what to change if it does not fit
+
+Hours are the FLOPs that the mathematics needs, over a share of what the GPU can do by its datasheet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+from transformers import LlavaConfig
+
+from llava_train.config import StageConfig
+from llava_train.data.chat import IGNORED, ChatEncoder
+from llava_train.data.chat_templates import load_template
+from llava_train.data.mixture import Mixture, open_mixture
+from llava_train.data.order import n_steps_of, step_samples
+from llava_train.data.packing import attention_cost_of, plan_packs
+from llava_train.data.problems import DataError, SampleError
+from llava_train.devices import DTYPES
+from llava_train.errors import UserError
+from llava_train.model.processor import Front, build_processor
+from llava_train.model.recompute import RECOMPUTES
+from llava_train.model.skeleton import config_without_weights, skeleton
+from llava_train.train.device_peaks import peak_flops
+from llava_train.train.memory import GIB, MARGIN, Estimate, Estimator
+from llava_train.train.metrics import ModelFlops, model_flops
+from llava_train.train.remedies import Remedy, find_remedy
+
+MFU = 0.4
+"""Share of a GPU's peak that a run is assumed to use, where nothing else is said."""
+DEVICES = {
+    "A100": "NVIDIA A100-SXM4-80GB",
+    "H100": "NVIDIA H100 80GB HBM3",
+    "H200": "NVIDIA H200",
+    "B200": "NVIDIA B200",
+    "L4": "NVIDIA L4",
+    "L40S": "NVIDIA L40S",
+    "RTX3090": "NVIDIA GeForce RTX 3090",
+    "RTX4090": "NVIDIA GeForce RTX 4090",
+    "RTX5090": "NVIDIA GeForce RTX 5090",
+}
+"""Short names of GPUs whose peak is known, see `train.device_peaks`."""
+PUBLISHED = {
+    "blip_laion_cc_sbu_558k.json": 558_128,
+    "llava_v1_5_mix665k.json": 665_298,
+    "llava_instruct_158k.json": 157_712,
+    "llava_instruct_150k.json": 157_712,
+}
+"""Numbers of samples of published data files, for plans made before the download."""
+_N_MEASURED, _N_STEPS = 2000, 100
+_CAPTION, _CONVERSATION = (25, 0.4), (250, 0.8)
+"""Assumed text tokens of a sample: median, and deviation of the logarithm."""
+_TEXT_ONLY, _SUPERVISED = 0.06, 0.4
+"""Assumed shares: of conversations without a picture (as mix665k), and of text tokens that are supervised."""
+
+
+class PlanError(UserError):
+    """What was asked of a plan is not understood."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Samples of a stage: arrays by sample."""
+
+    n_tokens: np.ndarray  # image tokens included
+    n_supervised: np.ndarray
+    n_images: np.ndarray
+    n_samples: int | None
+    """Of an epoch; None where it is not known."""
+    origin: str
+    """Where the numbers come from, in words."""
+
+    @property
+    def complete(self) -> bool:
+        return self.n_samples == len(self.n_tokens)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the samples of a step fall into packs, on the average."""
+
+    micro_steps: float
+    """Of a step, on each rank."""
+    tokens: float
+    """Of a step, over all ranks."""
+    fill: float
+    """Share of `batch.max_tokens` that a pack has. No padding is computed for the rest."""
+    balance: float
+    """Mean over greatest load of the ranks in a micro-step."""
+    critical_flops: float | None
+    """Of the costliest rank in each micro-step of a step; None where the model's FLOPs are not known."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage will take."""
+
+    config: StageConfig
+    n_ranks: int
+    memory: int
+    """Of each GPU, in bytes."""
+    estimates: tuple[Estimate, ...]
+    """By way of activation checkpointing; the last is the one that the run takes."""
+    remedy: Remedy | None
+    """What to change; None where it fits, or where nothing helps."""
+    lengths: Lengths
+    packing: Packing
+    n_steps: int | None
+    hours: float | None
+    speed: str
+    """What the hours are computed from, in words."""
+
+    @property
+    def estimate(self) -> Estimate:
+        return self.estimates[-1]
+
+    @property
+    def fits(self) -> bool:
+        return self.estimate.total_bytes <= usable(self.memory)
+
+
+def usable(memory: int) -> int:
+    """Bytes of a GPU that a step may take."""
+    return int(memory * (1 - MARGIN))
+
+
+def make_plan(
+    config: StageConfig, n_ranks: int, memory: int, device: str = "H100", tflops: float | None = None, mfu: float = MFU
+) -> Plan:
+    """Plans a stage. Raises UserError.
+
+    Args:
+        memory: bytes of each GPU.
+        device: a GPU of `DEVICES`, or its full name.
+        tflops: the peak of each GPU, in place of that of `device`.
+        mfu: share of the peak that a run uses.
+    """
+    front = build_processor(config.model, config.image)
+    llava = config_without_weights(config.model, front)
+    lengths = find_lengths(config, front)
+    estimator = Estimator(llava, n_ranks, "cuda", max(1, int(lengths.n_images.max(initial=0))))
+    estimates = _estimates(estimator, config, usable(memory))
+    remedy = None
+    if estimates[-1].total_bytes > usable(memory):
+        remedy = find_remedy(estimator, config, estimates[-1].recompute, usable(memory))
+    flops = _flops(config, llava)
+    packing = pack_some(config, lengths, n_ranks, llava.text_config.hidden_size, flops)
+    schedule = config.schedule
+    n_steps = schedule.max_steps
+    if lengths.n_samples is not None:
+        n_steps = n_steps_of(lengths.n_samples, config.batch.size, schedule.epochs, schedule.max_steps)
+    peak = tflops * 1e12 if tflops else _peak(device)
+    speed = f"{mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s ({'--tflops' if tflops else device}), assumed"
+    hours = None
+    if n_steps is not None and packing.critical_flops is not None:
+        hours = n_steps * packing.critical_flops / (peak * mfu) / 3600
+    return Plan(config, n_ranks, memory, estimates, remedy, lengths, packing, n_steps, hours, speed)
+
+
+def bytes_of(text: str) -> int:
+    """`80G` or `24GiB` in bytes; vendors' GB are about GiB. Raises PlanError."""
+    number = text.strip().lower().removesuffix("ib").removesuffix("b").removesuffix("g")
+    try:
+        n_bytes = int(float(number) * GIB)
+    except ValueError:
+        n_bytes = 0
+    if n_bytes <= 0:
+        raise PlanError(f"--memory {text}: write the memory of one GPU as 80G")
+    return n_bytes
+
+
+def find_lengths(config: StageConfig, front: Front) -> Lengths:
+    """Lengths of the samples of a stage: of up to 2,000 of them, or assumed where there are no data yet."""
+    try:
+        mixture = open_mixture(config.data, config.seed, config.cache_dir)
+    except DataError as error:
+        return assume_lengths(config, front.n_image_tokens, str(error).split(";")[0])
+    template, batch = load_template(config.model.chat_template, front.tokenizer), config.batch
+    encoder = ChatEncoder(front.tokenizer, template, front.n_image_tokens, batch.max_sample_tokens, batch.over_long)
+    return measure_lengths(mixture, encoder)
+
+
+def measure_lengths(mixture: Mixture, encoder: ChatEncoder) -> Lengths:
+    """Encodes up to 2,000 samples over the whole of the data. Those that cannot be read count 0 tokens."""
+    numbers = np.unique(np.linspace(0, len(mixture) - 1, _N_MEASURED).round().astype(int))
+    rows = [_measure(mixture, encoder, number) for number in numbers.tolist()]
+    n_tokens, n_supervised, n_images = np.array(rows, dtype=np.int64).T
+    origin = f"measured on {'all' if len(rows) == len(mixture) else f'{len(rows):,} of'} {len(mixture):,} samples"
+    return Lengths(n_tokens, n_supervised, n_images, len(mixture), origin)
+
+
+def _measure(mixture: Mixture, encoder: ChatEncoder, number: int) -> tuple[int, int, int]:
+    try:
+        encoded = encoder.encode(mixture[number])
+    except SampleError:
+        return 0, 0, 0
+    return encoded.n_tokens, int((encoded.labels != IGNORED).sum()), encoded.n_images
+
+
+def assume_lengths(config: StageConfig, n_image_tokens: int, why: str) -> Lengths:
+    """Lengths where there are no data: captions with `plain`, else conversations, log-normal, one image a sample."""
+    rng = np.random.default_rng(config.seed)
+    is_caption = config.model.chat_template == "plain"
+    median, deviation = _CAPTION if is_caption else _CONVERSATION
+    n_text = rng.lognormal(np.log(median), deviation, _N_MEASURED).astype(np.int64) + 2
+    n_images = (rng.random(_N_MEASURED) >= (0 if is_caption else _TEXT_ONLY)).astype(np.int64)
+    n_tokens = np.minimum(n_text + n_images * n_image_tokens, config.batch.max_sample_tokens)
+    share = 1.0 if is_caption else _SUPERVISED
+    n_supervised = (np.maximum(n_tokens - n_images * n_image_tokens, 1) * share).astype(np.int64)
+    counts = [PUBLISHED.get(PurePath(source.path).name.lower()) for source in config.data]
+    n_samples = sum(filter(None, counts)) if all(counts) else None
+    kind = "captions" if is_caption else "conversations"
+    origin = f"ASSUMED, {kind} of {median} text tokens (median), for {why}"
+    if n_samples:
+        origin += f"; {n_samples:,} samples, as published"
+    return Lengths(n_tokens, n_supervised, n_images, n_samples, origin)
+
+
+def pack_some(
+    config: StageConfig, lengths: Lengths, n_ranks: int, hidden_size: int, flops: ModelFlops | None
+) -> Packing:
+    """Packs the first steps of the run where all lengths are known, else steps drawn from those that are."""
+    rng, batch = np.random.default_rng(config.seed), config.batch
+    n_micro, loads, worst_loads, critical, n_packs = 0, 0, 0, 0.0, 0
+    n_steps = _N_STEPS if not lengths.complete else min(_N_STEPS, -(-len(lengths.n_tokens) // batch.size))
+    n_planned = 0
+    for step in range(n_steps):
+        n_known = len(lengths.n_tokens)
+        if lengths.complete:
+            chosen = step_samples(step, config.seed, n_known, batch.size)
+        else:
+            chosen = rng.integers(0, n_known, batch.size)
+        chosen = chosen[lengths.n_tokens[chosen] > 0]
+        if not len(chosen):
+            continue
+        sizes = lengths.n_tokens[chosen].tolist()
+        packs = plan_packs(sizes, n_ranks, batch.max_tokens, attention_cost_of(hidden_size), batch.packing)
+        n_planned += 1
+        n_micro += len(packs[0])
+        n_packs += len(packs[0]) * n_ranks
+        for micro in range(len(packs[0])):
+            of_ranks = [chosen[packs[rank][micro]] for rank in range(n_ranks)]
+            tokens = [int(lengths.n_tokens[pack].sum()) for pack in of_ranks]
+            loads, worst_loads = loads + sum(tokens), worst_loads + max(tokens)
+            critical += max(_pack_flops(flops, lengths, pack) for pack in of_ranks)
+    if not n_planned:
+        raise PlanError("data: none of the samples looked at can be read; `llava-train check` tells why")
+    return Packing(
+        micro_steps=n_micro / n_planned,
+        tokens=loads / n_planned,
+        fill=loads / (n_packs * batch.max_tokens),
+        balance=loads / (worst_loads * n_ranks),
+        critical_flops=critical / n_planned if flops else None,
+    )
+
+
+def _pack_flops(flops: ModelFlops | None, lengths: Lengths, pack: np.ndarray) -> int:
+    if flops is None:
+        return 0
+    n_images, n_supervised = int(lengths.n_images[pack].sum()), int(lengths.n_supervised[pack].sum())
+    return flops.of_pack(lengths.n_tokens[pack].tolist(), n_images, n_supervised).total
+
+
+def _estimates(estimator: Estimator, config: StageConfig, budget: int) -> tuple[Estimate, ...]:
+    asked = config.engine.activation_checkpointing
+    found: list[Estimate] = []
+    for recompute in RECOMPUTES if asked == "auto" else (asked,):
+        found.append(estimator.estimate(config, recompute))
+        if found[-1].total_bytes <= budget:
+            break
+    return tuple(found)
+
+
+def _flops(config: StageConfig, llava: LlavaConfig) -> ModelFlops | None:
+    model = skeleton(llava, config.trainable, DTYPES[config.engine.precision])
+    return model_flops(model, llava.image_seq_length)
+
+
+def _peak(device: str) -> float:
+    peak = peak_flops(DEVICES.get(device.upper(), device))
+    if peak is None:
+        raise PlanError(f"--device {device}: its peak is not known; choose {', '.join(DEVICES)}, or give --tflops")
+    return peak
+
+
+def as_record(plan: Plan) -> dict[str, Any]:
+    """A plan as plain values: what `--json` prints."""
+    packing, lengths = plan.packing, plan.lengths
+    return {
+        "name": plan.config.name,
+        "fits": plan.fits,
+        "gpus": plan.n_ranks,
+        "memory_bytes": plan.memory,
+        "usable_bytes": usable(plan.memory),
+        "estimate": plan.estimate.as_record(),
+        "tried": {one.recompute: one.total_bytes for one in plan.estimates},
+        "change": plan.remedy and {"set": list(plan.remedy.changes), "total_bytes": plan.remedy.estimate.total_bytes},
+        "data": {
+            "origin": lengths.origin,
+            "n_samples": lengths.n_samples,
+            "mean_tokens": float(lengths.n_tokens.mean()),
+            "max_tokens": int(lengths.n_tokens.max()),
+        },
+        "micro_steps_a_step": packing.micro_steps,
+        "packs_a_step": packing.micro_steps * plan.n_ranks,
+        "tokens_a_step": packing.tokens,
+        "padding": 0.0,
+        "fill": packing.fill,
+        "balance": packing.balance,
+        "flops_a_step_critical": packing.critical_flops,
+        "n_steps": plan.n_steps,
+        "hours": plan.hours,
+        "speed": plan.speed,
+    }

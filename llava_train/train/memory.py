@@ -1,0 +1,167 @@
+"""The memory that a stage takes on each device, estimated before anything is loaded.
+
+What a step holds at its worst moment is
+
+    weights + gradients + optimizer + buckets + CUDA itself
+    + the most of  activations and gathered weights | reducing gradients | the optimizer's step
+
+Activations are found by running a pack on shapes alone (`peak`); the rest is arithmetic over the numbers of parameters
+(`holdings`). Both were compared with measured peaks: tests/train/test_memory.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+from transformers import LlavaConfig
+
+from llava_train.config import StageConfig
+from llava_train.devices import DTYPES
+from llava_train.model.recompute import RECOMPUTES, Recompute
+from llava_train.model.skeleton import skeleton
+from llava_train.train.activations import activation_bytes
+from llava_train.train.heaviest import PackShape, heaviest_pack
+from llava_train.train.holdings import Held, held_bytes, size_of
+
+GIB = 2**30
+MARGIN = 0.06
+"""Share of a device's memory that is left free: an allocator cannot use every gap between its blocks."""
+_CONTEXT_BYTES, _NCCL_BYTES = 3 * GIB // 4, GIB // 2
+"""What CUDA and its libraries hold in each process, and NCCL's buffers."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on a device at the worst moment of a step."""
+
+    held: Held
+    activations: int
+    """Of the heaviest pack, logits and the loss included."""
+    context: int
+    """Of CUDA itself."""
+    pack: PackShape
+    recompute: Recompute
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.by_kind().values())
+
+    def by_kind(self) -> dict[str, int]:
+        """Bytes by what they are for, adding up to `total_bytes`."""
+        held = self.held
+        moments = {
+            "activations": self.activations + held.gathered + held.reducing * held.reduces_in_backward,
+            "reducing gradients": held.reducing,
+            "the optimizer's step": held.stepping,
+        }
+        worst = max(moments, key=moments.__getitem__)
+        kinds = {f"weights of {part}": n_bytes for part, n_bytes in held.weights.items()}
+        kinds |= {"gradients": held.gradients, "optimizer": held.optimizer, "buckets": held.buckets}
+        if worst == "activations":
+            kinds["gathered weights"] = held.gathered
+            kinds["reducing gradients"] = held.reducing * held.reduces_in_backward
+            kinds["activations"] = self.activations
+        else:
+            kinds[worst] = moments[worst]
+        kinds["CUDA"] = self.context
+        return {kind: n_bytes for kind, n_bytes in kinds.items() if n_bytes}
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "total_bytes": self.total_bytes,
+            "host_bytes": self.held.on_host,
+            "by_kind": self.by_kind(),
+            "activation_checkpointing": self.recompute,
+            "pack": {**asdict(self.pack), "n_tokens": self.pack.n_tokens},
+        }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `engine.activation_checkpointing` comes to."""
+
+    recompute: Recompute
+    estimate: Estimate | None
+    """None where the stage file says it, so that nothing was estimated."""
+    why: str
+
+    @property
+    def line(self) -> str:
+        return f"engine.activation_checkpointing: {self.recompute}, {self.why}"
+
+
+class Estimator:
+    """Estimates stage files that differ in few keys; what a pack takes is measured once.
+
+    Args:
+        llava: the model's configuration.
+        device_type: on a CPU, what is offloaded lies in the same memory.
+        images_a_sample: the most images that a sample has.
+    """
+
+    def __init__(self, llava: LlavaConfig, n_ranks: int, device_type: str, images_a_sample: int = 1) -> None:
+        self.llava, self.n_ranks, self.on_cuda = llava, n_ranks, device_type == "cuda"
+        self.images_a_sample = images_a_sample
+        self._activations: dict[Any, int] = {}
+
+    def pack(self, config: StageConfig) -> PackShape:
+        """The heaviest pack of a rank."""
+        size = config.image.size or self.llava.vision_config.image_size
+        return heaviest_pack(config.batch, self.n_ranks, self.llava.image_seq_length, size, self.images_a_sample)
+
+    def estimate(self, config: StageConfig, recompute: Recompute) -> Estimate:
+        """The memory of a stage on each device, whatever `engine.activation_checkpointing` says."""
+        lora = config.trainable.lora
+        quantized = lora is not None and lora.quantize_base is not None
+        size = size_of(skeleton(self.llava, config.trainable, DTYPES[config.engine.precision]), quantized)
+        held, pack = held_bytes(size, config.engine, self.n_ranks), self.pack(config)
+        if not self.on_cuda:
+            held = replace(held, optimizer=held.optimizer + held.on_host, on_host=0)
+        key = (config.trainable.model_dump_json(), config.engine.precision, pack, recompute)
+        if key not in self._activations:
+            self._activations[key] = activation_bytes(config, self.llava, pack, recompute, self.on_cuda)
+        context = self.on_cuda * (_CONTEXT_BYTES + _NCCL_BYTES * (self.n_ranks > 1))
+        return Estimate(held, self._activations[key], context, pack, recompute)
+
+    def choose(self, config: StageConfig, budget: int) -> Choice:
+        """The way of activation checkpointing that the stage file names, for `auto` the first that fits.
+
+        Args:
+            budget: bytes that a step may take on each device.
+        """
+        asked = config.engine.activation_checkpointing
+        if asked != "auto":
+            return Choice(asked, None, "as the stage file says")
+        tried: list[Estimate] = []
+        for recompute in RECOMPUTES:
+            if recompute == "selective" and config.engine.kernels == "compile":
+                continue  # contradictions.py says why
+            tried.append(self.estimate(config, recompute))
+            if tried[-1].total_bytes <= budget:
+                break
+        *worse, last = tried
+        fits = "of" if last.total_bytes <= budget else "more than the"
+        why = f"for the heaviest pack ({last.pack}) then takes {gib(last.total_bytes)} {fits} {gib(budget)}"
+        if worse:
+            why += ", " + " and ".join(f"{gib(one.total_bytes)} with {one.recompute}" for one in worse)
+        return Choice(last.recompute, last, why)
+
+
+def budget_of(device: torch.device, n_ranks_on_node: int, loaded: int = 0) -> int:
+    """Bytes that a step may take on this rank's device: a GPU's memory, or this rank's share of what RAM is left.
+
+    Args:
+        loaded: bytes of the model that this process holds already, on a CPU.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory * (1 - MARGIN))
+    return int((psutil.virtual_memory().available / n_ranks_on_node + loaded) * (1 - MARGIN))
+
+
+def gib(n_bytes: float) -> str:
+    """Bytes for people: `12.3 GiB`, `45.6 MiB`."""
+    return f"{n_bytes / GIB:,.1f} GiB" if n_bytes >= GIB else f"{n_bytes / 2**20:,.1f} MiB"

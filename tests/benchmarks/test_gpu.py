@@ -1,0 +1,99 @@
+"""benchmarks/gpu.py on a tiny shape: what waits for a GPU must not rot meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llava_train.train.world import start_distributed
+from tests.scripts import ROOT, load_script
+from tests.train.helpers import environment
+
+gpu = load_script("benchmarks/gpu.py")
+kernels = load_script("benchmarks/gpu_kernels.py")
+parts = load_script("benchmarks/gpu_parts.py")
+shapes = load_script("benchmarks/shapes.py")
+
+
+def test_every_part_that_needs_no_gpu_runs(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--shape", "tiny", "--out", str(out)]
+    env = environment(OUT="")
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    of_parts = found["parts"]
+    assert {name: part["error"] for name, part in of_parts.items() if "error" in part} == {}
+    assert len(of_parts) >= 12
+    trained = [part for part in of_parts.values() if "tokens_per_s" in part]
+    assert len(trained) >= 9 and all(part["tflops"] > 0 and part["loss"] > 0 for part in trained)
+    assert of_parts["correctness"]["ok"]
+    assert "within bounds" in done.stdout and found["versions"]["torch"]
+
+
+def _dies(pipe: Any, wanted: Any, names: list[str] | None, results: dict[str, Any]) -> None:
+    """A process whose parts end in every way."""
+    names = names or ["good", "ends", "hangs", "last"]
+    pipe.send(("plan", (names, {"device": "d", "date": "2026-01-01"})))
+    for name in names:
+        pipe.send(("begins", 1.0))
+        if name == "ends":
+            os._exit(9)
+        if name == "hangs":
+            time.sleep(60)
+        pipe.send(("done", {"found": name, "before": sorted(results)}))
+
+
+def test_a_part_that_ends_its_process_or_hangs_loses_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu, "work", _dies)
+    record = gpu.Record(tmp_path / "found.json")
+    gpu.supervise(gpu.Wanted("cpu", None, None), record, time.monotonic() + 120)
+    assert json.loads((tmp_path / "found.json").read_text())["parts"] == {
+        "good": {"found": "good", "before": []},
+        "ends": {"error": "its process ended with 9"},
+        "hangs": {"error": "took longer than 1 s"},
+        "last": {"found": "last", "before": ["ends", "good", "hangs"]},
+    }
+
+
+def test_without_time_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu, "work", None)
+    record = gpu.Record(tmp_path / "found.json", {"device": "d", "date": "2026-01-01"}, {}, ["a", "b"])
+    gpu.supervise(gpu.Wanted("cpu", None, None), record, time.monotonic() + 5)
+    assert record.parts == dict.fromkeys("ab", {"error": "no time left"})
+
+
+def test_what_does_not_fit_is_freed_before_the_next_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights: list[weakref.ref[Any]] = []
+
+    def measure(rig: Any, batches: Any, n_warmup: int) -> dict[str, Any]:
+        assert not any(weight() is not None for weight in weights), "the first model is still there"
+        weights.append(weakref.ref(rig.llava.model.lm_head.weight))
+        rig.step(batches[0])
+        if len(weights) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return {"tokens_per_s": 1.0}
+
+    monkeypatch.setattr(parts, "measure", measure)
+    case = parts.Case("tiny", "lora", 4, (("none", 700), ("full", 600)), warmup_samples=2)
+    found = parts.train(parts.Bench(start_distributed()), case)
+    assert found["activation_checkpointing"] == "full"
+    assert found["did_not_fit"] == ["none 700: CUDA out of memory."]
+
+
+def test_covered_counts_what_overlaps_once() -> None:
+    assert kernels.covered([(0, 2), (1, 3), (1, 2), (5, 6)]) == 4
+
+
+def test_shapes_are_the_published_ones() -> None:
+    shape = shapes.SHAPES
+    assert (shape["7b"].n_image_tokens, shape["0.5b"].n_image_tokens, shape["0.5b"].n_patches) == (576, 182, 729)
