@@ -1,6 +1,6 @@
 """llava_train and other trainers of vision-language models on the same work, in one run.
 
-    python benchmarks/peers.py --peer trl,llamafactory,none --device cpu --shape small
+    python benchmarks/peers.py --peer trl,trl:8,llamafactory,none --device cpu --shape small
     python benchmarks/peers.py --peer trl,llava,llamafactory,none --device cuda --shape 7b-lora
 
 `none` is llava_train alone. A peer may be followed by a variant, `trl:4` or `llamafactory:exact`; what variants there
@@ -63,7 +63,9 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer", default="trl,llamafactory,none", help="NAME[:VARIANT],... (default %(default)s)")
+    parser.add_argument(
+        "--peer", default="trl,trl:8,llamafactory,none", help="NAME[:VARIANT],... (default %(default)s)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small")
     parser.add_argument("--stage", choices=("1", "2", "lora"), help="what trains; default: the shape's")

@@ -4,8 +4,8 @@ Only its tokenization is replaced, by the workload's token ids, since it knows n
 and the model is not written at the end. Variants:
 
     (none)   `--group_by_modality_length`, its recipe: the same samples, other steps
-    exact    the samples in the workload's order: the same steps
-    4        as exact, in micro-batches of so many samples of like lengths
+    exact    the samples in the workload's order, a step in one batch: the same steps and losses
+    4        the same steps in micro-batches of so many samples of like lengths
     group4   as (none), in micro-batches of so many
 Its loss is the mean over the micro-batch's supervised tokens; of several micro-batches the mean of the means.
 """
@@ -26,7 +26,8 @@ from torch.utils.data import SequentialSampler
 
 def main() -> None:
     job = read_job()
-    micro_batch = job.variant.replace("group", "").replace("exact", "") or job.content["micro_batch"]
+    given = job.variant.removeprefix("group") or job.content["micro_batch"]
+    micro_batch = job.content["batch_size"] if given == "exact" else given
     in_groups = job.variant == "" or job.variant.startswith("group")
     settings = arguments(job, int(micro_batch), in_groups)
     give_data(job, in_order=not in_groups)
