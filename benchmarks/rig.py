@@ -30,12 +30,12 @@ from llava_train.model.kernels import use_kernels
 from llava_train.model.loss import PackedLoss
 from llava_train.model.recompute import Recompute
 from llava_train.model.trainable import parameter_groups, set_trainable
+from llava_train.train.assembly import prepare_modes
 from llava_train.train.device_peaks import peak_flops_of
 from llava_train.train.engine import start_engine
 from llava_train.train.loop import train_step
 from llava_train.train.memory import Estimator, budget_of
 from llava_train.train.metrics import PackWork, Yardstick, model_flops, peak_memory_bytes
-from llava_train.train.stage import _prepare_modes
 from llava_train.train.world import World
 
 _N_PICTURES = 4
@@ -68,7 +68,7 @@ def start_rig(config: StageConfig, world: World, llava: Llava | None = None) -> 
     recompute = estimator.choose(config, budget_of(world.device, n_ranks_on_node=1)).recompute
     joined = isinstance(llava.model.model.vision_tower, JoinedPatches)
     estimate_bytes = None if joined else estimator.estimate(config, recompute).total_bytes
-    _prepare_modes(llava, config, recompute)
+    prepare_modes(llava, config, recompute)
     use_kernels(llava.model, config.engine.kernels, world.device, config.engine.zero)
     yardstick = _yardstick(config, world, llava)
     groups = parameter_groups(llava.model, config.trainable, config.schedule.weight_decay)

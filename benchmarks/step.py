@@ -36,10 +36,10 @@ from llava_train.data.loader import PackedBatch, StepBatch, read_steps
 from llava_train.data.mixture import open_mixture
 from llava_train.stage_file import load_stage
 from llava_train.train import loop as loop_module
+from llava_train.train.assembly import dataset_maker, starting_point
 from llava_train.train.checkpoint import Checkpoints
 from llava_train.train.loop import Loop, forward, set_learning_rate
 from llava_train.train.session import Session
-from llava_train.train.stage import _dataset_maker, _starting_point
 from llava_train.train.stopwatch import Stopwatch
 from llava_train.train.tracking import Tracker
 from llava_train.train.window import Window
@@ -148,10 +148,10 @@ def opened(arguments: argparse.Namespace, world: World, output: str) -> tuple[Ri
     """The rig that is asked for, the steps it takes, and the number of data sources."""
     if arguments.config:
         config = load_stage(arguments.config, [*arguments.overrides, f"output={output}"])
-        llava, _ = _starting_point(config)
+        llava, _ = starting_point(config)
         rig = start_rig(config, world, llava)
         mixture = open_mixture(config.data, config.seed, config.cache_dir)
-        dataset = _dataset_maker(config, world, llava)(mixture, seed=config.seed)
+        dataset = dataset_maker(config, world, llava)(mixture, seed=config.seed)
         on_cuda = world.device.type == "cuda"
         steps = range(arguments.warmup + arguments.steps)
         return rig, read_steps(dataset, steps, config.loader.workers, on_cuda), len(mixture.sources)

@@ -38,7 +38,7 @@ from llava_train.devices import DTYPES
 from llava_train.model.build import Llava
 from llava_train.model.weights import export_model
 from llava_train.stage_file import parse_stage
-from llava_train.train.stage import _encoder, _starting_point
+from llava_train.train.assembly import chat_encoder, starting_point
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = """\
@@ -84,8 +84,8 @@ def make_workload(
     content = _stage_content(folder, shape, n_steps, parts, seed)
     config = parse_stage(content, "the benchmark's stage")
     (folder / "stage.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    llava, _ = _starting_point(config)
-    encoder = _encoder(config, llava)
+    llava, _ = starting_point(config)
+    encoder = chat_encoder(config, llava)
     samples, encoded = _write_samples(folder, shape, encoder, n_steps, seed)
     _write_for_llava_train(folder / "data.json", samples, shape.batch_size, seed)
     if "model" in formats:

@@ -13,7 +13,7 @@ from llava_train.train import stage
 
 def main() -> None:
     job = read_job()
-    stage._write_result = lambda *_: None  # the benchmark has no use for a model on disk
+    stage.write_result = lambda *_: None  # the benchmark has no use for a model on disk
     overrides = [f"output={job.scratch}", *job.variant.split()]
     if code := run([job.workload / "stage.yaml"], overrides):
         raise SystemExit(code)

@@ -5,8 +5,8 @@ What a step holds at its worst moment is
     weights + gradients + optimizer + buckets + gathered weights + CUDA itself
     + the most of  activations | reducing gradients | the optimizer's step
 
-Activations are found by running a pack on shapes alone (`activations`); the rest is arithmetic over the numbers of parameters
-(`holdings`). Both were compared with measured peaks: tests/train/test_memory.py.
+Activations are found by running a pack on shapes alone (`activations`); the rest is arithmetic over the numbers of
+parameters (`holdings`). Both were compared with measured peaks: tests/train/test_memory.py.
 """
 
 from __future__ import annotations

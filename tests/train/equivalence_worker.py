@@ -24,11 +24,11 @@ from llava_train.model.kernels import use_kernels
 from llava_train.model.loss import PackedLoss
 from llava_train.model.trainable import parameter_groups, set_trainable
 from llava_train.stage_file import parse_stage
+from llava_train.train.assembly import prepare_modes
 from llava_train.train.dry_run import dry_run
 from llava_train.train.engine import gathered, start_engine
 from llava_train.train.heaviest import PackShape
 from llava_train.train.loop import set_learning_rate, train_step
-from llava_train.train.stage import _prepare_modes
 from llava_train.train.world import World, start_distributed
 from tests.train.helpers import stage_content
 
@@ -124,7 +124,7 @@ def encoder_of(llava: Llava) -> ChatEncoder:
 def train_case(case: Case, data: Path, world: World) -> dict[str, Any]:
     config = case.config()
     llava = new_model(config)
-    _prepare_modes(llava, config, config.engine.activation_checkpointing)
+    prepare_modes(llava, config, config.engine.activation_checkpointing)
     use_kernels(llava.model, config.engine.kernels, world.device, config.engine.zero)
     dataset = StepDataset(
         Mixture([open_source(data)]),

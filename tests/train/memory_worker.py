@@ -23,11 +23,11 @@ from llava_train.model.build import build_llava
 from llava_train.model.loss import PackedLoss
 from llava_train.model.trainable import parameter_groups, set_trainable
 from llava_train.stage_file import load_stage
+from llava_train.train.assembly import prepare_modes
 from llava_train.train.engine import start_engine
 from llava_train.train.heaviest import imitate
 from llava_train.train.loop import train_step
 from llava_train.train.memory import Estimator
-from llava_train.train.stage import _prepare_modes
 from llava_train.train.world import World, start_distributed
 
 _WARM_UP = {3: 2}
@@ -39,7 +39,7 @@ def measure(path: Path, world: World) -> dict[str, Any]:
     llava = build_llava(config.model, config.image, DTYPES[config.engine.precision], config.seed)
     set_trainable(llava.model, config.trainable, config.seed)
     recompute: Any = config.engine.activation_checkpointing
-    _prepare_modes(llava, config, recompute)
+    prepare_modes(llava, config, recompute)
     estimator = Estimator(llava.model.config, world.n_ranks, "cpu")
     told = estimator.estimate(config, recompute)
     groups = parameter_groups(llava.model, config.trainable, 0.0)

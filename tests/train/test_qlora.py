@@ -16,8 +16,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from llava_train.model.quantize import quantize_base
 from llava_train.model.trainable import part_module, set_trainable
 from llava_train.stage_file import load_stage
+from llava_train.train.assembly import starting_point
 from llava_train.train.metrics import model_flops
-from llava_train.train.stage import _starting_point
 from llava_train.use.export import export
 from llava_train.use.loading import load_llava
 from tests.train.helpers import read_lines, run_many, write_samples, write_stage
@@ -98,7 +98,7 @@ def test_a_checkpoint_holds_adapters_and_projector_alone(name: str, folder: Path
 def in_4_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     """The model as it was trained: 4-bit weights, and the adapter and projector beside them."""
     monkeypatch.chdir(folder)
-    llava, _ = _starting_point(load_stage(folder / "zero2.yaml"))
+    llava, _ = starting_point(load_stage(folder / "zero2.yaml"))
     llava.model.model.language_model.set_attn_implementation("sdpa")
     quantize_base(llava.model, torch.device("cpu"))
     adapter = folder / "runs/zero2/adapter"
@@ -124,7 +124,7 @@ def test_the_result_and_the_adapter_compute_in_bf16_what_training_computed(
     n_image_tokens = load_llava(run).n_image_tokens
     expected = logits_of(in_4_bits, n_image_tokens)
     beside_published = PeftModel.from_pretrained(
-        _starting_point(load_stage(folder / "zero2.yaml"))[0].model, str(run / "adapter")
+        starting_point(load_stage(folder / "zero2.yaml"))[0].model, str(run / "adapter")
     )
     beside_published.base_model.model.model.language_model.set_attn_implementation("sdpa")
     error_of_published = (logits_of(beside_published.eval(), n_image_tokens) - expected).norm()
@@ -138,7 +138,7 @@ def test_the_flops_beside_4_bit_weights_are_those_beside_whole_ones(
     monkeypatch.chdir(folder)
     config, counts = load_stage(folder / "zero2.yaml"), []
     for in_4_bits in (True, False):
-        llava, _ = _starting_point(config)
+        llava, _ = starting_point(config)
         if in_4_bits:
             quantize_base(llava.model, torch.device("cpu"))
         set_trainable(llava.model, config.trainable)

@@ -26,7 +26,7 @@ from llava_train.files import damage, sha256, write_manifest
 from llava_train.model.build import build_llava
 from llava_train.model.weights import HandOffError, load_init
 from llava_train.stage_file import load_stage
-from llava_train.train.stage import _starting_point
+from llava_train.train.assembly import starting_point
 from tests.train.helpers import ROOT, TIMEOUT_S, TRAIN, environment, free_port, read_lines, write_stage
 
 BIN = Path(sys.executable).parent
@@ -125,7 +125,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 def in_plain_transformers(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What a process without llava_train finds in each exported model."""
     config = load_stage(SMOKE[1])
-    llava, _ = _starting_point(config.model_copy(update={"init_from": "random"}))
+    llava, _ = starting_point(config.model_copy(update={"init_from": "random"}))
     encoder = ChatEncoder(llava.tokenizer, llava.processor.chat_template, llava.n_image_tokens, 1024)
     samples = []
     for sample in open_source(recipe.folder / HELD_OUT[0]["path"]):
@@ -235,7 +235,7 @@ def test_the_model_in_plain_transformers_talks_as_it_was_trained_to(
 def test_the_adapter_gives_the_merged_model(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     run = recipe.run("smoke-stage2-lora")
     monkeypatch.chdir(recipe.folder)
-    base, _ = _starting_point(load_stage(SMOKE[2]))
+    base, _ = starting_point(load_stage(SMOKE[2]))
     base.model.model.language_model.set_attn_implementation("sdpa")
     projector = load_file(run / "adapter/projector.safetensors")
     base.model.model.multi_modal_projector.load_state_dict(projector)
