@@ -281,7 +281,7 @@ def _estimates(estimator: Estimator, config: StageConfig, budget: int) -> tuple[
 
 def _flops(config: StageConfig, llava: LlavaConfig) -> ModelFlops | None:
     model = skeleton(llava, config.trainable, DTYPES[config.engine.precision])
-    return model_flops(model, llava.image_seq_length)
+    return model_flops(model, llava.image_seq_length, config.loader.cache_features)
 
 
 def _peak(device: str) -> float:

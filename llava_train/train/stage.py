@@ -135,7 +135,7 @@ def _train(config: StageConfig, session: Session) -> State:
             closing(read_steps(dataset, steps, config.loader.workers, on_cuda)) as batches,
         ):
             if on_cuda and steps:
-                dry_run(engine, world, estimator.pack(config))
+                dry_run(engine, world, estimator.pack(config), features)
             loop.train(batches)
         world.beat("gathering the result", patience=START_PATIENCE)
         checkpoints.refuse_harmed(n_steps)

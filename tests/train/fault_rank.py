@@ -145,7 +145,7 @@ def boundaries(
     if phase == "save":
         around(*at_save(step), arm, found.disarm)
     elif phase == "result":
-        around(stage, "_write_result", lambda *_: True, arm, found.disarm)
+        around(stage, "write_result", lambda *_: True, arm, found.disarm)
     else:
         assert phase == "start"
         arm()
