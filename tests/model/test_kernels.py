@@ -16,7 +16,6 @@ from llava_train.model.trainable import set_trainable
 from tests.tiny import dataset_of, tiny_llava, write_data
 
 CPU = torch.device("cpu")
-NAMES = ("input_ids", "position_ids", "pixel_values", "n_images", "cu_seqlens", "lengths", "predictors", "targets")
 
 
 def trained_llava(kernels: str):
@@ -32,7 +31,7 @@ def trained_llava(kernels: str):
 
 def gradients(llava, pack) -> dict[str, torch.Tensor]:
     llava.model.zero_grad()
-    loss, _ = PackedLoss(llava.model)(**{name: getattr(pack, name) for name in NAMES})
+    loss, _ = PackedLoss(llava.model)(**pack.model_inputs())
     loss.backward()
     found = {name: parameter.grad for name, parameter in llava.model.named_parameters() if parameter.requires_grad}
     return {"loss": loss.detach(), **found}

@@ -161,7 +161,7 @@ def kill_in_step(step: int) -> None:
     def arm() -> None:
         loop.optimizer_step = kill
 
-    around(loop, "train_step", lambda engine, world, batch, n: batch.step + 1 == step, arm, lambda: None)
+    around(loop, "train_step", lambda engine, world, batch, *_: batch.step + 1 == step, arm, lambda: None)
 
 
 def limit_file_size(step: int, n_bytes: int) -> None:
