@@ -83,7 +83,7 @@ def report(results: dict[str, Any]) -> str:
     lengths = results["lengths"]
     lines = [
         f"{results['shape']}, stage {workload['stage']}, {workload['precision']}, {results['device']}, "
-        f"{results['when'][:10]}, commit {results['commit']}",
+        f"{results['date'][:10]}, commit {results['commit']}",
         f"{len(lengths)} samples of {min(lengths)} to {max(lengths)} tokens (mean {sum(lengths) / len(lengths):.0f}, "
         f"{results['several_turns']:.0%} with several turns, {results['text_only']:.0%} text only), "
         f"steps of {workload['batch_size']}, the first {results['n_warmup']} not timed",

@@ -20,6 +20,7 @@ from llava_train.model.processor import byte_tokenizer
 from tests.scripts import ROOT, load_script
 
 original_parts = load_script("benchmarks/original_parts.py")
+peers = load_script("benchmarks/peers.py")
 peers_report = load_script("benchmarks/peers_report.py")
 shapes = load_script("benchmarks/peer_shapes.py")
 workload = load_script("benchmarks/workload.py")
@@ -103,3 +104,12 @@ def test_steps_of_other_samples_are_told_from_the_planned_ones():
     found = peers_report.summarize(other, samples, batch_size=2, n_warmup=0)
     assert not found["other"]["same_steps"] and not found["fewer"]["same_steps"]
     assert "ratio" not in found["other"]
+
+
+def test_a_run_that_ends_by_itself_while_it_is_stopped_is_no_failure(monkeypatch: pytest.MonkeyPatch):
+    def gone(*_: Any) -> None:
+        raise ProcessLookupError
+
+    monkeypatch.setattr(peers.os, "killpg", gone)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2)"]) as process:
+        assert peers._watch_memory(process, latest_end=0.0) > 0

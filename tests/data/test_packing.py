@@ -124,12 +124,14 @@ def test_ranks_with_8_samples_or_more_wait_for_each_other_less_than_3_percent(
     n_ranks=st.integers(1, 8),
     attention_cost=st.sampled_from([0.0, 1e-4]),
 )
-def test_no_more_micro_steps_than_greedy_packs_and_in_as_many_no_longer_waits(lengths, n_ranks, attention_cost) -> None:
+def test_no_more_micro_steps_than_greedy_packs_and_in_as_many_hardly_longer_waits(
+    lengths, n_ranks, attention_cost
+) -> None:
     costs = [sample_cost(n, attention_cost) for n in lengths]
     plan, greedy = plan_packs(lengths, n_ranks, MAX_TOKENS, attention_cost), greedy_plan(costs, lengths, n_ranks)
     assert len(plan[0]) <= len(greedy[0])
     if len(plan[0]) == len(greedy[0]):
-        assert waited_for(plan, costs) <= 1.01 * waited_for(greedy, costs)
+        assert waited_for(plan, costs) <= 1.05 * waited_for(greedy, costs)
 
 
 @pytest.mark.parametrize("shortest", [0.51, 0.34, 0.26])
