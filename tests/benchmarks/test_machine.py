@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.scripts import ROOT, load_script
+from tests.scripts import load_script
 
 machine = load_script("benchmarks/machine.py")
 
@@ -28,11 +28,6 @@ def test_the_commit_of_a_checkout_with_changes_is_marked(tmp_path: Path, monkeyp
     assert "+" not in machine.about_this("cpu")["commit"]
     script.write_text("changed")
     assert machine.about_this("cpu")["commit"].endswith("+changes")
-
-
-@pytest.mark.parametrize("name", ["packing_scale", "peers", "startup", "loader", "checkpoints", "gpu", "step"])
-def test_every_benchmark_says_where_it_ran_in_the_same_way(name: str) -> None:
-    assert "about_this(" in (ROOT / f"benchmarks/{name}.py").read_text(encoding="utf-8")
 
 
 def test_a_start_on_a_gpu_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
