@@ -38,6 +38,7 @@ def summarize(
             "same_steps": same_steps(steps, planned),
             "losses": [step["loss"] for step in steps],
             "versions": good[0]["versions"],
+            "lacks": good[0].get("lacks", []),
         }
     if reference in found and "error" not in found[str(reference)]:
         _add_ratios(found, runs, str(reference), n_warmup)
@@ -119,4 +120,5 @@ def _title(name: str, found: dict[str, Any]) -> str:
     peer = name.partition(":")[0]
     package = {"none": "llava_train", "llava": "llava-torch"}.get(peer, peer)
     version = found["versions"].get(package)
-    return f"{name} {version}" if version else name
+    title = f"{name} {version}" if version else name
+    return f"{title} (without {', '.join(found['lacks'])})" if found["lacks"] else title
