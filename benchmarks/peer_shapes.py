@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mix665k import DrawnSample, draw_samples, draw_small_samples
+from sizes import CLIP_L_336, TINY_LM, TINY_TOWER, VICUNA_7B, sizes
 
 
 @dataclass(frozen=True)
@@ -46,33 +47,8 @@ def _random(config: dict[str, Any]) -> dict[str, Any]:
     return {"config": config}
 
 
-_TINY_LM = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-_TINY_TOWER = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 56,
-    "patch_size": 14,
-}
-_DINOV2_SMALL_AS_CLIP = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 384,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 6,
-    "image_size": 112,
-    "patch_size": 14,
-}
-_VICUNA_7B = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096}  # else LLaMA-7B, the default
+_DINOV2_SMALL_AS_CLIP = sizes("clip_vision_model", 384, 1536, 12, 6, image_size=112, patch_size=14)
+_7B = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096}  # else LLaMA-7B, the default
 _CLIP_L_336 = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -82,11 +58,11 @@ _CLIP_L_336 = {
     "image_size": 336,
     "patch_size": 14,
 }
-_7B = {"language_model": _random(_VICUNA_7B), "vision_tower": _random(_CLIP_L_336)}
+_7B = {"language_model": _random(VICUNA_7B), "vision_tower": _random(CLIP_L_336)}
 _ON_GPU: dict[str, Any] = {"zero": 0, "activation_checkpointing": "auto"}
 SHAPES = {
     "tiny": Shape(
-        {"language_model": _random(_TINY_LM), "vision_tower": _random(_TINY_TOWER)},
+        {"language_model": _random(TINY_LM), "vision_tower": _random(TINY_TOWER)},
         lambda n, seed: draw_samples(n, seed, n_image_tokens=16, max_tokens=200, min_tokens=60, one_turn=0.41),
         batch_size=4,
         micro_batch=4,

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sizes import CLIP_L_336, TINY_LM, TINY_TOWER, VICUNA_7B, sizes
 from torch import nn
 
 from llava_train.config import StageConfig
@@ -50,13 +51,7 @@ class Shape:
         return self.vision_tower["model_type"] != "siglip_vision_model"
 
 
-def _sizes(model_type: str, hidden: int, mlp: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
-    sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads}
-    return {"model_type": model_type, **sizes, **more}
-
-
-_CLIP_L = _sizes("clip_vision_model", 1024, 4096, 24, 16, image_size=336, patch_size=14)
-_SIGLIP2 = _sizes("siglip_vision_model", 1152, 4304, 27, 16, image_size=384, patch_size=14)
+_SIGLIP2 = sizes("siglip_vision_model", 1152, 4304, 27, 16, image_size=384, patch_size=14)
 _DINOV2_S = {
     "model_type": "dinov2",
     "hidden_size": 384,
@@ -68,37 +63,37 @@ _DINOV2_S = {
 _QWEN = {"vocab_size": 151_936, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 SHAPES = {
     "tiny": Shape(
-        _sizes("llama", 64, 128, 2, 4, num_key_value_heads=2),
-        _sizes("clip_vision_model", 32, 64, 3, 2, image_size=56, patch_size=14),
+        TINY_LM,
+        TINY_TOWER,
         max_sample_tokens=200,
         precision="fp32",
         min_tokens=60,
     ),
     # small, but with heads as large as the CUDA kernels are made for
     "twin": Shape(
-        _sizes("llama", 256, 512, 4, 4, num_key_value_heads=2),
-        _sizes("clip_vision_model", 64, 128, 3, 2, image_size=56, patch_size=14),
+        sizes("llama", 256, 512, 4, 4, num_key_value_heads=2),
+        sizes("clip_vision_model", 64, 128, 3, 2, image_size=56, patch_size=14),
         max_sample_tokens=300,
         precision="fp32",
         min_tokens=60,
     ),
     # SmolLM2-135M and DINOv2-small: what two CPU cores train
     "small": Shape(
-        _sizes("llama", 576, 1536, 30, 9, num_key_value_heads=3, vocab_size=49_152, tie_word_embeddings=True),
+        sizes("llama", 576, 1536, 30, 9, num_key_value_heads=3, vocab_size=49_152, tie_word_embeddings=True),
         _DINOV2_S,
         max_sample_tokens=700,
         precision="fp32",
         min_tokens=90,
     ),
     "0.5b": Shape(
-        _sizes("qwen2", 896, 4864, 24, 14, num_key_value_heads=2, tie_word_embeddings=True, **_QWEN), _SIGLIP2, joined=4
+        sizes("qwen2", 896, 4864, 24, 14, num_key_value_heads=2, tie_word_embeddings=True, **_QWEN), _SIGLIP2, joined=4
     ),
     "1.5b": Shape(
-        _sizes("qwen2", 1536, 8960, 28, 12, num_key_value_heads=2, tie_word_embeddings=True, **_QWEN),
+        sizes("qwen2", 1536, 8960, 28, 12, num_key_value_heads=2, tie_word_embeddings=True, **_QWEN),
         _SIGLIP2,
         joined=4,
     ),
-    "7b": Shape(_sizes("llama", 4096, 11_008, 32, 32, vocab_size=32_064, max_position_embeddings=4096), _CLIP_L),
+    "7b": Shape(VICUNA_7B, CLIP_L_336),
 }
 TRAINABLE: dict[str, dict[str, Any]] = {
     "stage1": {"projector": {"lr": 1e-3}},

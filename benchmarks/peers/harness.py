@@ -18,7 +18,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-
 WORKERS = {"cpu": 1, "cuda": 4}
 """Processes that prepare data, alike for all."""
 

@@ -3,7 +3,8 @@
 TRL 1.16 refuses packing and padding-free batches for data with pictures, and its fused head, which never holds all
 logits on a GPU, is always on. Left to choose: the micro-batch, how weights are kept, activation checkpointing and the
 kernels of liger for the layers (Triton: CUDA only). A variant is MICRO_BATCH, then `-amp` for float32 weights under
-autocast (what TRL does to a model given by name) instead of bfloat16 ones (on a GPU with adapters under autocast), `-ckpt` for activation checkpointing.
+autocast (what TRL does to a model given by name) instead of bfloat16 ones, `-ckpt` for activation checkpointing. On a
+GPU adapters beside bfloat16 weights are under autocast too.
 Samples of a step are sorted by length, so that micro-batches are padded little; the loss is over the supervised tokens
 of the whole step, as in llava_train.
 """
