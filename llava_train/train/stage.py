@@ -36,7 +36,7 @@ from llava_train.train.assembly import (
 from llava_train.train.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
 from llava_train.train.device_peaks import peak_flops_of
 from llava_train.train.dry_run import dry_run
-from llava_train.train.engine import gathered, start_engine, stop_engine, time_reduction
+from llava_train.train.engine import free_memory, gathered, start_engine, stop_engine, time_reduction
 from llava_train.train.evaluate import evaluate, open_held_out
 from llava_train.train.heaviest import most_images
 from llava_train.train.interrupt import STOP_FILE
@@ -81,6 +81,7 @@ def run_stage(config: StageConfig, session: Session) -> Path:
         stop_file = config.run_dir / STOP_FILE
         session.stop.stop_files.append(stop_file)
         trained = _train(config, session)
+        free_memory()
         world.beat("writing the result", patience=START_PATIENCE)
         world.on_main(lambda: write_result(config, trained, result))
         world.on_main(lambda: stop_file.unlink(missing_ok=True))  # asked too late, it shall not stop the next run
