@@ -8,17 +8,18 @@ Hours are the FLOPs that the mathematics needs, over a share of what the GPU can
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import LlavaConfig
 
-from llava_train.config import StageConfig
+from llava_train.config import SourceSection, StageConfig
 from llava_train.data.chat import IGNORED, ChatEncoder
 from llava_train.data.chat_templates import load_template
-from llava_train.data.mixture import Mixture, open_mixture
+from llava_train.data.mixture import Mixture, open_mixture, taken
 from llava_train.data.order import n_steps_of, step_samples
 from llava_train.data.packing import attention_cost_of, plan_packs
 from llava_train.data.problems import DataError, SampleError
@@ -114,7 +115,7 @@ class Plan:
     n_steps: int | None
     hours: float | None
     speed: str
-    """What the hours are computed from, in words."""
+    """What the hours are computed from, or why they are not known, in words."""
 
     @property
     def estimate(self) -> Estimate:
@@ -141,6 +142,7 @@ def make_plan(
         tflops: the peak of each GPU, in place of that of `device`.
         mfu: share of the peak that a run uses.
     """
+    peak = _peak(device, tflops, config.engine.precision)
     front = build_processor(config.model, config.image)
     llava = config_without_weights(config.model, front)
     lengths = find_lengths(config, front)
@@ -155,11 +157,14 @@ def make_plan(
     n_steps = schedule.max_steps
     if lengths.n_samples is not None:
         n_steps = n_steps_of(lengths.n_samples, config.batch.size, schedule.epochs, schedule.max_steps)
-    peak = tflops * 1e12 if tflops else _peak(device)
-    speed = f"{mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s ({'--tflops' if tflops else device}), assumed"
-    hours = None
-    if n_steps is not None and packing.critical_flops is not None:
+    hours, speed = None, "the number of samples is not known"
+    if peak is None:
+        speed = f"no datasheet's peak of {device} in {config.engine.precision} is known; give --tflops"
+    elif packing.critical_flops is None:
+        speed = "the model's FLOPs are not known"
+    elif n_steps is not None:
         hours = n_steps * packing.critical_flops / (peak * mfu) / 3600
+        speed = f"{mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s ({'--tflops' if tflops else device}), assumed"
     return Plan(config, n_ranks, memory, estimates, remedy, lengths, packing, n_steps, hours, speed)
 
 
@@ -168,7 +173,7 @@ def bytes_of(text: str) -> int:
     number = text.strip().lower().removesuffix("ib").removesuffix("b").removesuffix("g")
     try:
         n_bytes = int(float(number) * GIB)
-    except ValueError:
+    except (ValueError, OverflowError):
         n_bytes = 0
     if n_bytes <= 0:
         raise PlanError(f"--memory {text}: write the memory of one GPU as 80G")
@@ -176,14 +181,32 @@ def bytes_of(text: str) -> int:
 
 
 def find_lengths(config: StageConfig, front: Front) -> Lengths:
-    """Lengths of the samples of a stage: of up to 2,000 of them, or assumed where there are no data yet."""
+    """Lengths of the samples of a stage: of up to 2,000 of them, or assumed where some data are not there yet.
+
+    Raises DataError as the run would, where data are there and cannot be used.
+    """
     try:
         mixture = open_mixture(config.data, config.seed, config.cache_dir)
     except DataError as error:
+        there = [_with_what_is_there(source) for source in config.data if Path(source.path).exists()]
+        told_by_hub = error.__cause__ is not None and not isinstance(error.__cause__, OSError)
+        if there == config.data or told_by_hub:
+            raise
+        if there:
+            open_mixture(there, config.seed, config.cache_dir)
         return assume_lengths(config, front.n_image_tokens, str(error).split(";")[0])
+    if not len(mixture):
+        raise PlanError("data: holds no sample")
     template, batch = load_template(config.model.chat_template, front.tokenizer), config.batch
     encoder = ChatEncoder(front.tokenizer, template, front.n_image_tokens, batch.max_sample_tokens, batch.over_long)
     return measure_lengths(mixture, encoder)
+
+
+def _with_what_is_there(source: SourceSection) -> SourceSection:
+    """A source whose samples are on the disk, without its pictures where some of them are not."""
+    images = source.images.values() if isinstance(source.images, dict) else [source.images or source.path]
+    missing = not all(Path(path).exists() for path in images)
+    return source.model_copy(update={"images": None}) if missing else source
 
 
 def measure_lengths(mixture: Mixture, encoder: ChatEncoder) -> Lengths:
@@ -213,13 +236,19 @@ def assume_lengths(config: StageConfig, n_image_tokens: int, why: str) -> Length
     n_tokens = np.minimum(n_text + n_images * n_image_tokens, config.batch.max_sample_tokens)
     share = 1.0 if is_caption else _SUPERVISED
     n_supervised = (np.maximum(n_tokens - n_images * n_image_tokens, 1) * share).astype(np.int64)
-    counts = [PUBLISHED.get(PurePath(source.path).name.lower()) for source in config.data]
+    counts = [_n_published(source, config.seed) for source in config.data]
     n_samples = sum(filter(None, counts)) if all(counts) else None
     kind = "captions" if is_caption else "conversations"
     origin = f"ASSUMED, {kind} of {median} text tokens (median), for {why}"
     if n_samples:
         origin += f"; {n_samples:,} samples, as published"
     return Lengths(n_tokens, n_supervised, n_images, n_samples, origin)
+
+
+def _n_published(source: SourceSection, seed: int) -> int | None:
+    """Samples that an epoch has of a published file, None of any other."""
+    n_samples = PUBLISHED.get(Path(source.path).name.lower())
+    return n_samples and len(taken(n_samples, source.take, seed))
 
 
 def pack_some(
@@ -284,11 +313,16 @@ def _flops(config: StageConfig, llava: LlavaConfig) -> ModelFlops | None:
     return model_flops(model, llava.image_seq_length, config.loader.cache_features)
 
 
-def _peak(device: str) -> float:
+def _peak(device: str, tflops: float | None, precision: str) -> float | None:
+    """FLOP/s of a GPU; None by datasheet in another precision than bf16. Raises PlanError."""
+    if tflops is not None:
+        if not 0 < tflops < math.inf:
+            raise PlanError(f"--tflops {tflops:g}: write the peak of one GPU in TFLOP/s, as 989")
+        return tflops * 1e12
     peak = peak_flops(DEVICES.get(device.upper(), device))
     if peak is None:
         raise PlanError(f"--device {device}: its peak is not known; choose {', '.join(DEVICES)}, or give --tflops")
-    return peak
+    return peak if precision == "bf16" else None
 
 
 def as_record(plan: Plan) -> dict[str, Any]:
@@ -312,7 +346,6 @@ def as_record(plan: Plan) -> dict[str, Any]:
         "micro_steps_a_step": packing.micro_steps,
         "packs_a_step": packing.micro_steps * plan.n_ranks,
         "tokens_a_step": packing.tokens,
-        "padding": 0.0,
         "fill": packing.fill,
         "balance": packing.balance,
         "flops_a_step_critical": packing.critical_flops,
