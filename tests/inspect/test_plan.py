@@ -15,15 +15,13 @@ from llava_train.data.order import step_samples
 from llava_train.data.problems import DataError
 from llava_train.inspect.plan import (
     DEVICES,
-    Lengths,
-    PlanError,
     as_record,
-    assume_lengths,
     bytes_of,
     make_plan,
     pack_some,
     usable,
 )
+from llava_train.inspect.plan_lengths import Lengths, PlanError, assume_lengths
 from llava_train.inspect.plan_table import print_plan
 from llava_train.stage_file import parse_stage
 from llava_train.train.device_peaks import peak_flops

@@ -159,6 +159,17 @@ def test_auto_takes_the_first_way_that_fits() -> None:
     assert "more than the" in estimator.choose(config, 1).line
 
 
+def test_auto_and_the_advice_pass_selective_over_where_it_takes_more_than_none() -> None:
+    plain_lora = {"projector": {"lr": 1e-3}, "language_model": {"lr": 1e-3, "lora": {"rank": 8, "alpha": 16}}}
+    estimator, config = Estimator(llava_7b(), 1, "cuda"), stage(Path("x"), trainable=plain_lora)
+    none, selective, full = (estimator.estimate(config, way).total_bytes for way in RECOMPUTES)
+    assert selective > none > full
+    assert {estimator.choose(config, budget).recompute for budget in (none, selective)} == {"none"}
+    assert {estimator.choose(config, budget).recompute for budget in (full, none - 1)} == {"full"}
+    remedy = find_remedy(estimator, config, "none", none - 1)
+    assert remedy is not None and "engine.activation_checkpointing=selective" not in remedy.changes
+
+
 def test_what_the_stage_file_says_is_not_questioned() -> None:
     for way in RECOMPUTES:
         config = stage(Path("x"), engine={"zero": 0, "activation_checkpointing": way})
