@@ -14,6 +14,7 @@ import gc
 import json
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -168,10 +169,15 @@ def work(pipe: Connection, wanted: Wanted, names: list[str] | None, results: dic
 
 
 def _usable(device: str) -> bool:
-    """Whether the next part may run in this process: a failed one can leave memory taken, or the device broken."""
+    """Whether the next part may run in this process.
+
+    A failed one can leave memory taken, or the device broken; liger changes the modules of transformers for all models.
+    """
     import torch
 
     gc.collect()
+    if "liger_kernel.transformers" in sys.modules:
+        return False
     if device == "cpu":
         return True
     try:

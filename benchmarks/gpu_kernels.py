@@ -12,6 +12,7 @@ import torch
 from mix665k import draw_samples
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 from llava_train.model import attention
@@ -130,15 +131,14 @@ def attention_backends(device: torch.device, heads: int, head_size: int, n_token
 
 
 @torch.no_grad()
-def encoder_speed(model: LlavaForConditionalGeneration, flops: int, n_images: int, cuda: bool) -> dict[str, Any]:
-    """Pictures a second through the vision tower, as PyTorch runs it and, on CUDA, with its layers compiled.
-
-    Args:
-        flops: of a picture.
-    """
+def encoder_speed(model: LlavaForConditionalGeneration, n_images: int, cuda: bool) -> dict[str, Any]:
+    """Pictures a second through all layers of the vision tower, by PyTorch and, on CUDA, with its layers compiled."""
     tower, side = model.model.vision_tower, model.config.vision_config.image_size
     pixels = torch.randn(n_images, 3, side, side, dtype=model.dtype, device=model.device)
-    found = {}
+    with FlopCounterMode(display=False) as counter:
+        tower(pixels[:1])
+    flops = counter.get_total_flops()
+    found: dict[str, Any] = {"flops_of_an_image": flops}
     for how in ("eager", "compiled")[: 1 + cuda]:
         if how == "compiled":
             for layer in next(module for module in tower.modules() if isinstance(module, torch.nn.ModuleList)):

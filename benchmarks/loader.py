@@ -17,6 +17,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, 
 from llava_train.data.chat import ChatEncoder
 from llava_train.data.chat_templates import load_template
 from llava_train.data.images import ImagePreprocessor, decode_image
-from llava_train.data.loader import StepDataset, read_steps
+from llava_train.data.loader import StepBatch, StepDataset, read_steps
 from llava_train.data.mixture import Mixture
 from llava_train.data.sources import open_source
 from llava_train.model.processor import build_processor
@@ -126,29 +127,38 @@ def dataset_of(mixture: Mixture, front: Any, batch_size: int) -> StepDataset:
     return StepDataset(mixture, encoder, preprocessor, batch_size=batch_size, max_tokens=32768, seed=0)
 
 
-def throughput(mixture: Mixture, front: Any, workers: int, n_steps: int = 12, batch_size: int = 32) -> float:
-    """Samples a second that `workers` processes deliver, after the first batch."""
-    dataset = dataset_of(mixture, front, batch_size)
-    batches = read_steps(dataset, range(n_steps + 1), workers, pin_memory=False)
-    next(batches)
+def throughput(mixture: Mixture, front: Any, workers: int, batch_size: int = 32) -> float:
+    """Samples a second that `workers` processes deliver."""
+    batches, n_timed = steady_batches(dataset_of(mixture, front, batch_size), workers)
     started = time.perf_counter()
-    n_samples = sum(sum(batch.n_samples) for batch in batches)
+    n_samples = sum(sum(next(batches).n_samples) for _ in range(n_timed))
     return n_samples / (time.perf_counter() - started)
 
 
-def waiting(mixture: Mixture, front: Any, workers: int, gpu: float, n_steps: int = 12, batch_size: int = 32) -> float:
-    """Share of the steps after the first in which a GPU that takes `gpu` samples a second waits for `workers`."""
-    dataset = dataset_of(mixture, front, batch_size)
-    batches = read_steps(dataset, range(n_steps + 1), workers, pin_memory=False)
-    next(batches)
-    time.sleep(batch_size / gpu)
+def waiting(mixture: Mixture, front: Any, workers: int, gpu: float, batch_size: int = 32) -> float:
+    """Share of its time in which a GPU that takes `gpu` samples a second waits for `workers` processes."""
+    batches, n_timed = steady_batches(dataset_of(mixture, front, batch_size), workers, batch_size / gpu)
     waited, started = 0.0, time.perf_counter()
-    for _ in range(n_steps):
+    for _ in range(n_timed):
         asked = time.perf_counter()
         next(batches)
         waited += time.perf_counter() - asked
         time.sleep(batch_size / gpu)
     return waited / (time.perf_counter() - started)
+
+
+def steady_batches(dataset: StepDataset, workers: int, step_s: float = 0.0) -> tuple[Iterator[StepBatch], int]:
+    """Batches less the first ones, for each of which `step_s` is slept, and how many of them to time.
+
+    Workers begin before anyone asks, with two batches each and a third as soon as one is taken: what they have ready
+    does not count. Nor do they run dry at the end: there are as many batches more than are timed.
+    """
+    n_ahead, n_timed = 3 * max(1, workers), 6 * max(2, workers)
+    batches = read_steps(dataset, range(n_ahead + n_timed + n_ahead), workers, pin_memory=False)
+    for _ in range(n_ahead):
+        next(batches)
+        time.sleep(step_s)
+    return batches, n_timed
 
 
 def profile(mixture: Mixture, front: Any, n_samples: int = 200) -> dict[str, float]:

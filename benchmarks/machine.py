@@ -12,7 +12,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "triton", "liger-kernel", "flash-attn", "bitsandbytes")
+_PACKAGES = (
+    "numpy",
+    "torch",
+    "transformers",
+    "deepspeed",
+    "peft",
+    "triton",
+    "liger-kernel",
+    "flash-attn",
+    "bitsandbytes",
+)
 
 
 def about_this(device: str) -> dict[str, Any]:
@@ -29,10 +39,17 @@ def about_this(device: str) -> dict[str, Any]:
 
 def _name(device: str) -> str:
     if device == "cpu":
-        return f"CPU, {os.cpu_count()} cores"
+        return f"{_processor()}, {os.cpu_count()} cores"
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or "CPU"
 
 
 def _version(package: str) -> str | None:

@@ -15,15 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import about_this
 from mix665k import draw_samples
 
 from llava_train.data.packing import attention_cost_of, plan_packs, sample_cost
@@ -103,19 +102,6 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    return {
-        "device": f"one core of {name}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "commit": commit.strip(),
-        "load_average": round(os.getloadavg()[0], 1),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8, help="of each combination")
@@ -124,7 +110,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     rows = measure_all(arguments.steps, arguments.hidden_size, arguments.seed)
-    result = {"command": " ".join(["python", *sys.argv]), **machine(), "summary": summary(rows), "rows": rows}
+    about = {**about_this("cpu"), "cores_used": 1, "load_average": round(os.getloadavg()[0], 1)}
+    result = {**about, "summary": summary(rows), "rows": rows}
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(rows))

@@ -17,9 +17,9 @@ allocated on a GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -38,6 +38,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "peers"))
 
 from environments import ENVIRONMENTS, python_of  # noqa: E402
+from machine import about_this  # noqa: E402
 from peer_shapes import SHAPES  # noqa: E402
 from peers_report import report, summarize  # noqa: E402
 
@@ -109,10 +110,7 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             print(f"{peer}: {found.get('error') or f'{timed:.1f} s in timed steps'}", file=sys.stderr, flush=True)
     samples = workload.pop("samples")
     return {
-        "command": " ".join(["python", *sys.argv]),
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _output("git", "-C", str(HERE), "rev-parse", "--short", "HEAD"),
-        "device": _device_name(arguments.device),
+        **about_this(arguments.device),
         "workload": workload,
         "lengths": [sample["n_tokens"] for sample in samples],
         "n_supervised": [sample["n_supervised"] for sample in samples],
@@ -172,7 +170,8 @@ def _watch_memory(process: subprocess.Popen[bytes], latest_end: float) -> int:
     threading.Thread(target=lambda: (process.wait(), done.set()), daemon=True).start()
     while not done.wait(_POLL_S):
         if time.perf_counter() > latest_end:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself meanwhile
+                os.killpg(process.pid, signal.SIGKILL)
         total = 0
         try:
             family = [psutil.Process(process.pid)]
@@ -186,19 +185,6 @@ def _watch_memory(process: subprocess.Popen[bytes], latest_end: float) -> int:
                 continue
         peak = max(peak, total)
     return peak
-
-
-def _device_name(device: str) -> str:
-    if device == "cuda":
-        import torch
-
-        return str(torch.cuda.get_device_name())
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return f"{os.cpu_count()} cores, {model.partition(': ')[2] or platform.processor()}"
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

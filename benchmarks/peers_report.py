@@ -38,6 +38,7 @@ def summarize(
             "same_steps": same_steps(steps, planned),
             "losses": [step["loss"] for step in steps],
             "versions": good[0]["versions"],
+            "lacks": good[0].get("lacks", []),
         }
     if reference in found and "error" not in found[str(reference)]:
         _add_ratios(found, runs, str(reference), n_warmup)
@@ -83,7 +84,7 @@ def report(results: dict[str, Any]) -> str:
     lengths = results["lengths"]
     lines = [
         f"{results['shape']}, stage {workload['stage']}, {workload['precision']}, {results['device']}, "
-        f"{results['when'][:10]}, commit {results['commit']}",
+        f"{results['date'][:10]}, commit {results['commit']}",
         f"{len(lengths)} samples of {min(lengths)} to {max(lengths)} tokens (mean {sum(lengths) / len(lengths):.0f}, "
         f"{results['several_turns']:.0%} with several turns, {results['text_only']:.0%} text only), "
         f"steps of {workload['batch_size']}, the first {results['n_warmup']} not timed",
@@ -119,4 +120,5 @@ def _title(name: str, found: dict[str, Any]) -> str:
     peer = name.partition(":")[0]
     package = {"none": "llava_train", "llava": "llava-torch"}.get(peer, peer)
     version = found["versions"].get(package)
-    return f"{name} {version}" if version else name
+    title = f"{name} {version}" if version else name
+    return f"{title} (without {', '.join(found['lacks'])})" if found["lacks"] else title

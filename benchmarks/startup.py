@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from checkpoints import start_of
 from machine import about_this
@@ -77,7 +78,11 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--out", type=Path, help="file of results")
     arguments = parser.parse_args()
-    found: dict[str, Any] = {**about_this("cpu"), "imports_ms": slowest_imports(), "starts_s": {}}
+    found: dict[str, Any] = {
+        **about_this("cuda" if torch.cuda.is_available() else "cpu"),
+        "imports_ms": slowest_imports(),
+        "starts_s": {},
+    }
     for config in arguments.config:
         name = f"{config.parent.name}/{config.stem}"
         if not has_data(config):

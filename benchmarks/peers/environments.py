@@ -28,6 +28,8 @@ class Environment:
     without_dependencies: str = ""
     """A package whose pins cannot be met, or which wants what is not used here (gradio, bitsandbytes)."""
     on_cuda: str = ""
+    on_cuda_if_it_builds: str = ""
+    """Has no wheel on the index: where it cannot be built, the comparison's table says that it lacks."""
     stubs: dict[str, str] = field(default_factory=dict)
     """File below site-packages -> content."""
 
@@ -38,6 +40,7 @@ ENVIRONMENTS = {
         """torch==2.13.0 trl==1.16.0 transformers==5.23.0 accelerate==1.15.0 datasets==5.2.0 peft==0.21.2
         pillow==12.3.0 psutil""",
         on_cuda="liger-kernel==0.8.5",
+        on_cuda_if_it_builds="flash-attn==2.8.3",
     ),
     "llamafactory": Environment(
         ("python3.11", "python3.12"),
@@ -46,6 +49,7 @@ ENVIRONMENTS = {
         tiktoken matplotlib av<=16.0.0 pillow psutil""",
         without_dependencies="llamafactory==0.9.5",
         on_cuda="liger-kernel==0.8.5",
+        on_cuda_if_it_builds="flash-attn==2.8.3",
         stubs={"torchaudio.py": _STUB},
     ),
     "llava": Environment(
@@ -53,6 +57,7 @@ ENVIRONMENTS = {
         """torch==2.0.1 torchvision==0.15.2 transformers==4.36.2 tokenizers==0.15.0 sentencepiece==0.1.99
         accelerate==0.21.0 peft==0.4.0 einops==0.6.1 numpy<2 pillow psutil requests shortuuid""",
         without_dependencies="llava-torch==1.2.2.post1",
+        on_cuda_if_it_builds="flash-attn==2.3.6",
     ),
 }
 
@@ -75,6 +80,9 @@ def _make(environment: Environment, folder: Path, on_cuda: bool) -> None:
     if environment.without_dependencies:
         _run([*pip, "--no-deps", environment.without_dependencies])
     _run([*pip, *environment.packages.split(), *(environment.on_cuda.split() if on_cuda else ())])
+    if on_cuda and environment.on_cuda_if_it_builds:
+        _try([*pip, "ninja", "packaging", "wheel", "setuptools<81"])
+        _try([*pip, "--no-build-isolation", "--no-deps", environment.on_cuda_if_it_builds])
     (site,) = (building / "lib").glob("python3*/site-packages")
     for name, content in environment.stubs.items():
         (site / name).write_text(content, encoding="utf-8")
@@ -94,6 +102,13 @@ def _interpreter(environment: Environment) -> str:
             if said.startswith(f"Python {minor}."):
                 return candidate
     raise SystemExit(f"error: none of {', '.join(environment.python)} is installed")
+
+
+def _try(command: list[str]) -> None:
+    try:
+        _run(command)
+    except SystemExit as error:
+        print(f"left out: {str(error).splitlines()[0]}", file=sys.stderr)
 
 
 def _run(command: list[str]) -> None:

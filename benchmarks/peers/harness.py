@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 
+WORKERS = {"cpu": 1, "cuda": 4}
+"""Processes that prepare data, alike for all."""
+
+
 @dataclass
 class Job:
     """One run of one peer."""
@@ -54,12 +58,12 @@ class Job:
         return rates.pop()
 
     def write(self, steps: list[dict[str, Any]], settings: dict[str, Any], packages: list[str]) -> None:
-        peak = None
+        found = {"versions": versions(packages), "settings": settings, "steps": steps, "peak_cuda_bytes": None}
+        found["lacks"] = lacks(self.device)
         if self.device == "cuda":
             import torch
 
-            peak = torch.cuda.max_memory_allocated()
-        found = {"versions": versions(packages), "settings": settings, "steps": steps, "peak_cuda_bytes": peak}
+            found["peak_cuda_bytes"] = torch.cuda.max_memory_allocated()
         self.result.write_text(json.dumps(found, default=str), encoding="utf-8")
 
 
@@ -73,6 +77,19 @@ def has(module: str) -> bool:
     return find_spec(module) is not None
 
 
+def lacks(device: str) -> list[str]:
+    """What a trainer would be faster with, and its environment has not."""
+    return [] if device == "cpu" or has("flash_attn") else ["flash-attn"]
+
+
+def weights_and_autocast(bf16: bool, device: str, lora: bool, amp: bool) -> tuple[bool, bool]:
+    """Whether TRL's weights are in bfloat16, and whether it computes under autocast to it.
+
+    On a GPU adapters need autocast: peft keeps them in float32 beside weights in bfloat16.
+    """
+    return bf16 and not amp, bf16 and (amp or (lora and device == "cuda"))
+
+
 def versions(packages: list[str]) -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
     for package in packages:
@@ -83,15 +100,30 @@ def versions(packages: list[str]) -> dict[str, str]:
     return found
 
 
+class StepClock:
+    """Seconds from the end of one step on the device to the end of the next; logging falls into the next."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._last = time.perf_counter()
+
+    def step_ended(self) -> float:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        last, self._last = self._last, time.perf_counter()
+        return self._last - last
+
+
 class Observer:
     """Times the optimizer steps of a transformers Trainer and counts what they train on."""
 
     def __init__(self, device: str, tokens_of_image: int = 1) -> None:
-        self.device, self.tokens_of_image = device, tokens_of_image
+        self.tokens_of_image, self._clock = tokens_of_image, StepClock(device)
         self.steps: list[dict[str, Any]] = []
         self.losses: list[float] = []
         self._seen: list[dict[str, Any]] = []
-        self._last = time.perf_counter()
 
     def saw(self, inputs: dict[str, Any]) -> None:
         """Counts a micro-batch; the counts stay on the device."""
@@ -113,15 +145,10 @@ class Observer:
         self._seen.append({"n_tokens": lengths.sum(), "n_supervised": n_supervised, "n_computed": n_computed})
 
     def step_ended(self) -> None:
-        if self.device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
-        now = time.perf_counter()
+        step_s = self._clock.step_ended()
         counts = {key: int(sum(seen[key] for seen in self._seen)) for key in self._seen[0]}
-        self.steps.append({"s": now - self._last, "n_micro_batches": len(self._seen), **counts})
+        self.steps.append({"s": step_s, "n_micro_batches": len(self._seen), **counts})
         self._seen = []
-        self._last = time.perf_counter()
 
     def with_losses(self) -> list[dict[str, Any]]:
         assert len(self.losses) == len(self.steps), f"{len(self.losses)} losses of {len(self.steps)} steps"
@@ -167,7 +194,7 @@ def common_arguments(job: Job, micro_batch: int) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "dataloader_num_workers": 1 if job.device == "cpu" else 4,
+        "dataloader_num_workers": WORKERS[job.device],
         "seed": 0,
         "use_cpu": job.device == "cpu",
     }

@@ -3,7 +3,7 @@
 TRL 1.16 refuses packing and padding-free batches for data with pictures, and its fused head, which never holds all
 logits on a GPU, is always on. Left to choose: the micro-batch, how weights are kept, activation checkpointing and the
 kernels of liger for the layers (Triton: CUDA only). A variant is MICRO_BATCH, then `-amp` for float32 weights under
-autocast (what TRL does to a model given by name) instead of bfloat16 ones, `-ckpt` for activation checkpointing.
+autocast (what TRL does to a model given by name) instead of bfloat16 ones (on a GPU with adapters under autocast), `-ckpt` for activation checkpointing.
 Samples of a step are sorted by length, so that micro-batches are padded little; the loss is over the supervised tokens
 of the whole step, as in llava_train.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 from datasets import Dataset, Image, List
-from harness import Job, common_arguments, has, observe, read_job
+from harness import Job, common_arguments, has, observe, read_job, weights_and_autocast
 from peft import LoraConfig
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
@@ -22,10 +22,11 @@ def main() -> None:
     job = read_job()
     first, *rest = job.variant.split("-")
     micro_batch, amp = int(first or job.content["micro_batch"]), "amp" in rest
-    bf16 = job.content["precision"] == "bf16"
+    is_lora = "lora" in job.content["trainable"].get("language_model", {})
+    bf16_weights, autocast = weights_and_autocast(job.content["precision"] == "bf16", job.device, is_lora, amp)
     settings = {
         **common_arguments(job, micro_batch),
-        "bf16": amp and bf16,
+        "bf16": autocast,
         "gradient_checkpointing": "ckpt" in rest,
         "use_liger_kernel": job.device == "cuda" and has("liger_kernel"),
         "assistant_only_loss": True,
@@ -34,7 +35,7 @@ def main() -> None:
     }
     model = LlavaForConditionalGeneration.from_pretrained(
         job.workload / "model",
-        dtype=torch.bfloat16 if bf16 and not amp else torch.float32,
+        dtype=torch.bfloat16 if bf16_weights else torch.float32,
         attn_implementation="flash_attention_2" if job.device == "cuda" and has("flash_attn") else "sdpa",
     )
     processor = AutoProcessor.from_pretrained(job.workload / "model")

@@ -6,8 +6,9 @@ speed knob only. All ranks wait for the costliest pack of a micro-step, so its p
 1. The packs are filled greedily, the costliest sample first, always into the cheapest pack (longest processing time
    first; Graham 1969). Costly packs then swap samples with cheap ones, until all are within a percent of the mean.
 2. Where that does not fit in `max_tokens`, or a sample costs more than the mean pack, packs are filled one by one,
-   always with the longest sample that still fits (first fit decreasing). The fullest of them make up the first
-   micro-steps, and as many of the last ones as allow it are packed anew as in 1.
+   always with the longest sample that still fits (first fit decreasing). The costliest of them make up the first
+   micro-steps, and as many of the last ones as allow it are packed anew as in 1. Where ranks wait less with packs
+   filled greedily, or these need fewer micro-steps, it is those.
 
 As every sample goes to the pack that is cheapest at that moment, no pack costs more than the mean pack plus
 the costliest sample: the stated bound on imbalance. Plans that don't keep it are not used.
@@ -31,7 +32,8 @@ Pack = list[int]
 _BALANCED = 1.01  # costliest pack / mean pack below which swaps don't pay
 _MOST_SWAPS = 5  # of a pack; most are balanced after 3
 _FULL = 0.98  # share of `max_tokens` up to which packs of equal cost are tried for
-_MOST_SAMPLES_TO_SWAP = 32  # in a pack: with more, no swap is needed, and each would be slow
+_MOST_HELD = 8  # samples in a pack, in a bound on the packs: of smaller ones, the tokens tell as much
+_MOST_SAMPLES_TO_SWAP = 32  # in a pack: with more, no swap is needed, and each would take much memory
 
 
 def sample_cost(n_tokens: int, attention_cost: float = 0.0) -> float:
@@ -96,57 +98,83 @@ def plan_packs(
     n_tokens = n_tokens[order]
     step = _Step(n_tokens, n_tokens * (1.0 + attention_cost * n_tokens), max_tokens)
     packs = _pack(step, n_ranks) if packing else _padded([[i] for i in range(len(lengths))], n_ranks)
-    return _deal(step, packs, n_ranks, order.tolist())
+    return _deal(packs, n_ranks, order.tolist())
 
 
 def _pack(step: _Step, n_ranks: int) -> list[Pack]:
-    """A multiple of `n_ranks` packs."""
-    n_samples, mean_of_one = len(step.lengths), step.costs.sum() / n_ranks
-    fewest = -(-int(step.lengths.sum()) // (n_ranks * step.max_tokens))
-    if fewest == 1 or step.costs[0] <= mean_of_one / fewest:
-        packs = _balanced(step, range(n_samples), n_ranks * fewest)
-        if packs is not None:
-            return packs
-    packs = _full_then_balanced(step, n_ranks)
-    allowed = mean_of_one * n_ranks / len(packs) + step.costs[0]
-    if all(packs) and step.sums(packs, step.costs).max() <= allowed:
-        return packs
-    for n_micro_steps in range(fewest, -(-n_samples // n_ranks) + 1):
-        packs_or_none = _balanced(step, range(n_samples), n_ranks * n_micro_steps)
-        if packs_or_none is not None:
-            return packs_or_none
-    raise AssertionError("one sample a pack always fits")
+    """A multiple of `n_ranks` packs, as `_evened` leaves them."""
+    samples, mean_of_one = range(len(step.costs)), float(step.costs.sum()) / n_ranks
+    fewest = -(-_fewest_packs(step) // n_ranks)
+    too_full = step.lengths.sum() > _FULL * n_ranks * fewest * step.max_tokens
+    if fewest == 1 or (not too_full and step.costs[0] <= mean_of_one / fewest):
+        balanced = _balanced(step, samples, n_ranks * fewest)
+        if balanced is not None:
+            return _evened(step, balanced, n_ranks)
+        fewest += 1
+    full = _by_cost(step, _padded(_full(step), n_ranks))
+    n_micro_steps, plans = len(full) // n_ranks, []
+    while n_micro_steps > fewest and _fits(step, _greedy(step, samples, n_ranks * (n_micro_steps - 1))):
+        n_micro_steps -= 1
+    if n_ranks * n_micro_steps == len(full):
+        packs = _evened(step, _last_balanced(step, full, n_ranks), n_ranks)
+        if all(packs) and step.sums(packs, step.costs).max() <= mean_of_one / n_micro_steps + step.costs[0]:
+            plans.append(packs)
+    if plans and _waited_for(step, plans[0], n_ranks) <= _BALANCED * mean_of_one:
+        return plans[0]
+    packs = _greedy(step, samples, n_ranks * n_micro_steps)
+    while not plans and not _fits(step, packs):  # ends at the latest with a sample a pack
+        n_micro_steps += 1
+        packs = _greedy(step, samples, n_ranks * n_micro_steps)
+    if _fits(step, packs):
+        plans.append(_evened(step, packs, n_ranks))
+    return min(plans, key=lambda plan: _waited_for(step, plan, n_ranks))
+
+
+def _fewest_packs(step: _Step) -> int:
+    """Packs needed at the least, for all tokens, and for the samples of which no pack holds more than 1, 2, 3, ..."""
+    held = np.arange(1, _MOST_HELD + 1)
+    n_samples = np.searchsorted(-step.lengths, -(step.max_tokens // (held + 1)))
+    return int(max(-(-step.lengths.sum() // step.max_tokens), (-(-n_samples // held)).max()))
+
+
+def _waited_for(step: _Step, packs: list[Pack], n_ranks: int) -> float:
+    """Sum of the costliest pack of each micro-step."""
+    return float(np.sort(step.sums(packs, step.costs))[::-1][::n_ranks].sum())
 
 
 def _balanced(step: _Step, samples: Sequence[int], n_packs: int) -> list[Pack] | None:
     """Packs of about the same cost, from samples in descending order; None when one overflows."""
-    if step.lengths[samples].sum() > _FULL * n_packs * step.max_tokens and n_packs > 1:
-        return None
+    packs = _swapped(step, _greedy(step, samples, n_packs), n_packs)
+    return packs if _fits(step, packs) else None
+
+
+def _greedy(step: _Step, samples: Sequence[int], n_packs: int) -> list[Pack]:
+    """Each of the samples, in descending order, in the cheapest pack; whether they fit is not asked."""
     packs: list[Pack] = [[] for _ in range(n_packs)]
     cheapest = [(0.0, number) for number in range(n_packs)]
     for i, cost in zip(samples, step.costs[samples].tolist(), strict=True):
         so_far, number = cheapest[0]
         packs[number].append(i)
         heapq.heapreplace(cheapest, (so_far + cost, number))
-    packs = _swapped(step, packs, n_packs)
-    return packs if step.sums(packs, step.lengths).max() <= step.max_tokens else None
+    return packs
 
 
-def _full_then_balanced(step: _Step, n_ranks: int) -> list[Pack]:
-    """Full packs, costly ones first; of the micro-steps as many of the last as can be, 1, 1/2, 1/4 ..., balanced."""
-    packs = _padded(_full(step), n_ranks)
-    by_cost = np.argsort(-step.sums(packs, step.costs), kind="stable")
-    packs = [packs[number] for number in by_cost]
-    n_last = len(packs) // n_ranks if n_ranks > 1 else 0
+def _fits(step: _Step, packs: list[Pack]) -> bool:
+    return bool(step.sums(packs, step.lengths).max() <= step.max_tokens)
+
+
+def _last_balanced(step: _Step, packs: list[Pack], n_ranks: int) -> list[Pack]:
+    """Packs from costly to cheap; of the micro-steps as many of the last as can be, 1/2, 1/4, ..., packed anew."""
+    n_last = len(packs) // (2 * n_ranks) if n_ranks > 1 else 0
     while n_last:
         n_packs = n_ranks * n_last
         samples = sorted(i for pack in packs[-n_packs:] for i in pack)
         if len(samples) >= n_packs and step.costs[samples[0]] <= step.costs[samples].sum() / n_packs:
             last = _balanced(step, samples, n_packs)
             if last is not None:
-                return _swapped(step, packs[:-n_packs], n_ranks) + last
+                return packs[:-n_packs] + last
         n_last //= 2
-    return _swapped(step, packs, n_ranks)
+    return packs
 
 
 def _full(step: _Step) -> list[Pack]:
@@ -164,12 +192,17 @@ def _full(step: _Step) -> list[Pack]:
     return packs
 
 
+def _evened(step: _Step, packs: list[Pack], n_ranks: int) -> list[Pack]:
+    """The packs from costly to cheap, those of one micro-step closer to each other."""
+    return _swapped(step, _by_cost(step, packs), n_ranks, to_the_last=True)
+
+
 def _swapped(step: _Step, packs: list[Pack], group: int, to_the_last: bool = False) -> list[Pack]:
     """Packs whose costs are closer to each other, within groups of `group` neighbours.
 
     A costly pack gives a sample to a cheap one and takes one (or none) that costs less by about half their difference,
     if there is room for it. The costliest pack swaps with the cheapest, the second with the last but one, and so on;
-    `to_the_last` the costliest alone with whichever pack of its group suits best.
+    `to_the_last` then the costliest alone, with whichever pack of its group suits best.
     """
     if group == 1 or not 2 <= max(map(len, packs), default=0) <= _MOST_SAMPLES_TO_SWAP:
         return packs
@@ -179,20 +212,20 @@ def _swapped(step: _Step, packs: list[Pack], group: int, to_the_last: bool = Fal
         slots[number, : len(pack)] = pack
     costs, lengths = np.append(step.costs, 0.0), np.append(step.lengths, 0)
     loads, stride = costs[slots].sum(axis=1), -(-group // (2 * _MOST_SWAPS))
-    for shifts in (range(0, stride * _MOST_SWAPS, stride), [None] * _MOST_SWAPS * to_the_last):
-        for shift in shifts:
-            costly, cheap, excess = _pairs(loads.reshape(-1, group), shift)
-            if not len(costly):
-                break
-            chosen, from_costly, from_cheap = _best_swaps(
-                costs, lengths, slots[costly], slots[cheap], excess, costly, step.max_tokens
-            )
-            if not len(chosen):
-                break
-            a, b = (costly[chosen], from_costly), (cheap[chosen], from_cheap)
-            slots[a], slots[b] = slots[b], slots[a]
-            changed = np.concatenate([a[0], b[0]])
-            loads[changed] = costs[slots[changed]].sum(axis=1)
+    shifts = [*range(0, stride * _MOST_SWAPS, stride), *[None] * _MOST_SWAPS * to_the_last]
+    for shift in shifts:
+        costly, cheap, excess = _pairs(loads.reshape(-1, group), shift)
+        if not len(costly):
+            break
+        chosen, from_costly, from_cheap = _best_swaps(
+            costs, lengths, slots[costly], slots[cheap], excess, costly, step.max_tokens
+        )
+        if not len(chosen):
+            continue
+        a, b = (costly[chosen], from_costly), (cheap[chosen], from_cheap)
+        slots[a], slots[b] = slots[b], slots[a]
+        changed = np.concatenate([a[0], b[0]])
+        loads[changed] = costs[slots[changed]].sum(axis=1)
     return [[i for i in pack if i < n_samples] for pack in slots.tolist()]
 
 
@@ -259,13 +292,15 @@ def _padded(packs: list[Pack], n_ranks: int) -> list[Pack]:
     return packs + [[] for _ in range(-len(packs) % n_ranks)]
 
 
-def _deal(step: _Step, packs: list[Pack], n_ranks: int, order: Sequence[int]) -> list[list[Pack]]:
-    """Deals packs of like cost to the ranks of a micro-step, changing direction each time; indices as in `lengths`."""
-    by_cost = np.argsort(-step.sums(packs, step.costs), kind="stable").tolist()
-    micro_steps = _swapped(step, [packs[number] for number in by_cost], n_ranks, to_the_last=True)
+def _by_cost(step: _Step, packs: list[Pack]) -> list[Pack]:
+    return [packs[number] for number in np.argsort(-step.sums(packs, step.costs), kind="stable").tolist()]
+
+
+def _deal(packs: list[Pack], n_ranks: int, order: Sequence[int]) -> list[list[Pack]]:
+    """Deals the packs of each micro-step to the ranks, changing direction each time; indices as in `lengths`."""
     plan: list[list[Pack]] = [[] for _ in range(n_ranks)]
-    for micro_step, start in enumerate(range(0, len(micro_steps), n_ranks)):
-        dealt = micro_steps[start : start + n_ranks]
+    for micro_step, start in enumerate(range(0, len(packs), n_ranks)):
+        dealt = packs[start : start + n_ranks]
         ranks = range(n_ranks) if micro_step % 2 == 0 else reversed(range(n_ranks))
         for rank, pack in zip(ranks, dealt, strict=True):
             plan[rank].append(sorted(order[i] for i in pack))

@@ -90,6 +90,41 @@ def test_what_does_not_fit_is_freed_before_the_next_is_tried(monkeypatch: pytest
     assert found["did_not_fit"] == ["none 700: CUDA out of memory."]
 
 
+def test_a_profile_that_fails_does_not_lose_what_was_measured() -> None:
+    def also(rig: Any) -> dict[str, Any]:
+        raise RuntimeError("no profiler here")
+
+    case = parts.Case("tiny", "lora", 4, (("none", 600),), warmup_samples=2)
+    found = parts.train(parts.Bench(start_distributed()), case, also)
+    assert found["tokens_per_s"] > 0 and found["also_error"] == "RuntimeError: no profiler here"
+
+
+def test_a_part_after_one_with_liger_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def uses_liger(_: Any) -> dict[str, Any]:
+        monkeypatch.setitem(sys.modules, "liger_kernel.transformers", parts)
+        return {}
+
+    sent: list[tuple[str, Any]] = []
+    pipe = type("Pipe", (), {"send": lambda self, message: sent.append(message)})()
+    runs = {"a": lambda _: {}, "b": uses_liger, "c": lambda _: {}}
+    mine = tuple(parts.Part(name, run, 60) for name, run in runs.items())
+    monkeypatch.setattr(sys.modules["gpu_parts"], "PARTS", mine)
+    n_threads = torch.get_num_threads()
+    gpu.work(pipe, gpu.Wanted("cpu", None, None), ["a", "b", "c"], {})
+    torch.set_num_threads(n_threads)
+    assert [kind for kind, _ in sent] == ["begins", "done", "begins", "done", "replace"]
+
+
+def test_the_encoder_is_charged_with_all_layers_that_it_runs() -> None:
+    llava = shapes.random_llava(shapes.stage_config("tiny", "full", 4, 600), torch.device("cpu"))
+    found = kernels.encoder_speed(llava.model, 1, cuda=False)
+    config = llava.model.config.vision_config
+    n_tokens, width = 1 + (config.image_size // config.patch_size) ** 2, config.hidden_size
+    of_a_layer = 2 * n_tokens * (4 * width**2 + 2 * width * config.intermediate_size)
+    assert found["flops_of_an_image"] >= 3 * of_a_layer
+    assert found["eager"]["tflops"] == pytest.approx(found["eager"]["images_per_s"] * found["flops_of_an_image"] / 1e12)
+
+
 def test_covered_counts_what_overlaps_once() -> None:
     assert kernels.covered([(0, 2), (1, 3), (1, 2), (5, 6)]) == 4
 

@@ -19,7 +19,10 @@ from llava_train.data.order import step_samples
 from llava_train.model.processor import byte_tokenizer
 from tests.scripts import ROOT, load_script
 
+environments = load_script("benchmarks/peers/environments.py")
+harness = load_script("benchmarks/peers/harness.py")
 original_parts = load_script("benchmarks/original_parts.py")
+peers = load_script("benchmarks/peers.py")
 peers_report = load_script("benchmarks/peers_report.py")
 shapes = load_script("benchmarks/peer_shapes.py")
 workload = load_script("benchmarks/workload.py")
@@ -103,3 +106,49 @@ def test_steps_of_other_samples_are_told_from_the_planned_ones():
     found = peers_report.summarize(other, samples, batch_size=2, n_warmup=0)
     assert not found["other"]["same_steps"] and not found["fewer"]["same_steps"]
     assert "ratio" not in found["other"]
+
+
+def test_a_run_that_ends_by_itself_while_it_is_stopped_is_no_failure(monkeypatch: pytest.MonkeyPatch):
+    def gone(*_: Any) -> None:
+        raise ProcessLookupError
+
+    monkeypatch.setattr(peers.os, "killpg", gone)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2)"]) as process:
+        assert peers._watch_memory(process, latest_end=0.0) > 0
+
+
+def test_a_trainer_that_lacks_a_kernel_is_marked_in_the_table():
+    found = {"versions": {"trl": "1.16.0"}, "lacks": ["flash-attn"]}
+    assert peers_report._title("trl:8", found) == "trl:8 1.16.0 (without flash-attn)"
+    run = {**_run([1]), "lacks": ["flash-attn"]}
+    samples = [{"n_tokens": 50, "n_supervised": 5}] * 2
+    assert peers_report.summarize({"trl": [run]}, samples, 2, 0)["trl"]["lacks"] == ["flash-attn"]
+    assert harness.lacks("cpu") == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"device": "cuda", "lora": True, "amp": False}, (True, True)),
+        ({"device": "cuda", "lora": False, "amp": False}, (True, False)),
+        ({"device": "cpu", "lora": False, "amp": True}, (False, True)),
+    ],
+)
+def test_adapters_on_a_gpu_are_computed_in_bfloat16(asked: dict[str, Any], expected: tuple[bool, bool]):
+    assert harness.weights_and_autocast(bf16=True, **asked) == expected
+    assert harness.weights_and_autocast(bf16=False, **asked) == (False, False)
+
+
+def test_the_time_between_two_steps_counts_for_the_second(monkeypatch: pytest.MonkeyPatch):
+    stamps = iter([0.0, 2.0, 7.0])
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(stamps))
+    clock = harness.StepClock("cpu")
+    assert [clock.step_ended(), clock.step_ended()] == [2.0, 5.0]
+
+
+def test_what_has_no_wheel_is_left_out_and_told(capsys: pytest.CaptureFixture[str]):
+    environments._try([sys.executable, "-c", "raise SystemExit(3)"])
+    assert "left out" in capsys.readouterr().err
+    assert all(
+        "flash-attn" in environments.ENVIRONMENTS[peer].on_cuda_if_it_builds for peer in environments.ENVIRONMENTS
+    )
