@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 from collections.abc import Mapping
 
@@ -24,7 +23,7 @@ def launch_environment(environment: Mapping[str, str]) -> dict[str, str]:
     n_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if n_tasks == 1:
         places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        return {**places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        return {**places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any free one: alone, nobody asks
     places = {"RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"]}
     address = environment.get("MASTER_ADDR") or _first_host(environment)
     # Of all ports below those that the system gives to others, one that another step of the machine hardly has.
@@ -45,9 +44,3 @@ def _first_host(environment: Mapping[str, str]) -> str:
             f"srun started tasks on several hosts ({hosts}), and `scontrol show hostnames` does not name them: {error}"
             "; set MASTER_ADDR to the host of the first task"
         ) from error
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

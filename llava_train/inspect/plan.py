@@ -8,23 +8,19 @@ Hours are the FLOPs that the mathematics needs, over a share of what the GPU can
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 from transformers import LlavaConfig
 
 from llava_train.config import StageConfig
-from llava_train.data.chat import IGNORED, ChatEncoder
-from llava_train.data.chat_templates import load_template
-from llava_train.data.mixture import Mixture, open_mixture
 from llava_train.data.order import n_steps_of, step_samples
 from llava_train.data.packing import attention_cost_of, plan_packs
-from llava_train.data.problems import DataError, SampleError
 from llava_train.devices import DTYPES
-from llava_train.errors import UserError
-from llava_train.model.processor import Front, build_processor
+from llava_train.inspect.plan_lengths import Lengths, PlanError, find_lengths
+from llava_train.model.processor import build_processor
 from llava_train.model.skeleton import config_without_weights, skeleton
 from llava_train.train.activations import NotImitatedError
 from llava_train.train.device_peaks import peak_flops
@@ -46,39 +42,7 @@ DEVICES = {
     "RTX5090": "NVIDIA GeForce RTX 5090",
 }
 """Short names of GPUs whose peak is known, see `train.device_peaks`."""
-PUBLISHED = {
-    "blip_laion_cc_sbu_558k.json": 558_128,
-    "llava_v1_5_mix665k.json": 665_298,
-    "llava_instruct_158k.json": 157_712,
-    "llava_instruct_150k.json": 157_712,
-}
-"""Numbers of samples of published data files, for plans made before the download."""
-_N_MEASURED, _N_STEPS = 2000, 100
-_CAPTION, _CONVERSATION = (25, 0.4), (250, 0.8)
-"""Assumed text tokens of a sample: median, and deviation of the logarithm."""
-_TEXT_ONLY, _SUPERVISED = 0.06, 0.4
-"""Assumed shares: of conversations without a picture (as mix665k), and of text tokens that are supervised."""
-
-
-class PlanError(UserError):
-    """What was asked of a plan is not understood."""
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Samples of a stage: arrays by sample."""
-
-    n_tokens: np.ndarray  # image tokens included
-    n_supervised: np.ndarray
-    n_images: np.ndarray
-    n_samples: int | None
-    """Of an epoch; None where it is not known."""
-    origin: str
-    """Where the numbers come from, in words."""
-
-    @property
-    def complete(self) -> bool:
-        return self.n_samples == len(self.n_tokens)
+_N_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -114,7 +78,7 @@ class Plan:
     n_steps: int | None
     hours: float | None
     speed: str
-    """What the hours are computed from, in words."""
+    """What the hours are computed from, or why they are not known, in words."""
 
     @property
     def estimate(self) -> Estimate:
@@ -141,6 +105,7 @@ def make_plan(
         tflops: the peak of each GPU, in place of that of `device`.
         mfu: share of the peak that a run uses.
     """
+    peak = _peak(device, tflops, config.engine.precision)
     front = build_processor(config.model, config.image)
     llava = config_without_weights(config.model, front)
     lengths = find_lengths(config, front)
@@ -155,11 +120,14 @@ def make_plan(
     n_steps = schedule.max_steps
     if lengths.n_samples is not None:
         n_steps = n_steps_of(lengths.n_samples, config.batch.size, schedule.epochs, schedule.max_steps)
-    peak = tflops * 1e12 if tflops else _peak(device)
-    speed = f"{mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s ({'--tflops' if tflops else device}), assumed"
-    hours = None
-    if n_steps is not None and packing.critical_flops is not None:
+    hours, speed = None, "the number of samples is not known"
+    if peak is None:
+        speed = f"no datasheet's peak of {device} in {config.engine.precision} is known; give --tflops"
+    elif packing.critical_flops is None:
+        speed = "the model's FLOPs are not known"
+    elif n_steps is not None:
         hours = n_steps * packing.critical_flops / (peak * mfu) / 3600
+        speed = f"{mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s ({'--tflops' if tflops else device}), assumed"
     return Plan(config, n_ranks, memory, estimates, remedy, lengths, packing, n_steps, hours, speed)
 
 
@@ -168,58 +136,11 @@ def bytes_of(text: str) -> int:
     number = text.strip().lower().removesuffix("ib").removesuffix("b").removesuffix("g")
     try:
         n_bytes = int(float(number) * GIB)
-    except ValueError:
+    except (ValueError, OverflowError):
         n_bytes = 0
     if n_bytes <= 0:
         raise PlanError(f"--memory {text}: write the memory of one GPU as 80G")
     return n_bytes
-
-
-def find_lengths(config: StageConfig, front: Front) -> Lengths:
-    """Lengths of the samples of a stage: of up to 2,000 of them, or assumed where there are no data yet."""
-    try:
-        mixture = open_mixture(config.data, config.seed, config.cache_dir)
-    except DataError as error:
-        return assume_lengths(config, front.n_image_tokens, str(error).split(";")[0])
-    template, batch = load_template(config.model.chat_template, front.tokenizer), config.batch
-    encoder = ChatEncoder(front.tokenizer, template, front.n_image_tokens, batch.max_sample_tokens, batch.over_long)
-    return measure_lengths(mixture, encoder)
-
-
-def measure_lengths(mixture: Mixture, encoder: ChatEncoder) -> Lengths:
-    """Encodes up to 2,000 samples over the whole of the data. Those that cannot be read count 0 tokens."""
-    numbers = np.unique(np.linspace(0, len(mixture) - 1, _N_MEASURED).round().astype(int))
-    rows = [_measure(mixture, encoder, number) for number in numbers.tolist()]
-    n_tokens, n_supervised, n_images = np.array(rows, dtype=np.int64).T
-    origin = f"measured on {'all' if len(rows) == len(mixture) else f'{len(rows):,} of'} {len(mixture):,} samples"
-    return Lengths(n_tokens, n_supervised, n_images, len(mixture), origin)
-
-
-def _measure(mixture: Mixture, encoder: ChatEncoder, number: int) -> tuple[int, int, int]:
-    try:
-        encoded = encoder.encode(mixture[number])
-    except SampleError:
-        return 0, 0, 0
-    return encoded.n_tokens, int((encoded.labels != IGNORED).sum()), encoded.n_images
-
-
-def assume_lengths(config: StageConfig, n_image_tokens: int, why: str) -> Lengths:
-    """Lengths where there are no data: captions with `plain`, else conversations, log-normal, one image a sample."""
-    rng = np.random.default_rng(config.seed)
-    is_caption = config.model.chat_template == "plain"
-    median, deviation = _CAPTION if is_caption else _CONVERSATION
-    n_text = rng.lognormal(np.log(median), deviation, _N_MEASURED).astype(np.int64) + 2
-    n_images = (rng.random(_N_MEASURED) >= (0 if is_caption else _TEXT_ONLY)).astype(np.int64)
-    n_tokens = np.minimum(n_text + n_images * n_image_tokens, config.batch.max_sample_tokens)
-    share = 1.0 if is_caption else _SUPERVISED
-    n_supervised = (np.maximum(n_tokens - n_images * n_image_tokens, 1) * share).astype(np.int64)
-    counts = [PUBLISHED.get(PurePath(source.path).name.lower()) for source in config.data]
-    n_samples = sum(filter(None, counts)) if all(counts) else None
-    kind = "captions" if is_caption else "conversations"
-    origin = f"ASSUMED, {kind} of {median} text tokens (median), for {why}"
-    if n_samples:
-        origin += f"; {n_samples:,} samples, as published"
-    return Lengths(n_tokens, n_supervised, n_images, n_samples, origin)
 
 
 def pack_some(
@@ -284,11 +205,16 @@ def _flops(config: StageConfig, llava: LlavaConfig) -> ModelFlops | None:
     return model_flops(model, llava.image_seq_length, config.loader.cache_features)
 
 
-def _peak(device: str) -> float:
+def _peak(device: str, tflops: float | None, precision: str) -> float | None:
+    """FLOP/s of a GPU; None by datasheet in another precision than bf16. Raises PlanError."""
+    if tflops is not None:
+        if not 0 < tflops < math.inf:
+            raise PlanError(f"--tflops {tflops:g}: write the peak of one GPU in TFLOP/s, as 989")
+        return tflops * 1e12
     peak = peak_flops(DEVICES.get(device.upper(), device))
     if peak is None:
         raise PlanError(f"--device {device}: its peak is not known; choose {', '.join(DEVICES)}, or give --tflops")
-    return peak
+    return peak if precision == "bf16" else None
 
 
 def as_record(plan: Plan) -> dict[str, Any]:
@@ -312,7 +238,6 @@ def as_record(plan: Plan) -> dict[str, Any]:
         "micro_steps_a_step": packing.micro_steps,
         "packs_a_step": packing.micro_steps * plan.n_ranks,
         "tokens_a_step": packing.tokens,
-        "padding": 0.0,
         "fill": packing.fill,
         "balance": packing.balance,
         "flops_a_step_critical": packing.critical_flops,

@@ -53,7 +53,7 @@ def _steps(plan: Plan) -> Table:
         f"micro-steps, {packing.micro_steps * plan.n_ranks:,.0f} packs",
         "packs": f"no padding, {packing.fill:.0%} of batch.max_tokens, ranks balanced to {packing.balance:.0%}",
         "steps": "unknown: the number of samples is not known" if plan.n_steps is None else f"{plan.n_steps:,}",
-        "hours": f"unknown, at {plan.speed}" if plan.hours is None else f"{plan.hours:,.1f}, at {plan.speed}",
+        "hours": f"unknown: {plan.speed}" if plan.hours is None else f"{plan.hours:,.1f}, at {plan.speed}",
     }.items():
         table.add_row(name, escape(value))
     return table

@@ -89,24 +89,37 @@ def attend_by_document(
     lengths: Lengths,
     scaling: float | None,
     window: int | None = None,
+    like_cuda: bool = False,
 ) -> torch.Tensor:
-    """Attention of each document, one after the other. Shapes as `packed_attention`."""
+    """Attention of each document, one after the other. Shapes as `packed_attention`.
+
+    Args:
+        like_cuda: not as a CPU computes short documents.
+    """
     documents = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [_attend(q, k, v, scaling, window) for q, k, v in documents]
+    outputs = [_attend(q, k, v, scaling, window, like_cuda) for q, k, v in documents]
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    like_cuda: bool,
 ) -> torch.Tensor:
-    length, mask = query.shape[2], None
+    length, mask, on_cpu = query.shape[2], None, query.device.type == "cpu" and not like_cuda
     if window is not None and window < length:
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
-    elif query.device.type == "cpu" and length <= cpu_attention.LONGEST:
+    elif on_cpu and length <= cpu_attention.LONGEST:
         return cpu_attention.attend(query, key, value, scaling)
-    dtype, grouped = query.dtype, query.shape[1] != key.shape[1]
+    dtype, repeats = query.dtype, query.shape[1] // key.shape[1]
+    if repeats > 1 and not on_cpu:  # CUDA's kernel for float32 knows no groups: all scores would be kept instead
+        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
     # In float32: on a CPU the backward pass is up to three times as fast as in bfloat16.
     query, key, value = query.float(), key.float(), value.float()
+    grouped = query.shape[1] != key.shape[1]
     options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None, "scale": scaling, "enable_gqa": grouped}
     return scaled_dot_product_attention(query, key, value, **options).to(dtype)
 

@@ -21,21 +21,22 @@ _BLOCK = 128
 
 
 class BlockAttention(torch.autograd.Function):
-    """Softmax over the tokens before. Scores and sums are float32, products in the dtype of the inputs."""
+    """Softmax over the tokens before. Products in the dtype of the inputs, sums in float32."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         """Query [G, R, L, d], key [G, L, d] and value [G, L, e]: [G, R, L, e], R query heads to each of G key heads."""
         n_groups, n_repeats, length, size = query.shape
         query = query * scale
+        later = query.new_full((min(length, _BLOCK), min(length, _BLOCK)), -math.inf).triu_(1)
         output = query.new_empty(n_groups, n_repeats, length, value.shape[2])
         kept = []
         for start in range(0, length, _BLOCK):
             end = min(start + _BLOCK, length)
-            scores = torch.bmm(_rows(query, start, end), key[:, :end].transpose(1, 2)).float()
+            scores = torch.bmm(_rows(query, start, end), key[:, :end].transpose(1, 2))
             own = scores.view(n_groups, n_repeats, end - start, end)[..., start:]
-            own += torch.full((end - start, end - start), -math.inf).triu_(1)
-            weights = torch.softmax(scores, dim=-1).to(query.dtype)
+            own += later[: end - start, : end - start]
+            weights = torch.softmax(scores, dim=-1)  # sums in float32, whatever the dtype
             output[:, :, start:end] = torch.bmm(weights, value[:, :end]).view_as(output[:, :, start:end])
             kept.append(weights)
         ctx.save_for_backward(query, key, value, output, *kept)

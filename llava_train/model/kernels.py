@@ -7,8 +7,10 @@ length share it too. `liger` puts the kernels of liger-kernel in their place. Th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 from deepspeed.utils import set_z3_leaf_modules
@@ -29,10 +31,21 @@ def use_kernels(model: LlavaForConditionalGeneration, kernels: str, device: torc
     Raises:
         UserError: they cannot be used here.
     """
+    check_kernels(kernels, device)
     if kernels == "compile":
         _compile_layers(model, zero)
     elif kernels == "liger":
-        _use_liger(model.model.language_model, device)
+        _use_liger(model.model.language_model)
+
+
+def check_kernels(kernels: str, device: torch.device) -> None:
+    """Refuses, before a model is loaded, kernels that cannot run here. Raises UserError."""
+    if kernels != "liger":
+        return
+    if device.type != "cuda":
+        raise UserError("engine.kernels: the kernels of liger need a CUDA device; choose eager or compile")
+    if find_spec("liger_kernel") is None:
+        raise UserError("engine.kernels: liger needs a package; pip install liger-kernel")
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:
@@ -59,16 +72,16 @@ def _compile_layers(model: LlavaForConditionalGeneration, zero: int) -> None:
         set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
 
 
-def _use_liger(language_model: PreTrainedModel, device: torch.device) -> None:
-    if device.type != "cuda":
-        raise UserError("engine.kernels: the kernels of liger need a CUDA device; choose eager or compile")
-    try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
-    except ImportError as error:
-        raise UserError("engine.kernels: liger needs a package; pip install liger-kernel") from error
+def _use_liger(language_model: PreTrainedModel) -> None:
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
+
     model_type = language_model.config.model_type
     if model_type not in known:
         raise UserError(f"engine.kernels: liger has no kernels for a {model_type}; choose eager or compile")
-    # The loss is ours: theirs multiplies the rows of ignored tokens too.
-    _apply_liger_kernel_to_instance(language_model, cross_entropy=False, fused_linear_cross_entropy=False)
+    module = vars(sys.modules[type(language_model).__module__])
+    before = dict(module)
+    # The loss is ours: theirs multiplies the rows of ignored tokens too. Rotary embeddings belong to the module.
+    without = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+    _apply_liger_kernel_to_instance(language_model, **without)
+    module.update(before)  # it also replaces the classes of all models to come: of the next stage, and of the result

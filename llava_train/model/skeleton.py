@@ -16,11 +16,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from llava_train.config import ModelSection, RandomLanguageModel, TrainableSection
 from llava_train.devices import cast_parameters
-from llava_train.model.attention import PACKED, Documents, attend_with_torch
+from llava_train.model.attention import PACKED, Documents, attend_by_document, attend_with_torch
 from llava_train.model.build import VOCABULARY_MULTIPLE, joined_config
 from llava_train.model.compatibility import BuildError
 from llava_train.model.processor import Front, config_from
@@ -74,7 +73,7 @@ def skeleton(
 @contextmanager
 def imitation(model: LlavaForConditionalGeneration, like_cuda: bool) -> Iterator[None]:
     """Tensors made inside have shapes and sizes and no content, and `model`, a skeleton, computes with such."""
-    if like_cuda and model.dtype in (torch.bfloat16, torch.float16):
+    if like_cuda:
         model.model.language_model.set_attn_implementation(_LIKE_CUDA)
     with FakeTensorMode():
         _fake(model)
@@ -108,9 +107,10 @@ def _packed_like_cuda(
     documents: Documents,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return attend_by_document(query, key, value, documents.lengths, scaling, sliding_window, like_cuda=True), None
     longest = max(documents.lengths)
     return attend_with_torch()(query, key, value, documents.borders, longest, scaling, sliding_window), None
 
 
 AttentionInterface.register(_LIKE_CUDA, _packed_like_cuda)
-ALL_MASK_ATTENTION_FUNCTIONS.register(_LIKE_CUDA, lambda *_, **__: None)

@@ -8,6 +8,8 @@ all take.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,11 +83,21 @@ def activation_bytes(
 def _tried(
     config: StageConfig, llava: LlavaConfig, pack: PackShape, recompute: Recompute, like_cuda: bool, n_layers: int
 ) -> int:
-    try:
+    with unimitated(llava):
         return _measured(config, llava, pack, recompute, like_cuda, n_layers)
-    except (RuntimeError, TypeError, ValueError) as error:  # how torch refuses to go on without values
-        kind = llava.text_config.model_type
-        raise NotImitatedError(f"a {kind} cannot be run without values ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def unimitated(llava: LlavaConfig) -> Iterator[None]:
+    """Whatever the code of a model raises inside, where it has no values, is a NotImitatedError.
+
+    Whatever: the model may train all the same, and an estimate must neither end its run nor hide why it ended.
+    """
+    try:
+        yield
+    except Exception as error:
+        kind, told = llava.text_config.model_type, str(error).partition("\n")[0]
+        raise NotImitatedError(f"a {kind} cannot be run without values ({type(error).__name__}: {told})") from error
 
 
 def _measured(

@@ -19,6 +19,7 @@ from llava_train.devices import DTYPES
 from llava_train.errors import UserError
 from llava_train.files import write_manifest
 from llava_train.model.build import Llava, build_llava
+from llava_train.model.kernels import check_kernels
 from llava_train.model.quantize import check_quantization, is_quantized, quantize_base, round_like_nf4
 from llava_train.model.recompute import Recompute, enable_recompute
 from llava_train.model.standardize import feature_statistics, standardize
@@ -43,6 +44,7 @@ def build(config: StageConfig, world: World, mixture: Mixture) -> tuple[Llava, s
     """The model, ready to train; where its trained parts came from; and what makes data sets of mixtures for it."""
     world.beat("building the model", patience=START_PATIENCE)
     check_quantization(config.trainable)
+    check_kernels(config.engine.kernels, world.device)
     if config.init_from not in (None, "random"):
         check_init(str(config.init_from), config.output)
     llava, came_from = starting_point(config)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import nn
 
 from llava_train.config import StageConfig
@@ -85,6 +87,14 @@ def stop_engine(engine: deepspeed.DeepSpeedEngine) -> None:
     """Lets go of an engine, and of what DeepSpeed put in torch's place: a later stage must round as it does alone."""
     engine.destroy()
     torch.nn.functional.linear = _TORCHS_LINEAR
+    FWD_MODULE_STACK.clear()  # under ZeRO 3 it keeps the whole model
+
+
+def free_memory() -> None:
+    """Gives back what stopped engines held: they are circles of references, and memory that runs out breaks none."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def gathered(engine: deepspeed.DeepSpeedEngine, world: World, module: nn.Module) -> dict[str, torch.Tensor]:

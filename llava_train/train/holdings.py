@@ -23,8 +23,8 @@ _LIVE_ELEMENTS, _FETCHED_ELEMENTS, _PERSISTENT_ELEMENTS = 10**9, 5 * 10**7, 10**
 """DeepSpeed's `stage3_max_live_parameters`, `stage3_prefetch_bucket_size`, `stage3_param_persistence_threshold`."""
 _ALLREDUCE_ELEMENTS = 5 * 10**8
 """Gradients that DeepSpeed joins for one all-reduce where ZeRO does not."""
-_NF4_BYTES = 0.5 + 4 / 64
-"""Bytes a weight in 4 bits: a float32 scale for each block of 64."""
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes a weight in 4 bits: a scale of a byte for each block of 64, a float32 scale for each 256 of those."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class ModelSize:
     """In tensors so small that ZeRO 3 keeps them whole."""
     largest: int
     """In the largest tensor that trains."""
+    largest_quantized: int = 0
+    """In the largest matrix that is kept in 4 bits."""
 
     @property
     def n_trainable(self) -> int:
@@ -77,7 +79,7 @@ class Held:
     gathered: int = 0
     """Weights of other ranks that live here for a while (ZeRO 3)."""
     fetching: int = 0
-    """Copies while they arrive."""
+    """Copies while they arrive, and the bf16 copy of a matrix in 4 bits while it is used."""
     stepping: int = 0
     """What the optimizer's step adds while it runs."""
     on_host: int = 0
@@ -89,7 +91,7 @@ def size_of(model: LlavaForConditionalGeneration, quantize_base: bool = False) -
     quantized: set[torch.Tensor] = set()
     if quantize_base:
         layers = [module for module in model.model.language_model.modules() if isinstance(module, nn.Linear)]
-        quantized = {layer.weight for layer in layers if layer.weight.shape[0] > 1 and not layer.weight.requires_grad}
+        quantized = {layer.weight for layer in layers if not layer.weight.requires_grad}
     named = list(model.named_parameters())
     parts: dict[Part, PartSize] = {}
     for part in PARTS:
@@ -101,7 +103,8 @@ def size_of(model: LlavaForConditionalGeneration, quantize_base: bool = False) -
         )
     sizes = [parameter.numel() for _, parameter in named]
     largest = max(parameter.numel() for _, parameter in named if parameter.requires_grad)
-    return ModelSize(parts, sum(n for n in sizes if n <= _PERSISTENT_ELEMENTS), largest)
+    in_4_bits = max((parameter.numel() for parameter in quantized), default=0)
+    return ModelSize(parts, sum(n for n in sizes if n <= _PERSISTENT_ELEMENTS), largest, in_4_bits)
 
 
 def held_bytes(size: ModelSize, engine: EngineSection, n_ranks: int) -> Held:
@@ -109,7 +112,7 @@ def held_bytes(size: ModelSize, engine: EngineSection, n_ranks: int) -> Held:
     make = (_without_zero, _zero1, _zero2, _zero3)[engine.zero]
     held = make(size, DTYPES[engine.precision].itemsize, n_ranks, engine)
     if engine.zero < 3:
-        return held
+        return replace(held, fetching=size.largest_quantized * DTYPES["bf16"].itemsize)
     return replace(held, weights=dict.fromkeys(held.weights, 0)) if engine.offload_parameters else held
 
 

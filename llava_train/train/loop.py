@@ -96,6 +96,7 @@ class Loop:
             Preempted: somebody asked to stop; the state is saved.
             NotSavedError: somebody asked to stop, and the state could not be saved.
         """
+        self.window.restart()  # what came before, the dry run too, is not training time
         asked = time.perf_counter()
         self.world.beat("reading the first batch")
         for batch in batches:

@@ -22,7 +22,7 @@ from llava_train.config import StageConfig
 from llava_train.devices import DTYPES
 from llava_train.model.recompute import RECOMPUTES, Recompute
 from llava_train.model.skeleton import skeleton
-from llava_train.train.activations import NotImitatedError, activation_bytes
+from llava_train.train.activations import NotImitatedError, activation_bytes, unimitated
 from llava_train.train.heaviest import PackShape, heaviest_pack
 from llava_train.train.holdings import Held, held_bytes, size_of
 
@@ -83,8 +83,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What `engine.activation_checkpointing` comes to."""
+    """What `engine.activation_checkpointing` comes to, and what it was chosen by."""
 
+    estimator: Estimator
+    config: StageConfig
+    budget: int
+    """Bytes that a step may take on each device."""
     recompute: Recompute
     estimate: Estimate | None
     """None where nothing was estimated: the stage file says it, or the model cannot be run without values."""
@@ -115,10 +119,14 @@ class Estimator:
         return heaviest_pack(config.batch, self.n_ranks, self.llava.image_seq_length, size, self.images_a_sample)
 
     def estimate(self, config: StageConfig, recompute: Recompute) -> Estimate:
-        """The memory of a stage on each device, whatever `engine.activation_checkpointing` says."""
+        """The memory of a stage on each device, whatever `engine.activation_checkpointing` says.
+
+        Raises NotImitatedError.
+        """
         lora = config.trainable.lora
         quantized = lora is not None and lora.quantize_base is not None
-        size = size_of(skeleton(self.llava, config.trainable, DTYPES[config.engine.precision]), quantized)
+        with unimitated(self.llava):
+            size = size_of(skeleton(self.llava, config.trainable, DTYPES[config.engine.precision]), quantized)
         held, pack = held_bytes(size, config.engine, self.n_ranks), self.pack(config)
         if not self.on_cuda:
             held = replace(held, optimizer=held.optimizer + held.on_host, on_host=0)
@@ -136,7 +144,7 @@ class Estimator:
         """
         asked = config.engine.activation_checkpointing
         if asked != "auto":
-            return Choice(asked, None, "as the stage file says")
+            return Choice(self, config, budget, asked, None, "as the stage file says")
         tried: list[Estimate] = []
         try:
             for recompute in ways(config):
@@ -144,13 +152,13 @@ class Estimator:
                 if tried[-1].total_bytes <= budget:
                     break
         except NotImitatedError as error:
-            return Choice("full", None, f"for nothing can be estimated: {error}")
+            return Choice(self, config, budget, "full", None, f"for nothing can be estimated: {error}")
         *worse, last = tried
         fits = "of" if last.total_bytes <= budget else "more than the"
         why = f"for the heaviest pack ({last.pack}) then takes {gib(last.total_bytes)} {fits} {gib(budget)}"
         if worse:
             why += ", " + " and ".join(f"{gib(one.total_bytes)} with {one.recompute}" for one in worse)
-        return Choice(last.recompute, last, why)
+        return Choice(self, config, budget, last.recompute, last, why)
 
 
 def ways(config: StageConfig) -> tuple[Recompute, ...]:

@@ -246,8 +246,14 @@ class PackWork:
         return PackWork(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
+def reset_peak_memory() -> None:
+    """Begins to look for the peak anew. On a CPU the peak is the process's, and stays."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory that was in use at once since the process began: tensors on a GPU, resident memory elsewhere."""
+    """Most memory in use at once: of tensors on a GPU, since training began; of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -7,12 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
-from llava_train.config import StageConfig
 from llava_train.data.loader import PackedBatch
 from llava_train.errors import UserError
-from llava_train.model.recompute import Recompute
 from llava_train.train.activations import NotImitatedError
-from llava_train.train.memory import Estimator, gib
+from llava_train.train.memory import Choice, gib
 from llava_train.train.remedies import find_remedy
 from llava_train.train.world import World
 
@@ -21,7 +19,15 @@ _BELIEVED = 0.85
 
 
 class RanOut(RuntimeError):
-    """Memory ran out in an activity that is told in words; the cause is PyTorch's own error."""
+    """Memory ran out in an activity that is told in words; the cause is PyTorch's own error.
+
+    Args:
+        mend: what to change, where a step of training is not what took the memory.
+    """
+
+    def __init__(self, activity: str, mend: str | None = None) -> None:
+        super().__init__(activity)
+        self.mend = mend
 
 
 class OutOfMemory(UserError):
@@ -31,50 +37,39 @@ class OutOfMemory(UserError):
 
 
 @contextmanager
-def noted(activity: str, *packs: PackedBatch) -> Iterator[None]:
-    """Memory that runs out inside is told with what was being done, and the greatest pack there was."""
+def noted(activity: str, *packs: PackedBatch, mend: str | None = None) -> Iterator[None]:
+    """Memory that runs out inside is told with what was being done, and the greatest pack there was. Raises RanOut."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         greatest = max(packs, key=lambda pack: pack.input_ids.numel(), default=None)
         size = "" if greatest is None else f": a pack of {greatest.input_ids.numel():,} tokens, "
         size += "" if greatest is None else f"{greatest.n_images:,} images, {greatest.n_supervised:,} supervised tokens"
-        raise RanOut(activity + size) from error
+        raise RanOut(activity + size, mend) from error
 
 
 @contextmanager
-def advised(
-    world: World, estimator: Estimator, config: StageConfig, recompute: Recompute, budget: int
-) -> Iterator[None]:
-    """Turns memory that runs out inside into `OutOfMemory`, on the rank where it did.
-
-    Args:
-        recompute: the way of activation checkpointing that the run took.
-        budget: bytes that a step may take on each device.
-    """
+def advised(world: World, choice: Choice) -> Iterator[None]:
+    """Turns memory that runs out inside into `OutOfMemory`, on the rank where it did."""
     try:
         yield
     except (RanOut, torch.OutOfMemoryError) as error:
-        raise OutOfMemory(advice(error, world, estimator, config, recompute, budget)) from None
+        raise OutOfMemory(advice(error, world, choice)) from None
 
 
-def advice(
-    error: RuntimeError,
-    world: World,
-    estimator: Estimator,
-    config: StageConfig,
-    recompute: Recompute,
-    budget: int,
-) -> str:
+def advice(error: RuntimeError, world: World, choice: Choice) -> str:
     """At most eight lines."""
+    config, recompute, budget = choice.config, choice.recompute, choice.budget
     doing = str(error) if isinstance(error, RanOut) else "training"
     lines = [
         f"{config.name}: the memory of rank {world.rank} ({world.device}) ran out in {doing}",
         f"PyTorch says: {_first_sentence(error.__cause__ or error)}",
     ]
+    if isinstance(error, RanOut) and error.mend:
+        return "\n".join([*lines, f"change: {error.mend}"])
     try:
-        told = estimator.estimate(config, recompute)
-        remedy = find_remedy(estimator, config, recompute, min(budget, int(_BELIEVED * told.total_bytes)))
+        told = choice.estimator.estimate(config, recompute)
+        remedy = find_remedy(choice.estimator, config, recompute, min(budget, int(_BELIEVED * told.total_bytes)))
     except NotImitatedError:
         return "\n".join([*lines, "change: a lower batch.max_tokens, then engine.activation_checkpointing=full"])
     kinds = ", ".join(f"{kind} {gib(n_bytes)}" for kind, n_bytes in told.by_kind().items())

@@ -31,6 +31,7 @@ from llava_train.data.pictures import EmbeddedPicture
 from llava_train.data.problems import SampleError
 from llava_train.model.build import Llava
 from llava_train.model.features import encode, encoder_hash, feature_shape, vision_tower_of
+from llava_train.model.kernels import uncompiled
 from llava_train.train.interrupt import Preempted
 from llava_train.train.session import Session
 from llava_train.train.world import World
@@ -236,7 +237,7 @@ def _encode_round(
         world.touch()
         if batch.keys:
             keys += batch.keys
-            with torch.no_grad():
+            with torch.no_grad(), uncompiled(llava.model):  # whatever `engine.kernels` says, the bits are the same
                 features.append(encode(llava.model, batch.pixel_values.to(world.device)).cpu())
         if session.stop.reason(world.is_main):
             break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from llava_train.config import StageConfig
@@ -10,8 +10,13 @@ from llava_train.model.recompute import RECOMPUTES, Recompute
 from llava_train.stage_file import ConfigError, with_overrides
 from llava_train.train.memory import Estimate, Estimator, gib
 
-LORA = "trainable.language_model.lora={rank: 128, alpha: 256, dropout: 0.05}"
-"""As LLaVA-1.5 has it; it wants ten times the learning rate."""
+Knob = Callable[[StageConfig], tuple[str, ...]]
+"""What to change in a stage, as `key=value` for `--set`; nothing where it stands so already, or does not apply."""
+
+_LORA = "trainable.language_model.lora={rank: 128, alpha: 256, dropout: 0.05}"
+"""As LLaVA-1.5 has it."""
+_LORA_LR = 10
+"""Times the learning rate of a full fine-tune, as LLaVA-1.5 has it."""
 
 
 @dataclass(frozen=True)
@@ -24,72 +29,136 @@ class Remedy:
 
     def __str__(self) -> str:
         keys = " ".join(f"'{change}'" if " " in change else change for change in self.changes)
-        return f"--set {keys} (then {gib(self.estimate.total_bytes)})"
+        note = "; adapters train then, in place of the model's weights" if _LORA in self.changes else ""
+        return f"--set {keys} (then {gib(self.estimate.total_bytes)}{note})"
 
 
 def find_remedy(estimator: Estimator, config: StageConfig, recompute: Recompute, budget: int) -> Remedy | None:
     """The first changes after which a stage takes at most `budget` bytes on a device, None if none do.
 
+    None of the changes can be left out.
+
     Args:
         recompute: what the stage does now, whatever it says.
     """
-    n_tokens = estimator.pack(config).n_tokens
-    for changes in candidates(config, recompute, n_tokens, estimator.n_ranks, estimator.on_cuda):
+
+    def tried(knobs: Sequence[Knob]) -> Remedy | None:
         try:
-            changed = with_overrides(config, changes)
+            changes, changed = turned(config, knobs)
         except ConfigError:
-            continue
+            return None
         asked = changed.engine.activation_checkpointing
         estimate = estimator.estimate(changed, recompute if asked == "auto" else asked)
-        if estimate.total_bytes <= budget:
-            return Remedy(changes, estimate)
+        return Remedy(changes, estimate) if estimate.total_bytes <= budget else None
+
+    n_tokens = estimator.pack(config).n_tokens
+    for knobs in candidates(config, recompute, n_tokens, estimator.n_ranks, estimator.on_cuda):
+        if found := tried(knobs):
+            for knob in reversed(knobs):
+                without = tuple(other for other in knobs if other is not knob)
+                if shorter := tried(without):
+                    knobs, found = without, shorter
+            return found
     return None
+
+
+def turned(config: StageConfig, knobs: Sequence[Knob]) -> tuple[tuple[str, ...], StageConfig]:
+    """What some knobs, one after the other, change in a stage, and the stage then. Raises ConfigError."""
+    changes: dict[str, str] = {}
+    for knob in knobs:
+        new = knob(config)
+        config = with_overrides(config, new)
+        changes |= {change.split("=")[0]: change for change in new}
+    return tuple(changes.values()), config
 
 
 def candidates(
     config: StageConfig, recompute: Recompute, n_tokens: int, n_ranks: int, on_cuda: bool
-) -> Iterator[tuple[str, ...]]:
-    """Changes to try, in order: each alone, from the one that costs least, then more and more of them together.
+) -> Iterator[tuple[Knob, ...]]:
+    """Knobs to try, in order: each alone, from the one that costs least, then more and more of them together.
 
     Args:
         n_tokens: of the heaviest pack.
     """
     smaller = tuple(_smaller_packs(n_tokens, config.batch.max_sample_tokens))
-    others = tuple(_others(config, recompute, n_ranks, on_cuda))
-    for change in (*smaller, *others):
-        yield change
-    together: tuple[str, ...] = smaller[-1] if smaller else ()
-    for change in others:
-        kept = tuple(one for one in together if one.split("=")[0] not in {new.split("=")[0] for new in change})
-        together = (*kept, *change)
-        yield together
+    others: tuple[Knob, ...] = tuple(_checkpointing(way) for way in RECOMPUTES[RECOMPUTES.index(recompute) + 1 :])
+    if n_ranks > 1:
+        others += (_zero3,)
+    if on_cuda:
+        others += (_offload_optimizer, _offload_parameters)
+    others += (_lora,)
+    if on_cuda:
+        others += (_nf4,)
+    for knob in (*smaller, *others):
+        if knob(config) and _is_allowed(config, (knob,)):
+            yield (knob,)
+    if on_cuda and _lora(config):
+        yield _lora, _nf4
+    together = smaller[-1:]
+    for knob in others:
+        if _is_allowed(config, (*together, knob)):
+            together = (*together, knob)
+            yield together
 
 
-def _smaller_packs(n_tokens: int, least: int) -> Iterator[tuple[str, ...]]:
+def _is_allowed(config: StageConfig, knobs: Sequence[Knob]) -> bool:
+    try:
+        turned(config, knobs)
+    except ConfigError:  # the user's own DeepSpeed keys say otherwise
+        return False
+    return True
+
+
+def _smaller_packs(n_tokens: int, least: int) -> Iterator[Knob]:
     """Packs of half the tokens, of a quarter and so on, down to one sample."""
     while n_tokens > least:
         n_tokens = max(n_tokens // 2, least)
-        yield (f"batch.max_tokens={n_tokens}",)
+        yield _packs_of(n_tokens)
 
 
-def _others(config: StageConfig, recompute: Recompute, n_ranks: int, on_cuda: bool) -> Iterator[tuple[str, ...]]:
-    engine, language_model = config.engine, config.trainable.language_model
-    for thriftier in RECOMPUTES[RECOMPUTES.index(recompute) + 1 :]:
-        yield (f"engine.activation_checkpointing={thriftier}",)
-    if engine.zero < 3 and n_ranks > 1:
-        yield ("engine.zero=3",)
-    if not engine.offload_optimizer and on_cuda:
-        zero = max(engine.zero, 2)
-        yield (
-            ("engine.offload_optimizer=true",)
-            if zero == engine.zero
-            else (
-                f"engine.zero={zero}",
-                "engine.offload_optimizer=true",
-            )
-        )
-    if language_model and language_model.lora is None:
-        yield (LORA,)
-    if language_model and on_cuda and not (language_model.lora and language_model.lora.quantize_base):
-        nf4 = "trainable.language_model.lora.quantize_base=nf4"
-        yield (nf4,) if language_model.lora else (LORA, nf4)
+def _packs_of(n_tokens: int) -> Knob:
+    return lambda config: (f"batch.max_tokens={n_tokens}",)
+
+
+def _checkpointing(way: Recompute) -> Knob:
+    def knob(config: StageConfig) -> tuple[str, ...]:
+        sees_nothing = way == "selective" and config.engine.kernels == "compile"
+        return () if sees_nothing else (f"engine.activation_checkpointing={way}",)
+
+    return knob
+
+
+def _zero3(config: StageConfig) -> tuple[str, ...]:
+    return ("engine.zero=3",) if config.engine.zero < 3 else ()
+
+
+def _offload_optimizer(config: StageConfig) -> tuple[str, ...]:
+    if config.engine.offload_optimizer:
+        return ()
+    return _at_zero(config, max(config.engine.zero, 2)) + ("engine.offload_optimizer=true",)
+
+
+def _offload_parameters(config: StageConfig) -> tuple[str, ...]:
+    return () if config.engine.offload_parameters else (*_at_zero(config, 3), "engine.offload_parameters=true")
+
+
+def _lora(config: StageConfig) -> tuple[str, ...]:
+    language_model = config.trainable.language_model
+    if language_model is None or language_model.lora:
+        return ()
+    return _LORA, f"trainable.language_model.lr={_LORA_LR * language_model.lr:g}"
+
+
+def _nf4(config: StageConfig) -> tuple[str, ...]:
+    """With the keys that 4-bit weights cannot stand beside, see `contradictions`."""
+    lora = config.trainable.lora
+    if lora is None or lora.quantize_base:
+        return ()
+    kept_here = ("engine.offload_parameters=false",) if config.engine.offload_parameters else ()
+    bf16 = ("engine.precision=bf16",) if config.engine.precision != "bf16" else ()
+    zero = _at_zero(config, min(config.engine.zero, 2))
+    return ("trainable.language_model.lora.quantize_base=nf4", *zero, *kept_here, *bf16)
+
+
+def _at_zero(config: StageConfig, zero: int) -> tuple[str, ...]:
+    return () if config.engine.zero == zero else (f"engine.zero={zero}",)

@@ -36,14 +36,14 @@ from llava_train.train.assembly import (
 from llava_train.train.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
 from llava_train.train.device_peaks import peak_flops_of
 from llava_train.train.dry_run import dry_run
-from llava_train.train.engine import gathered, start_engine, stop_engine, time_reduction
+from llava_train.train.engine import free_memory, gathered, start_engine, stop_engine, time_reduction
 from llava_train.train.evaluate import evaluate, open_held_out
 from llava_train.train.heaviest import most_images
 from llava_train.train.interrupt import STOP_FILE
 from llava_train.train.loop import Loop
 from llava_train.train.memory import Estimator, budget_of
 from llava_train.train.metrics import Yardstick, model_flops
-from llava_train.train.out_of_memory import advised
+from llava_train.train.out_of_memory import advised, noted
 from llava_train.train.precompute import cached_features
 from llava_train.train.resume import Resumption, find_resumption, load
 from llava_train.train.run_folder import check_unchanged, config_hash, describe, held, write_card
@@ -52,6 +52,8 @@ from llava_train.train.stopwatch import Stopwatch
 from llava_train.train.tracking import Tracker
 from llava_train.train.window import Window
 from llava_train.train.world import World
+
+_SMALLER_EVALUATION = "a lower eval.max_new_tokens; or eval.generate: 0 and no eval.metric, so that none is generated"
 
 
 def run_stage(config: StageConfig, session: Session) -> Path:
@@ -80,7 +82,8 @@ def run_stage(config: StageConfig, session: Session) -> Path:
         world.say(f"{config.name}: run folder {config.run_dir}")
         stop_file = config.run_dir / STOP_FILE
         session.stop.stop_files.append(stop_file)
-        trained = _train(config, session)
+        trained = _train(config, session, stack)
+        free_memory()
         world.beat("writing the result", patience=START_PATIENCE)
         world.on_main(lambda: write_result(config, trained, result))
         world.on_main(lambda: stop_file.unlink(missing_ok=True))  # asked too late, it shall not stop the next run
@@ -88,8 +91,12 @@ def run_stage(config: StageConfig, session: Session) -> Path:
     return result
 
 
-def _train(config: StageConfig, session: Session) -> State:
-    """Trains the stage; returns the trained parameters by name, on rank 0."""
+def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
+    """Trains the stage; returns the trained parameters by name, on rank 0.
+
+    Args:
+        stack: what ends with the stage.
+    """
     world, clock = session.world, session.clock
     clock.start()
     world.beat("opening the data", patience=START_PATIENCE)
@@ -104,6 +111,7 @@ def _train(config: StageConfig, session: Session) -> State:
     estimator = Estimator(llava.model.config, world.n_ranks, world.device.type, most_images(mixture))
     budget = _budget(world, llava)
     choice = world.on_main(lambda: estimator.choose(config, budget))
+    stack.enter_context(advised(world, choice))  # from here on the device fills
     prepare_modes(llava, config, choice.recompute)
     use_kernels(llava.model, config.engine.kernels, world.device, config.engine.zero)
     parts, yardstick = list(summarize(llava.model, config.trainable)), _yardstick(config, world, llava)
@@ -115,7 +123,8 @@ def _train(config: StageConfig, session: Session) -> State:
         world.say(choice.line)
     steps, features = range(resumption.step, n_steps), None
     if config.loader.cache_features:
-        features = cached_features(config, session, llava, new_dataset(mixture, seed=config.seed), steps)
+        with noted("computing features", mend="--set loader.cache_features=false"):
+            features = cached_features(config, session, llava, new_dataset(mixture, seed=config.seed), steps)
         clock.mark("features")
     engine, checkpoints = _start_engine(config, session, llava, resumption, config_hash(card))
 
@@ -130,16 +139,14 @@ def _train(config: StageConfig, session: Session) -> State:
         evaluate_after = _evaluation(config, world, engine, llava, new_dataset, held_out, n_steps, tracker)
         loop = Loop(session, config, engine, n_steps, tracker, window, checkpoints, evaluate_after)
         on_cuda = world.device.type == "cuda"
-        with (
-            advised(world, estimator, config, choice.recompute, budget),
-            closing(read_steps(dataset, steps, config.loader.workers, on_cuda)) as batches,
-        ):
+        with closing(read_steps(dataset, steps, config.loader.workers, on_cuda)) as batches:
             if on_cuda and steps:
                 dry_run(engine, world, estimator.pack(config), features)
             loop.train(batches)
         world.beat("gathering the result", patience=START_PATIENCE)
         checkpoints.refuse_harmed(n_steps)
-        trained = gathered(engine, world, llava.model)
+        with noted("gathering the result"):
+            trained = gathered(engine, world, llava.model)
         trained = fold(llava.model, trained) if world.is_main else trained
     stop_engine(engine)
     return trained
@@ -175,7 +182,8 @@ def _start_engine(
     world.beat("starting DeepSpeed", patience=START_PATIENCE)
     groups = parameter_groups(llava.model, config.trainable, config.schedule.weight_decay)
     changed = resumption.conversion(world.n_ranks, config.engine.zero)
-    engine = start_engine(PackedLoss(llava.model), groups, config, universal=changed is not None)
+    with noted("starting DeepSpeed"):
+        engine = start_engine(PackedLoss(llava.model), groups, config, universal=changed is not None)
     clock.mark("engine")
     engine_facts = {key: getattr(config.engine, key) for key in ("zero", "precision")}
     facts = {"n_ranks": world.n_ranks, **engine_facts, "config_hash": hash_}
@@ -184,7 +192,8 @@ def _start_engine(
         if changed:
             world.say(f"{resumption.checkpoint}: {changed}; converting it with DeepSpeed's universal format")
         world.beat("loading the checkpoint", patience=START_PATIENCE)
-        load(engine, world, resumption)
+        with noted("loading the checkpoint"):
+            load(engine, world, resumption)
         checkpoints.go_on_from(resumption.step)
         clock.mark("checkpoint")
     return engine, checkpoints
@@ -209,7 +218,9 @@ def _evaluation(
 
     def evaluate_after(step: int) -> None:
         if step % section.every == 0 or step == n_steps:
-            tracker.evaluation(step, evaluate(engine, world, llava, asked, config))
+            with noted("evaluating", mend=_SMALLER_EVALUATION):
+                found = evaluate(engine, world, llava, asked, config)
+            tracker.evaluation(step, found)
 
     return evaluate_after
 

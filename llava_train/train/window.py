@@ -11,7 +11,7 @@ import deepspeed
 import torch
 
 from llava_train.data.loader import StepBatch
-from llava_train.train.metrics import PackWork, Yardstick, peak_memory_bytes
+from llava_train.train.metrics import PackWork, Yardstick, peak_memory_bytes, reset_peak_memory
 from llava_train.train.stopwatch import Stopwatch
 from llava_train.train.tracking import Metrics
 from llava_train.train.world import World
@@ -42,6 +42,12 @@ class Window:
 
     def __post_init__(self) -> None:
         self.n_samples = [0] * len(self.source_names)
+
+    def restart(self) -> None:
+        """Forgets the time and the memory that was taken so far."""
+        self.watch.read()
+        reset_peak_memory()
+        self.started = time.perf_counter()
 
     def next(self) -> Window:
         """The window after this one."""

@@ -12,18 +12,18 @@ from typer.testing import CliRunner
 from llava_train.cli import app
 from llava_train.config import StageConfig
 from llava_train.data.order import step_samples
+from llava_train.data.problems import DataError
 from llava_train.inspect.plan import (
     DEVICES,
-    Lengths,
-    PlanError,
     as_record,
-    assume_lengths,
     bytes_of,
     make_plan,
     pack_some,
     usable,
 )
+from llava_train.inspect.plan_lengths import Lengths, PlanError, assume_lengths
 from llava_train.inspect.plan_table import print_plan
+from llava_train.stage_file import parse_stage
 from llava_train.train.device_peaks import peak_flops
 from llava_train.train.memory import GIB
 from tests.tiny import dataset_of, stage, stage_content, tiny_llava, write_data
@@ -32,6 +32,10 @@ from tests.tiny import dataset_of, stage, stage_content, tiny_llava, write_data
 def tiny_stage(data: Path, **changes: Any) -> StageConfig:
     batch = {"size": 6, "max_tokens": 400, "max_sample_tokens": 300}
     return stage(data, **{"batch": batch, "engine": {"zero": 2, "precision": "bf16"}, **changes})
+
+
+def tiny_stage_of(data: list[dict[str, Any]]) -> StageConfig:
+    return parse_stage({**stage_content(Path("x"), name="planned"), "data": data}, "test")
 
 
 def test_packs_and_steps_are_those_of_the_run(tmp_path: Path) -> None:
@@ -64,6 +68,50 @@ def test_published_data_have_their_steps_before_the_download(tmp_path: Path) -> 
     batch = {"size": 128, "max_tokens": 4096, "max_sample_tokens": 2048}
     config = tiny_stage(tmp_path / "llava_v1_5_mix665k.json", batch=batch)
     assert make_plan(config, 8, 80 * GIB).n_steps == 5198
+
+
+@pytest.mark.parametrize(("take", "n_samples"), [("first 1280", 1280), (0.5, 332_649), ("repeat 2", 1_330_596)])
+def test_of_published_data_an_epoch_has_what_take_says(take: str | float, n_samples: int, tmp_path: Path) -> None:
+    data = [{"path": str(tmp_path / "llava_v1_5_mix665k.json"), "take": take}]
+    assert assume_lengths(tiny_stage_of(data), 4, "a reason").n_samples == n_samples
+
+
+def test_data_that_are_there_and_cannot_be_used_are_refused_as_the_run_does(tmp_path: Path) -> None:
+    empty, cut_off = tmp_path / "empty.json", tmp_path / "cut_off.json"
+    empty.write_text("[]")
+    cut_off.write_text('[{"id": "a"}, {"id"')
+    for path in (empty, cut_off):
+        with pytest.raises(DataError, match=path.name):
+            make_plan(tiny_stage(path), 1, 80 * GIB)
+        with pytest.raises(DataError, match=path.name):
+            make_plan(tiny_stage_of([{"path": str(tmp_path / "none.json")}, {"path": str(path)}]), 1, 80 * GIB)
+    without_pictures = [{"path": str(cut_off), "images": str(tmp_path / "later.zip")}]
+    with pytest.raises(DataError, match="cut_off.json"):
+        make_plan(tiny_stage_of(without_pictures), 1, 80 * GIB)
+    short = [{"path": str(write_data(tmp_path, 3)), "take": "first 5"}]
+    with pytest.raises(DataError, match="take first 5"):
+        make_plan(tiny_stage_of(short), 1, 80 * GIB)
+
+
+def test_lengths_are_assumed_where_the_pictures_are_not_there_yet(tmp_path: Path) -> None:
+    data = [{"path": str(write_data(tmp_path, 3)), "images": str(tmp_path / "later.zip")}]
+    assert make_plan(tiny_stage_of(data), 1, 80 * GIB).lengths.origin.startswith("ASSUMED")
+
+
+def test_in_float32_hours_are_unknown_without_tflops_and_it_says_why(tmp_path: Path) -> None:
+    config = tiny_stage(write_data(tmp_path, 12), engine={"zero": 2, "precision": "fp32"})
+    plan = make_plan(config, 1, 80 * GIB)
+    assert plan.hours is None and "H100 in fp32" in plan.speed and "--tflops" in plan.speed
+    console = Console(record=True, width=200)
+    print_plan(console, plan)
+    assert f"unknown: {plan.speed}" in console.export_text()
+    assert make_plan(config, 1, 80 * GIB, tflops=60).hours is not None
+
+
+@pytest.mark.parametrize("tflops", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_peak_that_is_none_is_refused(tflops: float, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="--tflops"):
+        make_plan(tiny_stage(write_data(tmp_path, 6)), 1, 80 * GIB, tflops=tflops)
 
 
 def test_assumed_captions_are_shorter_than_conversations_and_none_is_over_long() -> None:
@@ -125,7 +173,7 @@ def test_memory_is_read_as_gib(text: str) -> None:
     assert bytes_of(text) == 80 * GIB
 
 
-@pytest.mark.parametrize("text", ["", "much", "-1G", "0"])
+@pytest.mark.parametrize("text", ["", "much", "-1G", "0", "inf", "1e400", "nan"])
 def test_memory_that_is_not_understood_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match="--memory"):
         bytes_of(text)

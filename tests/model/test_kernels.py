@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 from llava_train.config import LoraSection, TrainableSection
 from llava_train.errors import UserError
-from llava_train.model.kernels import layers_of, uncompiled, use_kernels
+from llava_train.model import kernels
+from llava_train.model.kernels import check_kernels, layers_of, uncompiled, use_kernels
 from llava_train.model.loss import PackedLoss
 from llava_train.model.trainable import set_trainable
 from tests.tiny import dataset_of, tiny_llava, write_data
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def trained_llava(kernels: str):
+def trained_llava(how: str):
     llava = tiny_llava()
     lora = LoraSection(rank=4, alpha=8)
     set_trainable(llava.model, TrainableSection(projector={"lr": 1.0}, language_model={"lr": 1.0, "lora": lora}))
     for name, parameter in llava.model.named_parameters():
         if ".lora_B." in name:
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
-    use_kernels(llava.model, kernels, CPU, zero=2)
+    use_kernels(llava.model, how, CPU, zero=2)
     return llava
 
 
@@ -65,6 +70,33 @@ def test_compiled_layers_keep_the_names_of_the_weights() -> None:
     assert list(trained_llava("compile").model.state_dict()) == list(trained_llava("eager").model.state_dict())
 
 
-def test_liger_is_refused_without_a_cuda_device() -> None:
+def test_liger_is_refused_without_a_cuda_device_and_without_its_package() -> None:
     with pytest.raises(UserError, match=r"engine.kernels: .* need a CUDA device; choose eager or compile"):
-        use_kernels(tiny_llava().model, "liger", CPU, zero=2)
+        check_kernels("liger", CPU)
+    if find_spec("liger_kernel") is None:
+        with pytest.raises(UserError, match="pip install liger-kernel"):
+            check_kernels("liger", CUDA)
+
+
+def test_liger_changes_the_model_that_is_given_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def apply(model: nn.Module, **options: bool) -> None:  # as liger-kernel 0.8 does: the instance, and the class
+        given.append((model, options))
+        monkeypatch.setattr(modeling_llama, "LlamaRMSNorm", None)
+
+    package, patches = ModuleType("liger_kernel.transformers"), ModuleType("liger_kernel.transformers.monkey_patch")
+    package._apply_liger_kernel_to_instance = apply
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply}
+    for module in (ModuleType("liger_kernel"), package, patches):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(kernels, "find_spec", lambda name: name)
+    model = tiny_llava().model
+    use_kernels(model, "liger", CUDA, zero=2)
+    ((patched, options),) = given
+    assert patched is model.model.language_model
+    assert not any(options.values()), "the loss stays ours, and rotary embeddings are the module's"
+    tiny_llava()  # the result is built anew
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {}
+    with pytest.raises(UserError, match="liger has no kernels for a llama"):
+        use_kernels(model, "liger", CUDA, zero=2)
