@@ -10,8 +10,8 @@ repeat, and a repeat's ratio is that of two runs minutes apart: nothing else sho
 
 samples/s are those of the steps after the warm-up, from the end of one step to the end of the next: data, forward,
 backward and optimizer. Where a peer's steps have other samples than planned, they are its tokens/s by the mean length
-of a sample. Memory is the largest sum over the peer's processes (PSS, shared pages once) on a CPU, the most that torch
-allocated on a GPU.
+of a sample. Memory is the largest sum over the peer's processes, less what they may share, on a CPU, the most that
+torch allocated on a GPU.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def run_peer(peer: str, python: Path, scratch: Path, arguments: argparse.Namespa
         return {"error": f"exit code {process.returncode}", "log": tail, "wall_s": wall_s}
     found: dict[str, Any] = json.loads((own / "result.json").read_text(encoding="utf-8"))
     shutil.rmtree(own, ignore_errors=True)
-    return {**found, "peak_pss_bytes": peak_bytes, "wall_s": wall_s}
+    return {**found, "peak_own_bytes": peak_bytes, "wall_s": wall_s}
 
 
 def _environment(peer: str, arguments: argparse.Namespace) -> dict[str, str]:
@@ -180,7 +180,8 @@ def _watch_memory(process: subprocess.Popen[bytes], latest_end: float) -> int:
             continue
         for member in family:
             try:
-                total += member.memory_full_info().pss
+                memory = member.memory_info()  # PSS would stop the process while its pages are counted
+                total += memory.rss - memory.shared
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
         peak = max(peak, total)

@@ -33,7 +33,7 @@ def summarize(
             "samples_per_s_range": [min(rates), max(rates)],
             "tokens_per_s": statistics.median(tokens_per_s(run["steps"][n_warmup:]) for run in good),
             "padding_share": 1 - _total(steps, "n_tokens") / _total(steps, "n_computed"),
-            "peak_bytes": max(run["peak_cuda_bytes"] or run["peak_pss_bytes"] for run in good),
+            "peak_bytes": max(run["peak_cuda_bytes"] or run["peak_own_bytes"] for run in good),
             "wall_s": statistics.median(run["wall_s"] for run in good),
             "same_steps": same_steps(steps, planned),
             "losses": [step["loss"] for step in steps],

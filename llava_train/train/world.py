@@ -18,6 +18,7 @@ import deepspeed
 import torch
 from torch import distributed
 
+from llava_train.devices import keep_freed_memory
 from llava_train.errors import UserError
 from llava_train.launch import launch_environment
 from llava_train.train.watchdog import Watchdog
@@ -121,6 +122,8 @@ def start_distributed(timeout_s: float = 600.0) -> World:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     # On CPUs DeepSpeed would compile a collective of its own. That takes a compiler, and a build that was killed
     # leaves a lock on which every later run waits for ever. Gloo does the work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -87,7 +87,7 @@ def _run(seconds: list[float], n_tokens: int = 100) -> dict[str, Any]:
     steps = [
         {"s": s, "loss": 1.0, "n_tokens": n_tokens, "n_supervised": 10, "n_computed": 2 * n_tokens} for s in seconds
     ]
-    return {"steps": steps, "versions": {}, "peak_cuda_bytes": None, "peak_pss_bytes": 1, "wall_s": 1.0}
+    return {"steps": steps, "versions": {}, "peak_cuda_bytes": None, "peak_own_bytes": 1, "wall_s": 1.0}
 
 
 def test_ratio_above_one_means_that_the_peer_is_slower_and_the_warmup_counts_for_neither():
