@@ -139,7 +139,7 @@ def test_samples_that_share_no_pack_are_planned_as_fast_as_others(shortest: floa
     lengths = [int(2048 * (shortest + (1 - shortest) * i / 8190)) for i in range(8191)]
     started = time.process_time()
     plan = plan_packs(lengths, 8, 2048)
-    assert time.process_time() - started < 0.5  # 0.02 s; a try of every number of micro-steps takes seconds
+    assert time.process_time() - started < 2  # 0.02 s, on a busy machine more; a try of every number takes 3.4
     assert len(plan[0]) <= 1024
 
 

@@ -47,7 +47,7 @@ def hung(folder: Path) -> tuple[int | None, int, float, str]:
 def test_a_frozen_rank_ends_the_run_in_time(hung: tuple[int | None, int, float, str]) -> None:
     code, _, took_s, _ = hung
     assert code == EXIT_HUNG
-    assert took_s < 4 * TIMEOUT_S
+    assert took_s < 8 * TIMEOUT_S
 
 
 def test_the_message_names_the_rank_and_what_the_others_wait_in(hung: tuple[int | None, int, float, str]) -> None:
