@@ -302,7 +302,7 @@ def test_changes_are_tried_from_the_one_that_costs_least() -> None:
 def test_every_change_to_try_is_allowed(zero: int) -> None:
     config = stage(Path("x"), engine={"zero": zero, "precision": "bf16", "kernels": "compile"})
     for changes in changes_tried(config, n_ranks=2):
-        with_overrides(config, changes)
+        assert with_overrides(config, changes) != config, changes
 
 
 def test_what_the_users_own_deepspeed_keys_rule_out_keeps_nothing_else_from_being_tried() -> None:
