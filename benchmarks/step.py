@@ -41,7 +41,7 @@ from llava_train.train.checkpoint import Checkpoints
 from llava_train.train.loop import Loop, forward, set_learning_rate
 from llava_train.train.session import Session
 from llava_train.train.stopwatch import Stopwatch
-from llava_train.train.tracking import Tracker
+from llava_train.train.tracking import Tracking
 from llava_train.train.window import Window
 from llava_train.train.world import World, start_distributed
 
@@ -52,13 +52,13 @@ _MANY = 10**6
 class Steps:
     """The training loop of a rig, whose steps can be taken one by one."""
 
-    def __init__(self, rig: Rig, tracker: Tracker, n_sources: int = 1) -> None:
+    def __init__(self, rig: Rig, tracking: Tracking, n_sources: int = 1) -> None:
         self.rig = rig
         checkpoints = Checkpoints(rig.engine, rig.world, rig.config.run_dir, keep=1, facts={})
         names = tuple(f"source {number}" for number in range(n_sources))
         window = Window(names, 0, rig.yardstick, Stopwatch(rig.world.device))
         session = Session(rig.world)
-        self.loop = Loop(session, rig.config, rig.engine, _MANY, tracker, window, checkpoints, lambda step: None)
+        self.loop = Loop(session, rig.config, rig.engine, _MANY, tracking, window, checkpoints, lambda step: None)
 
     def ours(self, batch: StepBatch) -> None:
         """One step of the training loop."""
@@ -166,8 +166,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as output:
         rig, batches, n_sources = opened(arguments, world, output)
         rig.config.run_dir.mkdir(parents=True, exist_ok=True)
-        with Tracker(rig.config, world, 0, _MANY) as tracker:
-            steps = Steps(rig, tracker, n_sources)
+        with Tracking(rig.config, world, 0, _MANY) as tracking:
+            steps = Steps(rig, tracking, n_sources)
             kept = list(batches) if arguments.pairs else batches
             found: dict[str, Any] = {"parts_s": parts_of(steps, kept, arguments.warmup)}
             if arguments.pairs:

@@ -236,7 +236,7 @@ def run(
             clock.mark("imports")
             with guarded(start_distributed(timeout_s), timeout_s) as world:
                 clock.mark("processes")
-                session = Session(world, stop, allow_config_change, clock)
+                session = Session(world, stop, allow_config_change, clock=clock)
                 try:
                     for stage in stages:
                         run_stage(stage, session)

@@ -277,6 +277,8 @@ class WandbSection(Section):
 class LoggingSection(Section):
     every: PositiveInt = 10
     """Optimizer steps between lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Write `tensorboard/` in the run's folder, too."""
     wandb: WandbSection | None = None
 
 

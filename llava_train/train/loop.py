@@ -22,6 +22,7 @@ import torch
 from llava_train.config import StageConfig
 from llava_train.data.loader import PackedBatch, StepBatch
 from llava_train.errors import UserError
+from llava_train.run_files import BAD_STEPS_FILE, QUARANTINE_FILE, quarantine_summary
 from llava_train.train.checkpoint import Checkpoints
 from llava_train.train.engine import optimizer_step
 from llava_train.train.interrupt import Preempted
@@ -29,7 +30,7 @@ from llava_train.train.out_of_memory import noted
 from llava_train.train.schedule import lr_factor, step_seed
 from llava_train.train.session import Session
 from llava_train.train.stopwatch import Stopwatch
-from llava_train.train.tracking import BAD_STEPS_FILE, QUARANTINE_FILE, Tracker, quarantine_summary
+from llava_train.train.tracking import Tracking
 from llava_train.train.window import Window
 from llava_train.train.world import World
 
@@ -75,14 +76,14 @@ class Loop:
         config: StageConfig,
         engine: deepspeed.DeepSpeedEngine,
         n_steps: int,
-        tracker: Tracker,
+        tracking: Tracking,
         window: Window,
         checkpoints: Checkpoints,
         after_step: Callable[[int], None],
     ) -> None:
         self.world, self.stop, self.config, self.engine = session.world, session.stop, config, engine
         self.clock = session.clock
-        self.n_steps, self.tracker, self.window, self.checkpoints = n_steps, tracker, window, checkpoints
+        self.n_steps, self.tracking, self.window, self.checkpoints = n_steps, tracking, window, checkpoints
         self.after_step = after_step
         self.n_bad_in_row = 0
         self.owes_save = False
@@ -106,14 +107,14 @@ class Loop:
             self.world.beat(f"meeting the other ranks before step {batch.step + 1}")
             n_supervised = self._meet_at_border(batch)
             self.world.beat(f"forward and backward of step {batch.step + 1}")
-            self.tracker.quarantine(batch.bad_samples)
+            self.tracking.quarantine(batch.bad_samples)
             set_learning_rate(self.engine, lr_factor(batch.step, self.n_steps, self.config.schedule))
             torch.manual_seed(step_seed(self.config.seed, batch.step, self.world.rank))
             with noted(f"step {batch.step + 1}", *batch.micro_batches):
                 sums, norm, taken = train_step(self.engine, self.world, batch, n_supervised, self.window.watch)
             self.clock.mark("first step")
             if line := self.clock.line():
-                self.tracker.say(line)
+                self.tracking.say(line)
             self.window.add(batch, self.world, sums, norm, taken)
             self._log(batch.step + 1)
             self._count_bad(batch, sums, norm, taken)
@@ -152,10 +153,10 @@ class Loop:
 
     def _log(self, step: int) -> None:
         if step % self.config.logging.every and step not in (1, self.n_steps):
-            self.tracker.step(step)
+            self.tracking.step(step)
             return
         metrics = self.window.metrics(self.engine, self.world, step, self.n_steps)
-        self.tracker.step(step, metrics)
+        self.tracking.step(step, metrics)
         if too_many_bad(metrics["n_bad"], step, self.n_steps, self.config):
             raise TooManyBadError(metrics["n_bad"], step, self.config)
         self.window = self.window.next()
@@ -167,7 +168,7 @@ class Loop:
             return
         self.n_bad_in_row += 1
         loss_sum, n_supervised = self.world.sum(*sums.sum(dim=0).tolist())
-        self.tracker.bad_step(batch, loss_sum / max(n_supervised, 1.0), float(norm))
+        self.tracking.bad_step(batch, loss_sum / max(n_supervised, 1.0), float(norm))
         if self.n_bad_in_row >= self.config.max_bad_steps:
             step, saved = batch.step + 1, self.checkpoints.saved_step
             raise BadNumbersError(
@@ -185,7 +186,7 @@ class Loop:
             self.owes_save = False
 
     def _save(self, step: int) -> None:
-        self.tracker.sync()  # what is logged up to here must not be lost when the checkpoint is not
+        self.tracking.sync()  # what is logged up to here must not be lost when the checkpoint is not
         self.checkpoints.save(step, self.window.state(self.world))
 
 

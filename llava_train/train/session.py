@@ -47,4 +47,6 @@ class Session:
     stop: StopRequests = field(default_factory=StopRequests)
     allow_config_change: bool = False
     """Go on with a run that another stage file, or other data, began."""
+    verbose: bool = False
+    """Show what libraries say, too."""
     clock: StartClock = field(default_factory=StartClock)

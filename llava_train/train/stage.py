@@ -49,7 +49,7 @@ from llava_train.train.resume import Resumption, find_resumption, load
 from llava_train.train.run_folder import check_unchanged, config_hash, describe, held, write_card
 from llava_train.train.session import Session
 from llava_train.train.stopwatch import Stopwatch
-from llava_train.train.tracking import Tracker
+from llava_train.train.tracking import Tracking
 from llava_train.train.window import Window
 from llava_train.train.world import World
 
@@ -128,16 +128,16 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
         clock.mark("features")
     engine, checkpoints = _start_engine(config, session, llava, resumption, config_hash(card))
 
-    with Tracker(config, world, resumption.step, n_steps) as tracker:
-        tracker.started(parts, resumption.step, resumption.passed_over)
+    with Tracking(config, world, resumption.step, n_steps) as tracking:
+        tracking.started(parts, resumption.step, resumption.passed_over)
         names, watch = tuple(source.name for source in mixture.sources), Stopwatch(world.device)
-        window = Window(names, tracker.n_bad_before, yardstick, watch)
+        window = Window(names, tracking.n_bad_before, yardstick, watch)
         time_reduction(engine, watch)
         if resumption.checkpoint:
             window.restore(resumption.manifest["window"], world)
         dataset = new_dataset(mixture, seed=config.seed, features=features)
-        evaluate_after = _evaluation(config, world, engine, llava, new_dataset, held_out, n_steps, tracker)
-        loop = Loop(session, config, engine, n_steps, tracker, window, checkpoints, evaluate_after)
+        evaluate_after = _evaluation(config, world, engine, llava, new_dataset, held_out, n_steps, tracking)
+        loop = Loop(session, config, engine, n_steps, tracking, window, checkpoints, evaluate_after)
         on_cuda = world.device.type == "cuda"
         with closing(read_steps(dataset, steps, config.loader.workers, on_cuda)) as batches:
             if on_cuda and steps:
@@ -207,7 +207,7 @@ def _evaluation(
     new_dataset: Callable[..., StepDataset],
     held_out: Mixture | None,
     n_steps: int,
-    tracker: Tracker,
+    tracking: Tracking,
 ) -> Callable[[int], None]:
     """What evaluates after a step, where the stage file says so."""
     section = config.eval
@@ -220,7 +220,7 @@ def _evaluation(
         if step % section.every == 0 or step == n_steps:
             with noted("evaluating", mend=_SMALLER_EVALUATION):
                 found = evaluate(engine, world, llava, asked, config)
-            tracker.evaluation(step, found)
+            tracking.evaluation(step, found)
 
     return evaluate_after
 

@@ -13,7 +13,7 @@ import torch
 from llava_train.data.loader import StepBatch
 from llava_train.train.metrics import PackWork, Yardstick, peak_memory_bytes, reset_peak_memory
 from llava_train.train.stopwatch import Stopwatch
-from llava_train.train.tracking import Metrics
+from llava_train.train.trackers import Metrics
 from llava_train.train.world import World
 
 

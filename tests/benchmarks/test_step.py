@@ -38,7 +38,7 @@ def test_the_bare_loop_takes_the_steps_that_ours_takes(tmp_path: Path) -> None:
     for turn in ("bare", "ours"):
         rig, batches, _ = step.opened(asked, start_distributed(), str(tmp_path))
         rig.config.run_dir.mkdir(parents=True, exist_ok=True)
-        with step.Tracker(rig.config, rig.world, 0, 1) as tracker:
+        with step.Tracking(rig.config, rig.world, 0, 1) as tracker:
             steps = step.Steps(rig, tracker)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(step.loop_module, "lr_factor", lambda *_: 0.5)

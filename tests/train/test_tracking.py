@@ -10,7 +10,9 @@ import yaml
 
 from llava_train.config import StageConfig
 from llava_train.files import sha256
-from llava_train.train.tracking import _drop_after, _progress_line, quarantine_summary
+from llava_train.run_files import quarantine_summary
+from llava_train.train.console import progress_line
+from llava_train.train.records import _drop_after
 from tests.train.helpers import Outcome, read_lines, run_many, write_samples, write_stage
 
 FIELDS = {
@@ -96,8 +98,8 @@ def test_every_logged_step_is_printed(outcome: Outcome) -> None:
 
 def test_the_progress_line_shows_the_mfu_where_it_is_known() -> None:
     metrics = {"loss": 1.5, "lr": {"projector": 1e-3}, "tokens_per_s": 18000.0, "time_left_s": 60.0}
-    assert " MFU 50.6% " in _progress_line({**metrics, "mfu": 0.506})
-    assert "MFU" not in _progress_line({**metrics, "mfu": None})
+    assert " MFU 50.6% " in progress_line({**metrics, "mfu": 0.506})
+    assert "MFU" not in progress_line({**metrics, "mfu": None})
 
 
 def test_the_card_says_what_ran(folder: Path, outcome: Outcome) -> None:
