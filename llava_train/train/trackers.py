@@ -10,7 +10,7 @@ from llava_train.config import StageConfig
 Metrics = dict[str, Any]
 """A line of metrics.jsonl: docs/metrics.md."""
 Answer = Mapping[str, Any]
-"""A line of answers.jsonl but for its step: `id`, `prompt`, `answer`, `expected`, `pictures` (paths in the run folder)."""
+"""A line of answers.jsonl but for its step: `id`, `prompt`, `answer`, `expected`, `pictures` (in the run folder)."""
 
 
 class Tracker(Protocol):
