@@ -20,6 +20,7 @@ from llava_train.model.attention import PACKED
 from llava_train.model.build import Llava
 from llava_train.model.kernels import uncompiled
 from llava_train.train.loop import BadSampleError, forward, refuse_bad
+from llava_train.train.shown_pictures import save_pictures
 from llava_train.train.tracking import Evaluated
 from llava_train.train.world import World
 from llava_train.use.generation import Prompt, Sampling, answers_of
@@ -40,10 +41,14 @@ class HeldOut:
     """Their answers are kept, to be read."""
     measured: tuple[Item, ...]
     """The score is over their answers."""
+    pictures: Sequence[list[str]]
+    """Of each shown question, files in the run's folder."""
 
 
-def open_held_out(world: World, dataset: StepDataset, section: EvalSection) -> HeldOut:
+def open_held_out(world: World, dataset: StepDataset, section: EvalSection, run_dir: Path) -> HeldOut:
     """The first readable questions of the data set, and those of `eval.questions`. Every rank must call it.
+
+    The pictures of those that are shown are saved in the run's folder.
 
     Raises:
         DataError, QuestionError: the questions cannot be read, or lack what the metric measures by.
@@ -56,7 +61,9 @@ def open_held_out(world: World, dataset: StepDataset, section: EvalSection) -> H
     measured = items if of_data else ()
     if section.metric and section.questions:
         measured = tuple(read_questions(Path(section.questions.path), section.metric, section.questions.images))
-    return HeldOut(dataset, items[: section.generate], measured[: section.metric_samples])
+    shown = items[: section.generate]
+    pictures = world.on_main(lambda: save_pictures(shown, run_dir))
+    return HeldOut(dataset, shown, measured[: section.metric_samples], pictures)
 
 
 def _readable(dataset: StepDataset, n: int) -> list[int]:
@@ -89,8 +96,14 @@ def evaluate(
     texts = answers_to(items, engine, world, llava, held_out.dataset, config)
     answers = {id(item): text for item, text in zip(items, texts, strict=True) if text is not None}
     kept = tuple(
-        {"id": item.id, "prompt": item.turns[-1].text, "answer": answers[id(item)], "expected": item.references[0]}
-        for item in held_out.shown
+        {
+            "id": item.id,
+            "prompt": item.turns[-1].text,
+            "answer": answers[id(item)],
+            "expected": item.references[0],
+            "pictures": pictures,
+        }
+        for item, pictures in zip(held_out.shown, held_out.pictures, strict=True)
         if id(item) in answers
     )
     measured = [item for item in held_out.measured if id(item) in answers]

@@ -27,8 +27,9 @@ class Records:
         self._unwritten: dict[str, list[str]] = {}
         self._warned = False
         if world.is_main:
+            last = start_step or -1  # a run that begins anew evaluates before its first step again: as step 0
             for name in RECORD_FILES:
-                _drop_after(folder / name, start_step)
+                _drop_after(folder / name, last)
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Adds a line to a file of this rank."""

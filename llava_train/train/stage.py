@@ -142,6 +142,11 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
         with closing(read_steps(dataset, steps, config.loader.workers, on_cuda)) as batches:
             if on_cuda and steps:
                 dry_run(engine, world, estimator.pack(config), features)
+                clock.mark("dry run")
+            if config.eval and not resumption.step:
+                tracking.say("evaluating before the first step")
+                evaluate_after(0)
+                clock.mark("evaluation")
             loop.train(batches)
         world.beat("gathering the result", patience=START_PATIENCE)
         checkpoints.refuse_harmed(n_steps)
@@ -209,12 +214,12 @@ def _evaluation(
     n_steps: int,
     tracking: Tracking,
 ) -> Callable[[int], None]:
-    """What evaluates after a step, where the stage file says so."""
+    """What evaluates after a step, where the stage file says so; after step 0 before the first."""
     section = config.eval
     if section is None or held_out is None:
         return lambda step: None
     dataset = new_dataset(held_out, seed=None, batch_size=min(config.batch.size, section.max_samples))
-    asked = open_held_out(world, dataset, section)
+    asked = open_held_out(world, dataset, section, config.run_dir)
 
     def evaluate_after(step: int) -> None:
         if step % section.every == 0 or step == n_steps:

@@ -212,8 +212,8 @@ def test_held_out_samples_are_left_out_and_counted_or_stop_the_run(
     folder: Path, on_one_rank: dict[str, Outcome]
 ) -> None:
     assert on_one_rank["held-out"].code == 0, on_one_rank["held-out"].stderr
-    [line] = [line for line in read_lines(folder / "runs/held-out/metrics.jsonl") if "eval_loss" in line]
-    assert line["eval_n_bad"] == 4
+    lines = [line for line in read_lines(folder / "runs/held-out/metrics.jsonl") if "eval_loss" in line]
+    assert [line["eval_n_bad"] for line in lines] == [4, 4], "before the first step, and after the last"
     assert "4 samples left out" in on_one_rank["held-out"].stdout
     for name, words in {
         "held-out-stops": "picture.json: sample 'picture-2-b'",

@@ -78,14 +78,14 @@ def test_metrics_hold_the_first_the_last_and_each_nth_step(folder: Path, outcome
 
 def test_held_out_loss_and_answers_are_kept(folder: Path, outcome: Outcome) -> None:
     losses = [line for line in read_lines(folder / "runs/run/metrics.jsonl") if "eval_loss" in line]
-    assert [line["step"] for line in losses] == [4, 7]
+    assert [line["step"] for line in losses] == [0, 4, 7]
     assert all(0 < line["eval_loss"] < 10 for line in losses)
     answers = read_lines(folder / "runs/run/answers.jsonl")
     assert [(line["step"], line["id"]) for line in answers] == [
-        (step, sample) for step in (4, 7) for sample in ("held-out-1-i", "held-out-2-t")
+        (step, sample) for step in (0, 4, 7) for sample in ("held-out-1-i", "held-out-2-t")
     ]
     for line in answers:
-        assert line.keys() == {"step", "id", "prompt", "answer", "expected"}
+        assert line.keys() == {"step", "id", "prompt", "answer", "expected", "pictures"}
         assert "what" in line["prompt"]
         assert line["expected"].endswith(".")
     assert "step 4  held-out loss" in outcome.stdout
