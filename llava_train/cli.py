@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from llava_train import cli_judge, cli_use
+from llava_train import cli_judge, cli_runs, cli_use
 from llava_train.config import StageConfig
 from llava_train.errors import UserError, user_errors
 from llava_train.many_values import ManyValues
@@ -20,7 +20,8 @@ from llava_train.slurm import SCRIPT, Job, Launcher, SubmitError, prepare, submi
 from llava_train.stage_file import ConfigError, load_stage, stage_schema, with_suffix
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train LLaVA models in two stages.")
-app.registered_commands += cli_use.app.registered_commands + cli_judge.app.registered_commands
+for others in (cli_use, cli_judge, cli_runs):
+    app.registered_commands += others.app.registered_commands
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="Stage file.")]
 ConfigFiles = Annotated[list[Path], typer.Option("--config", help="Stage files, run in this order.")]

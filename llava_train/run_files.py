@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ PICTURES_FOLDER = "pictures"
 REPORT_FILE = "report.html"
 ERRORS_FOLDER = "errors"
 """Full tracebacks of failures that were told in a few lines."""
+RESULT_FOLDER = "model"
+"""The trained model, complete once it has a manifest."""
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -35,3 +38,13 @@ def quarantine_summary(path: Path) -> str:
     """How many samples of each kind stand in a quarantine file, the most frequent first."""
     counts = Counter(record["kind"] for record in read_records(path)).most_common()
     return ", ".join(f"{count} x {KINDS[kind]}" for kind, count in counts)
+
+
+def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": [1]}}` becomes `("a.b.0", 1)`."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, inner in items:
+            yield from flatten(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value

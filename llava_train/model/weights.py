@@ -36,10 +36,10 @@ from llava_train.model.foreign_files import (
 from llava_train.model.mm_projector import check_settings, feature_settings, load_mm_projector
 from llava_train.model.original import read_original, whole_state
 from llava_train.model.trainable import is_linear, part_module
+from llava_train.run_files import RESULT_FOLDER
 
 PROJECTOR_FILE = "projector.safetensors"
 PROJECTOR_CARD = "projector.json"
-RESULT_FOLDER = "model"
 
 
 class HandOffError(UserError):

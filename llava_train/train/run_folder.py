@@ -30,7 +30,7 @@ from llava_train.config import StageConfig
 from llava_train.data.mixture import Mixture
 from llava_train.errors import UserError
 from llava_train.files import MANIFEST, rename_durably, sha256, write_durably
-from llava_train.model.weights import RESULT_FOLDER
+from llava_train.run_files import RESULT_FOLDER, flatten
 from llava_train.stage_file import RUN_CARD
 
 _LOCK_PATIENCE_S, _FAR_LOCK_PATIENCE_S = 15.0, 120.0
@@ -153,10 +153,10 @@ def describe(config: StageConfig, mixture: Mixture | None = None) -> dict[str, A
 
 def decisive(card: dict[str, Any]) -> dict[str, Any]:
     """The keys of a run's description that decide its result, flat: `{"batch.size": 128, ...}`."""
-    flat = dict(_flatten({key: value for key, value in card.items() if key != "about"}))
+    flat = dict(flatten({key: value for key, value in card.items() if key != "about"}))
     if "about" in card:
-        flat |= _flatten({_CONTENT: [source["fingerprint"] for source in card["about"]["data"]]})
-        flat |= _flatten({_CONTENT_OF_START: card["about"].get("init_from")})
+        flat |= flatten({_CONTENT: [source["fingerprint"] for source in card["about"]["data"]]})
+        flat |= flatten({_CONTENT_OF_START: card["about"].get("init_from")})
     return {key: value for key, value in flat.items() if not any(_below(key, free) for free in FREE_KEYS)}
 
 
@@ -243,16 +243,6 @@ def _git_commit() -> str | None:
     with suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return None
-
-
-def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"a": {"b": [1]}}` becomes `("a.b.0", 1)`."""
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for name, inner in items:
-            yield from _flatten(inner, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value
 
 
 def _below(key: str, parent: str) -> bool:

@@ -17,8 +17,7 @@ MOST_PIXELS = 512
 def save_pictures(items: Sequence[Item], run_dir: Path) -> list[list[str]]:
     """Saves the pictures of questions as JPEG in the run's folder; they must be readable.
 
-    Names are numbers (`pictures/question-0002.jpg`, `-2` after it for the second picture of a question): an id may be no
-    name of a file.
+    Names are numbers (`pictures/question-0002.jpg`, a second picture of it `-0002-2.jpg`): an id may be no file's name.
 
     Returns:
         For each question the files, relative to `run_dir`; one that cannot be written is left out.

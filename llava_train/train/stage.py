@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,9 @@ from llava_train.model.kernels import use_kernels
 from llava_train.model.loss import PackedLoss
 from llava_train.model.standardize import fold
 from llava_train.model.trainable import parameter_groups, summarize
-from llava_train.model.weights import (
-    RESULT_FOLDER,
-    State,
-)
+from llava_train.model.weights import State
+from llava_train.report.page import report_after_run
+from llava_train.run_files import RESULT_FOLDER
 from llava_train.train.assembly import (
     START_PATIENCE,
     build,
@@ -82,6 +81,7 @@ def run_stage(config: StageConfig, session: Session) -> Path:
         world.say(f"{config.name}: run folder {config.run_dir}")
         stop_file = config.run_dir / STOP_FILE
         session.stop.stop_files.append(stop_file)
+        stack.enter_context(_reported(config, world))
         trained = _train(config, session, stack)
         free_memory()
         world.beat("writing the result", patience=START_PATIENCE)
@@ -89,6 +89,16 @@ def run_stage(config: StageConfig, session: Session) -> Path:
         world.on_main(lambda: stop_file.unlink(missing_ok=True))  # asked too late, it shall not stop the next run
     world.say(f"{config.name}: finished, result in {result}")
     return result
+
+
+@contextmanager
+def _reported(config: StageConfig, world: World) -> Iterator[None]:
+    """Writes the run's report in the end, however the run ends; on rank 0, after everything is saved."""
+    try:
+        yield
+    finally:
+        if world.is_main and (problem := report_after_run(config.run_dir)):
+            world.say(problem)
 
 
 def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:

@@ -1,0 +1,78 @@
+"""Held-out questions with their pictures and what a run answered before and after training."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llava_train.report.read import Line, RunRecord, list_of
+
+_PICTURE_PIXELS, _MOST_QUESTIONS, _MOST_CHARACTERS = 320, 40, 2000
+_IMAGE_MARK = "<image>"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+@dataclass
+class Question:
+    """A held-out question and what was answered to it, each answer under the name of its time."""
+
+    prompt: str
+    expected: str
+    pictures: list[str] = field(default_factory=list)
+    """As `data:` addresses."""
+    answers: list[tuple[str, str, bool]] = field(default_factory=list)
+    """When, or by which run and when; the answer; whether it is the reference to the letter."""
+
+
+def questions(records: Sequence[RunRecord]) -> tuple[list[Question], int]:
+    """Questions with the first and the last answer of each run, and how many more there are."""
+    found: dict[tuple[str, str], Question] = {}
+    for record in records:
+        asked: dict[tuple[str, str], list[Line]] = {}
+        for line in record.answers:
+            asked.setdefault((str(line.get("id")), str(line.get("prompt"))), []).append(line)
+        for (id_, prompt), lines in asked.items():
+            new = Question(_text(prompt.replace(_IMAGE_MARK, "").strip()), _text(lines[-1].get("expected")))
+            question = found.setdefault((id_, prompt), new)
+            if len(found) <= _MOST_QUESTIONS:
+                question.pictures = question.pictures or list(_pictures(record.folder, lines[-1]))
+            for line in lines if len(lines) == 1 else (lines[0], lines[-1]):
+                answer, when = _text(line.get("answer")), _when(line, record)
+                is_right = answer.strip().casefold() == question.expected.strip().casefold()
+                question.answers.append((when if len(records) == 1 else f"{record.name}, {when}", answer, is_right))
+    shown = list(found.values())[:_MOST_QUESTIONS]
+    return shown, len(found) - len(shown)
+
+
+def _when(line: Line, record: RunRecord) -> str:
+    if line["step"] == 0:
+        return "before training"
+    return "after training" if record.complete and line["step"] >= record.step else f"after step {line['step']:,.0f}"
+
+
+def _pictures(folder: Path, line: Line) -> Iterator[str]:
+    """The question's pictures, small; those that are not there or lie outside the run's folder are left out."""
+    for name in list_of(line.get("pictures")):
+        with suppress(OSError, ValueError, Image.DecompressionBombError):
+            path = (folder / str(name)).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                continue
+            with Image.open(path, formats=["JPEG", "PNG"]) as image:
+                image.thumbnail((_PICTURE_PIXELS, _PICTURE_PIXELS))
+                small = io.BytesIO()
+                image.convert("RGB").save(small, "JPEG", quality=80)
+            yield "data:image/jpeg;base64," + base64.b64encode(small.getvalue()).decode("ascii")
+
+
+def _text(value: Any) -> str:
+    """A text of a file without control characters, cut where it is long."""
+    text = _CONTROL.sub("\ufffd", str(value if value is not None else ""))
+    return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + " …"
