@@ -82,7 +82,7 @@ def _date(line: Line) -> str | None:
 
 def duration(seconds: float) -> str:
     """`2 h 5 min`, `3 min 20 s`, `4.2 s`."""
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -84,10 +84,10 @@ def linear_axis(values: Sequence[float], from_zero: bool = False, name: Callable
     """An axis that has all values, with round numbers as ticks.
 
     >>> linear_axis([0.2, 4.1]).ticks
-    [0.0, 1.0, 2.0, 3.0, 4.0]
+    [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     """
     low, high = min(values), max(values)
-    low = min(low, 0.0) if from_zero else low
+    low, high = (min(low, 0.0), max(high, 0.0)) if from_zero else (low, high)
     if high <= low:
         spare = abs(low) / 2 or 1.0
         low, high = (low, low + 1.0) if from_zero else (low - spare, high + spare)
