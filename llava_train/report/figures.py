@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from llava_train.report.read import Line, RunRecord, number, table_of
@@ -84,10 +85,13 @@ def legend(curves: Sequence[Curve], records: Sequence[RunRecord], name: Callable
 
 
 def table(curves: Sequence[Curve], x_name: str, name: Callable[[float], str]) -> tuple[list[str], list[list[str]]]:
-    """The numbers of curves, a row an x; of many rows some, evenly, and all of curves with few points."""
-    at = sorted({x for curve in curves for x, _ in curve.points})
-    even = {at[n * (len(at) - 1) // (_MOST_ROWS - 1)] for n in range(_MOST_ROWS)} if len(at) > _MOST_ROWS else set(at)
-    kept = even | {x for curve in curves if len(curve.points) <= _FEW_ROWS for x, _ in curve.points}
+    """The numbers of curves, a row an x. Of many rows some, evenly, and all of curves with few points."""
+    by_length = sorted(([x for x, _ in curve.points] for curve in curves), key=len)
+    few, many = [at for at in by_length if len(at) <= _FEW_ROWS], [at for at in by_length if len(at) > _FEW_ROWS]
+    kept = {x for at in few for x in at}
+    if many:  # evenly among the points that most curves have
+        n_rows = min(len(many[0]), _MOST_ROWS)
+        kept |= {many[0][n * (len(many[0]) - 1) // (n_rows - 1)] for n in range(n_rows)}
     columns = [dict(curve.points) for curve in curves]
     rows = [[f"{x:,.0f}", *(name(column[x]) if x in column else "" for column in columns)] for x in sorted(kept)]
     return [x_name, *(curve.full_name for curve in curves)], rows
@@ -108,3 +112,16 @@ def points_of(lines: Sequence[Line], *keys: str, unit: float = 1.0) -> list[Poin
         if (known := number(value)) is not None:
             found.append((float(line["step"]), known / unit))
     return found
+
+
+def averaged(points: Sequence[Point], most: int = 160) -> list[Point]:
+    """At most `most` points: the mean of each stretch, where it ends.
+
+    >>> averaged([(1, 2.0), (2, 4.0), (3, 5.0), (4, 7.0)], most=2)
+    [(2, 3.0), (4, 6.0)]
+    """
+    ends = [n * len(points) // most for n in range(most + 1)] if len(points) > most else range(len(points) + 1)
+    return [
+        (points[end - 1][0], sum(value for _, value in points[begin:end]) / (end - begin))
+        for begin, end in pairwise(ends)
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from llava_train.report.figures import Figure, Quantity, points_of
+from llava_train.report.figures import Figure, Quantity, averaged, points_of
 from llava_train.report.read import Line, RunRecord, number, table_of
 from llava_train.report.svg import Curve, percent
 
@@ -23,7 +23,7 @@ def mean_loss(line: Line) -> float | None:
 def _loss(record: RunRecord) -> list[Curve]:
     means = [(float(line["step"]), mean_loss(line)) for line in record.training]
     return [
-        Curve("training", [(step, loss) for step, loss in means if loss is not None]),
+        Curve("training", averaged([(step, loss) for step, loss in means if loss is not None])),
         Curve("held out", points_of(record.evaluations, "eval_loss"), dash=1),
     ]
 
@@ -34,20 +34,25 @@ def _loss_of_one(record: RunRecord) -> list[Curve]:
     return [means, held_out, Curve("single steps", single if single != means.points else [], faint=True)]
 
 
-def _of_each(key: str, *inner: str, at_least: int = 1) -> Callable[[RunRecord], list[Curve]]:
-    """A curve for each name in the object `key` of the lines, where there are enough of them."""
+def _of_sources(record: RunRecord) -> list[Curve]:
+    names = _names_in(record, "sources")
+    each = [Curve(name, averaged(points_of(record.training, "sources", name, "loss"))) for name in names]
+    return each if len(each) > 1 else []
 
-    def curves(record: RunRecord) -> list[Curve]:
-        names = list({name: None for line in record.training for name in table_of(line.get(key))})
-        enough = names if len(names) >= at_least else []
-        return [Curve(name, points_of(record.training, key, name, *inner)) for name in enough]
 
-    return curves
+def _names_in(record: RunRecord, key: str) -> list[str]:
+    """Those in the object `key` of any line."""
+    return list({name: None for line in record.training for name in table_of(line.get(key))})
+
+
+def _rates(record: RunRecord) -> list[Curve]:
+    return [Curve(name, points_of(record.training, "lr", name)) for name in _names_in(record, "lr")]
 
 
 def _grad_norms(record: RunRecord) -> list[Curve]:
-    parts = _of_each("grad_norms", at_least=2)(record)
-    return [Curve("all parts", points_of(record.training, "grad_norm")), *parts]
+    names = _names_in(record, "grad_norms")
+    parts = [Curve(name, points_of(record.training, "grad_norms", name)) for name in names]
+    return [Curve("all parts", points_of(record.training, "grad_norm")), *(parts if len(parts) > 1 else ())]
 
 
 def _scores(record: RunRecord) -> list[Curve]:
@@ -75,10 +80,10 @@ LEARNING = (
     Quantity(
         "Loss by source",
         "Mean since the point before, for each source of the data.",
-        _of_each("sources", "loss", at_least=2),
+        _of_sources,
     ),
     Quantity("Scores of answers", "Of generated answers to held-out questions, with 95% intervals.", _scores),
-    Quantity("Learning rate", "Of each part that trains.", _of_each("lr")),
+    Quantity("Learning rate", "Of each part that trains.", _rates),
     Quantity("Gradient norm", "Of the last step, before clipping.", _grad_norms),
 )
 SPEED = (

@@ -110,9 +110,19 @@ def test_the_table_of_many_steps_has_some_and_every_evaluation(tmp_path: Path) -
     lines = [line(step, 4000) for step in range(1, 4000)]
     figure = drawn(record(tmp_path / "run", [*lines, evaluation(0), evaluation(777)]))["Loss"]
     steps = column(figure, "step")
-    assert len(steps) <= 42
-    assert steps[:2] == ["0", "102"] and "777" in steps and steps[-1] == "3,999"
+    assert 40 <= len(steps) <= 42
+    assert column(figure, "training").count("") == 2, "only an evaluation, where none ended"
+    assert steps[:2] == ["0", "24"] and "777" in steps and steps[-1] == "3,999"
     assert len(figure.svg) < 30_000
+
+
+def test_the_loss_of_many_steps_is_averaged_and_its_single_steps_are_not(tmp_path: Path) -> None:
+    sources = [{"a": {"loss": 1.0 + step % 2, "n_supervised": 5}} for step in range(1, 1601)]
+    lines = [line(step, 1600, loss=1.0 + step % 2, sources=of) for step, of in enumerate(sources, start=1)]
+    figure = drawn(record(tmp_path / "run", lines))["Loss"]
+    training, single = ([value for value in column(figure, name) if value] for name in ("training", "single steps"))
+    assert set(training) == {"1.5"} and set(single) <= {"1", "2"}
+    assert column(figure, "step")[-1] == "1,600"
 
 
 def test_histograms_add_up_all_lines(tmp_path: Path) -> None:
