@@ -14,9 +14,7 @@ def histogram_figures(records: Sequence[RunRecord]) -> list[Figure]:
     of_lengths = [_bins(record, "sample_lengths", _max_sample_tokens(record)) for record in records]
     of_packs = [_bins(record, "pack_fill", 1.0) for record in records]
     found = [
-        _histogram(
-            records, of_lengths, "Tokens a sample", "Image tokens included; share of the samples.", "tokens", short
-        ),
+        _histogram(records, of_lengths, "Tokens a sample", "Image tokens too; share of the samples.", "tokens", short),
         _histogram(records, of_packs, "How full packs were", "Of batch.max_tokens; share of the packs.", "", percent),
     ]
     return [figure for figure in found if figure]
@@ -27,7 +25,7 @@ def _max_sample_tokens(record: RunRecord) -> float:
 
 
 def _bins(record: RunRecord, key: str, whole: float) -> list[Point]:
-    """(right edge, share of all) of each bin, summed over the lines; trailing empty ones are left out."""
+    """(right edge, share of all) of each bin, summed over the lines."""
     totals: list[float] = []
     for line in record.training:
         counts = line.get(key)
@@ -48,6 +46,7 @@ def _histogram(
     unit: str,
     name: Callable[[float], str],
 ) -> Figure | None:
+    """Down to the last bin that is not empty in every run; None where all are."""
     used = max((n + 1 for points in of_runs for n, (_, share) in enumerate(points) if share), default=0)
     alone = len(records) == 1
     curves = [

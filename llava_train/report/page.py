@@ -11,7 +11,6 @@ from typing import Any
 
 import jinja2
 import yaml
-from markupsafe import Markup
 
 from llava_train.files import rename_durably
 from llava_train.report import facts
@@ -39,8 +38,12 @@ def write_report(folders: Sequence[Path], path: Path, ended: bool = False) -> li
     records = _told_apart([read_run(folder) for folder in folders])
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page_of(records, ended), encoding="utf-8", errors="replace")  # JSON may hold half characters
-    rename_durably(temporary, path)
+    text = page_of(records, ended)
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # JSON may hold half a character
+        rename_durably(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return records
 
 
@@ -101,7 +104,6 @@ def content(records: Sequence[RunRecord], ended: bool = False) -> dict[str, Any]
         "questions": asked,
         "n_more_questions": n_more,
         "differences": [] if alone else facts.differences(records),
-        "svg": Markup,
     }
 
 
