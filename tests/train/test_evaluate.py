@@ -45,7 +45,7 @@ def test_an_answer_ends_with_the_text_that_ends_turns_in_training(template: str,
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of three steps under every ZeRO stage, on one rank and on two, with and without a metric."""
+    """Runs of three steps under every ZeRO stage, on one rank and on two, with and without a metric or an evaluation."""
     folder = tmp_path_factory.mktemp("metrics")
     write_samples(folder / "data.json", "iitiitiitiit")
     write_samples(folder / "held-out.json", "titxiiittbiitmiii", seed=1)
@@ -59,8 +59,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for n_ranks in (1, 2):
         stages = {}
-        for zero, name in [(0, "vqa"), (2, "vqa"), (3, "vqa"), (3, "pope"), (3, "none")]:
-            settings = {"eval": {**evaluation, **measured[name]}, "engine": {"zero": zero, "precision": "fp32"}}
+        for zero, name in [(0, "vqa"), (2, "vqa"), (3, "vqa"), (3, "pope"), (3, "none"), (3, "without")]:
+            evaluated = {**evaluation, **measured[name]} if name in measured else None
+            settings = {"eval": evaluated, "engine": {"zero": zero, "precision": "fp32"}}
             run = f"{name}-{zero}-{n_ranks}"
             stages[run] = write_stage(folder / f"{run}.yaml", on_bad_sample="skip", max_bad_share=1, **settings)
         outcomes = run_many({run: ["--config", path] for run, path in stages.items()}, folder, n_ranks)
@@ -87,11 +88,14 @@ def test_score_and_answers_are_the_same_on_any_ranks_and_zero_stage(folder: Path
     assert answers(folder, run) == answers(folder, "vqa-0-1")
 
 
-def test_a_metric_changes_nothing_that_is_learnt(folder: Path) -> None:
-    """Training goes on as if nothing had been generated."""
-    kept = [read_lines(folder / f"runs/{name}-3-2/metrics.jsonl") for name in ("vqa", "pope", "none")]
-    losses = [[line["loss"] for line in lines if "loss" in line] for lines in kept]
-    assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 3
+def test_an_evaluation_changes_nothing_that_is_learnt(folder: Path) -> None:
+    """Training goes on as if nothing had been generated, before the first step and after others."""
+    for n_ranks in (1, 2):
+        kept = [
+            read_lines(folder / f"runs/{name}-3-{n_ranks}/metrics.jsonl") for name in ("without", "vqa", "pope", "none")
+        ]
+        losses = [[(line["loss"], line["grad_norm"]) for line in lines if "loss" in line] for lines in kept]
+        assert losses[0] == losses[1] == losses[2] == losses[3] and len(losses[0]) == 3
     assert answers(folder, "none-3-2") == answers(folder, "vqa-3-2")
 
 
