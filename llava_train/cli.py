@@ -16,7 +16,7 @@ from llava_train import cli_judge, cli_use
 from llava_train.config import StageConfig
 from llava_train.errors import UserError, user_errors
 from llava_train.many_values import ManyValues
-from llava_train.slurm import SCRIPT, Job, Launcher, SubmitError, prepare, submit, what_to_know
+from llava_train.slurm import SCRIPT, Job, Launcher, prepare, submit, what_to_know
 from llava_train.stage_file import ConfigError, load_stage, stage_schema, with_suffix
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train LLaVA models in two stages.")
@@ -88,8 +88,6 @@ def slurm(
             tuple(sbatch_arg or ()),
             tuple(srun_arg or ()),
         )
-        if not SCRIPT.is_file():
-            raise SubmitError(f"{SCRIPT} is missing: install the package from a checkout, by pip install -e .")
         submission = prepare(job, config, set_ or [])
         if dry_run:
             print(f"{submission}\n\n{SCRIPT.read_text(encoding='utf-8')}")
