@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from llava_train import __version__
 from llava_train.doctor.trial import write_stage
@@ -146,3 +147,10 @@ def test_every_requirement_is_pinned_for_reproducible_installs() -> None:
     names = {re.split(r"[<>=\[;]", line)[0].lower().replace("_", "-") for line in lines}
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert names - {pin.partition("==")[0].lower().replace("_", "-") for pin in pins} == set()
+
+
+def test_the_citation_has_what_its_form_needs() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["version"] == __version__
+    assert all({"type", "title", "authors"} <= set(reference) for reference in citation["references"])

@@ -41,7 +41,7 @@ def probe(modules: list[str]) -> Probed:
     lines = [json.loads(line) for line in ended.output.splitlines() if line.startswith("{")]
     about_torch = next((line["torch"] for line in lines if "torch" in line), None)
     errors: dict[str, str | None] = {line["module"]: line["error"] for line in lines if "module" in line}
-    for module in modules:
+    for module in modules if about_torch else []:  # without torch nothing was tried
         errors.setdefault(module, f"the process that tried ended: {ended.why}")
     return Probed(about_torch, errors, ended)
 
