@@ -133,7 +133,7 @@ def test_every_extra_that_is_named_anywhere_exists() -> None:
     for name in tracked():
         if name.endswith((".py", ".md", ".sh", ".yaml", ".ipynb", ".cfg")) or name == ".ci/run":
             text = (ROOT / name).read_text(encoding="utf-8")
-            for extra in re.findall(r"""llava_train\[(\w+)\]|['" ]\.\[(\w{2,})\]|make_venv (\w+)""", text):
+            for extra in re.findall(r"""['" ](?:llava_train|\.)\[(\w{2,})\]|make_venv (\w+)""", text):
                 named.setdefault(next(filter(None, extra)), []).append(name)
     assert {"demo", "qlora", "dev", "notebooks"} <= set(named)
     assert {extra: where for extra, where in named.items() if extra not in extras} == {}
