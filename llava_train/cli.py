@@ -65,8 +65,8 @@ def train(
     """Train stages, one after another. The same command starts, resumes and finishes.
 
     A run is written to OUTPUT/NAME, by the keys `output` and `name` of its stage
-    file. Exit codes: 0 done; 1 a failure that nobody foresaw; 2 something to mend,
-    which the message tells; 85 asked to stop, and saved; 86 a rank hung; 130 Ctrl-C.
+    file. Exit codes: 0 done; 1 a failure that nobody foresaw; 2 something that
+    you can mend; 85 asked to stop, and saved; 86 a rank hung; 130 Ctrl-C.
 
     Example:
       llava-train train --config stage1.yaml stage2.yaml

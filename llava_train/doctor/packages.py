@@ -15,7 +15,7 @@ from llava_train.doctor.findings import Finding, Level
 from llava_train.slurm import PACKAGE, REPO
 
 NAME = "llava_train"
-SHOWN = ("torch", "transformers", "deepspeed", "peft", "datasets", "pydantic", "wandb")
+SHOWN = ("torch", "transformers", "deepspeed", "peft", "datasets", "pydantic", "tensorboard", "wandb")
 """Required packages whose versions are told even when all is well."""
 
 

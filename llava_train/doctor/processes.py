@@ -38,7 +38,7 @@ def run_python(module: str, arguments: list[str], timeout_s: float, cwd: Path | 
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
     started = time.monotonic()
     with subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
+        [sys.executable, "-u", "-X", "faulthandler", "-m", module, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,

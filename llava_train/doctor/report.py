@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
@@ -82,4 +81,3 @@ def print_table(findings: list[Finding], console: Console) -> None:
         console.print(f"\n[bold red]{n_broken} broken[/]: do what stands after -> and run this again")
     else:
         console.print("\n[bold green]ready to train[/]: llava-train train --config STAGE.yaml")
-    sys.stdout.flush()

@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import yaml
 
 from llava_train.doctor.findings import Finding, Level
 from llava_train.doctor.processes import Ended, run_python
-from llava_train.run_files import METRICS_FILE, read_records
+from llava_train.run_files import ERRORS_FOLDER, METRICS_FILE, read_records
 
 TIMEOUT_S = 300.0
 NAME = "doctor"
@@ -67,7 +68,10 @@ def try_step() -> Ended:
         ended = run_python("llava_train.doctor.trial", [folder], TIMEOUT_S, cwd=Path(folder))
         records = read_records(Path(folder) / "runs" / NAME / METRICS_FILE)
         loss = next((record["loss"] for record in records if "loss" in record), None)
-    if ended.code == 0 and (loss is None or not math.isfinite(loss)):
+        tracebacks = [path.read_text(encoding="utf-8") for path in sorted(Path(folder).rglob(f"{ERRORS_FOLDER}/*"))]
+    if ended.code != 0:
+        return replace(ended, output="\n".join([ended.output, *tracebacks]))
+    if loss is None or not math.isfinite(loss):
         return Ended(1, f"{ended.output}\nthe loss of the step is {loss}", ended.seconds)
     return ended
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from llava_train.cli import run
 
 EPILOG = """exit codes:
-  0 done; 1 a failure that nobody foresaw; 2 something to mend, which the message
-  tells; 85 asked to stop, and saved; 86 a rank hung; 130 Ctrl-C
+  0 done; 1 a failure that nobody foresaw; 2 something that you can mend;
+  85 asked to stop, and saved; 86 a rank hung; 130 Ctrl-C
 
 examples:
   deepspeed scripts/train.py --config stage1.yaml stage2.yaml

@@ -32,16 +32,28 @@ def test_a_step_that_failed_is_broken_and_says_why(ended: Ended, text: str) -> N
     assert finding.level is Level.broken and text in finding.text
 
 
-def test_a_step_without_a_finite_loss_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("left", "code", "text"),
+    [
+        ({"metrics.jsonl": '{"step": 1, "loss": NaN}\n'}, 0, "exit code 1): the loss of the step is nan"),
+        ({}, 0, "exit code 1): the loss of the step is None"),
+        ({"errors/rank-0.txt": "Traceback\nRuntimeError: no kernel image"}, 1, "RuntimeError: no kernel image"),
+        ({}, None, "not done after 1 s): began"),
+    ],
+)
+def test_a_step_has_failed_without_a_finite_loss_and_by_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, left: dict[str, str], code: int | None, text: str
+) -> None:
     def run(module: str, arguments: list[str], timeout_s: float, cwd: Path) -> Ended:
-        metrics = Path(arguments[0]) / "runs" / "doctor" / "metrics.jsonl"
-        metrics.parent.mkdir(parents=True)
-        metrics.write_text('{"step": 1, "loss": NaN}\n')
-        return Ended(0, "", 1.0)
+        for name, content in left.items():
+            path = Path(arguments[0]) / "runs" / trial.NAME / name
+            path.parent.mkdir(parents=True)
+            path.write_text(content)
+        return Ended(code, "began", 1.0)
 
     monkeypatch.setattr(trial, "run_python", run)
     (finding,) = trial.trained(trial.try_step())
-    assert finding.level is Level.broken and "the loss of the step is nan" in finding.text
+    assert finding.level is Level.broken and text in finding.text
 
 
 def test_a_process_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
