@@ -22,19 +22,26 @@ from llava_train import __version__
 from llava_train.doctor.trial import write_stage
 from tests.train.helpers import ROOT
 
+FOLDERS = ("llava_train", "configs", "docs", "notebooks", "scripts", "tests", ".ci")
 
-def tracked(pattern: str = "") -> list[str]:
-    """Files of the checkout that git knows or would add."""
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", pattern or "."]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [name for name in names if (ROOT / name).exists()]
+
+def below(*folders: str) -> list[str]:
+    """The files in folders of the checkout, by their path in it."""
+    every = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    return [str(path.relative_to(ROOT)) for path in every if path.is_file() and "__pycache__" not in path.parts]
+
+
+def sources() -> list[str]:
+    """Those that are committed, but for benchmarks: data/ and runs/ may be large."""
+    alone = [*ROOT.glob("*"), *(ROOT / "data").glob("*")]
+    return below(*FOLDERS) + [str(path.relative_to(ROOT)) for path in alone if path.is_file()]
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist of a clean copy of the checkout, and the wheel that is made of that sdist alone."""
     copy = tmp_path_factory.mktemp("checkout")
-    for name in tracked():
+    for name in sources():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, copy / name, follow_symlinks=False)
     done = subprocess.run(
@@ -72,7 +79,7 @@ def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProc
 def test_the_wheel_has_every_file_of_the_package_and_no_other(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == set(tracked("llava_train"))
+    assert names == set(below("llava_train"))
     assert {"llava_train/py.typed", "llava_train/data/templates/vicuna_v1.jinja"} <= names
 
 
@@ -130,7 +137,7 @@ def test_every_extra_that_is_named_anywhere_exists() -> None:
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     extras = set(setup["options.extras_require"])
     named: dict[str, list[str]] = {}
-    for name in tracked():
+    for name in sources():
         if name.endswith((".py", ".md", ".sh", ".yaml", ".ipynb", ".cfg")) or name == ".ci/run":
             text = (ROOT / name).read_text(encoding="utf-8")
             for extra in re.findall(r"""['" ](?:llava_train|\.)\[(\w{2,})\]|make_venv (\w+)""", text):
