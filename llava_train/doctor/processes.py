@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_train.slurm import PACKAGE, REPO
+
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS")
 """Variables by which a process takes itself for one of several."""
 
@@ -34,8 +36,8 @@ class Ended:
 def run_python(module: str, arguments: list[str], timeout_s: float, cwd: Path | None = None) -> Ended:
     """Runs `python -m MODULE ARGUMENTS`, with this very package."""
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
-    package = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
+    if REPO != PACKAGE:  # a checkout need not be installed
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), environment.get("PYTHONPATH")]))
     started = time.monotonic()
     with subprocess.Popen(
         [sys.executable, "-u", "-X", "faulthandler", "-m", module, *arguments],
