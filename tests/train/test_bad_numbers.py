@@ -76,6 +76,7 @@ def test_bad_steps_are_skipped_counted_and_recorded_with_their_samples(
     assert [line["skipped_steps"] for line in lines] == [0, 1, 2, 2, 3, 3, 3]
     assert [line["loss"] is None for line in lines] == [step in (2, 3) for step in steps]
     assert [line["grad_norm"] is None for line in lines] == [step in bad_steps for step in steps]
+    assert [set(line["grad_norms"].values()) == {None} for line in lines] == [step in bad_steps for step in steps]
     bad = read_lines(run_dir / "bad_steps.jsonl")
     assert [record["step"] for record in bad] == list(bad_steps)
     for record in bad:
