@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from llava_train.train.trackers import Trackers
 from llava_train.train.wandb_run import run_id
 from tests.tiny import stage
 from tests.train.wandb_files import WandbFile, read_wandb
+from tests.train.wandb_server import WandbServer
 
 PICTURES = ("pictures/red.jpg", "pictures/blue.jpg")
 ANSWERS = (
@@ -75,6 +77,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> StageConfig:
         trackers.metrics(steps[-1], evaluated(steps[-1]))
         trackers.answers(steps[-1], ANSWERS)
         trackers.close(failed=start == 0)
+    wandb.teardown()  # its process has written all, as at the end of ours
     assert len(said) == 2, said
     assert all(text.startswith("logging.wandb: `wandb sync ") for text in said)
     return config
@@ -215,29 +218,76 @@ def test_other_ranks_and_those_who_disabled_wandb_have_none(tmp_path: Path, conf
     assert not (disabled.run_dir / WANDB_ID_FILE).exists()
 
 
-@pytest.mark.parametrize("key", ["", "0" * 40], ids=["no key", "no server"])
-def test_wandb_that_cannot_be_reached_is_told_and_kept_offline(
-    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StageConfig]:
+    """A run that sends to WANDB_BASE_URL, of which nobody knows anything yet, and does not wait for long."""
     wandb.teardown()
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setattr(wandb_run, "_START_S", 1)
-    online = stage(Path("x"), output=str(tmp_path), logging={"wandb": {"project": "x"}})
-    online.run_dir.mkdir(parents=True)
+    config = stage(Path("x"), output=str(tmp_path), logging={"wandb": {"project": "x"}})
+    config.run_dir.mkdir(parents=True)
+    yield config
+    wandb.teardown()
+
+
+@pytest.mark.parametrize("key", ["", "0" * 40], ids=["no key", "no server"])
+def test_wandb_that_cannot_be_reached_is_told_and_kept_offline(
+    key: str, online: StageConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", key)
     said: list[str] = []
     started = time.monotonic()
     trackers = Trackers(online, True, 0, said.append)
     trackers.metrics(1, line(1))
     trackers.close(failed=False)
-    assert time.monotonic() - started < 30
     wandb.teardown()
+    assert time.monotonic() - started < 30
     assert len(said) == 2, said
     assert said[0].endswith("; kept offline (`wandb login` makes a key known)")
     [kept] = online.run_dir.glob("wandb/offline-run-*")
     assert said[1] == f"logging.wandb: `wandb sync {kept}` sends it"
     assert read_wandb(next(kept.glob("*.wandb"))).rows == [{"step": 1, **curves(line(1))}]
+
+
+def test_a_server_of_wandb_gets_each_start_as_one_run(online: StageConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb_run, "_START_S", 60)
+    said: list[str] = []
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        for start, steps in ((0, (1, 2, 3)), (1, (2, 3, 4))):
+            trackers = Trackers(online, True, start, said.append)
+            for step in steps:
+                trackers.metrics(step, line(step))
+            trackers.close(failed=start == 0)
+        [run] = server.rows
+        assert [(row["_step"], row["step"]) for row in server.rows[run]] == list(enumerate((1, 2, 3, 2, 3, 4)))
+        assert [row["train/loss"] for row in server.rows[run]] == [
+            line(row["step"])["loss"] for row in server.rows[run]
+        ]
+        assert server.exit_codes[run] == [1, 0]
+    assert said == [f"logging.wandb: {server.url}/me/x/runs/{run}"] * 2
+
+
+def test_a_server_that_does_not_answer_does_not_hold_a_run_up(
+    online: StageConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb_run, "_START_S", 60)
+    monkeypatch.setattr(wandb_run, "_END_S", 1)
+    said: list[str] = []
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        server.answers.clear()
+        trackers = Trackers(online, True, 0, said.append)
+        started = time.monotonic()
+        trackers.metrics(1, line(1))
+        trackers.close(failed=False)
+        wandb.teardown()  # as at the end of the process
+        assert time.monotonic() - started < 15
+    assert said[1].startswith(
+        f"logging.wandb: the server did not take all within 1 s; `wandb sync {online.run_dir}/wandb/run-"
+    )
 
 
 def test_a_run_of_wandb_belongs_to_a_folder_and_its_name(tmp_path: Path) -> None:
