@@ -73,7 +73,8 @@ class Tracking:
         self._keep(metrics)
         for answer in found.answers:
             self.records.append(ANSWERS_FILE, {"step": step, **answer})
-        self.trackers.answers(step, found.answers)
+        if found.answers:
+            self.trackers.answers(step, found.answers)
         self.console.evaluation(step, found.loss, found.n_bad, found.scores, found.answers)
 
     def quarantine(self, bad_samples: Iterable[BadSample]) -> None:

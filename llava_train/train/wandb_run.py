@@ -53,14 +53,8 @@ class WandbRun:
     def answers(self, step: int, answers: Sequence[Answer]) -> None:
         """A table, one column a picture."""
         n_pictures = max((len(answer.get("pictures", ())) for answer in answers), default=0)
-        columns: list[str | int] = [
-            "id",
-            *(f"picture {n + 1}" for n in range(n_pictures)),
-            "prompt",
-            "answer",
-            "expected",
-        ]
-        table = wandb.Table(columns=columns)
+        of_pictures = [f"picture {number}" for number in range(1, n_pictures + 1)]
+        table = wandb.Table(columns=["id", *of_pictures, "prompt", "answer", "expected"])
         for answer in answers:
             pictures: list[Any] = [wandb.Image(str(self._folder / name)) for name in answer.get("pictures", ())]
             pictures += [None] * (n_pictures - len(pictures))
@@ -113,7 +107,7 @@ def _staged_in(folder: Path) -> Iterator[None]:
 
 def run_id(path: Path, name: str) -> str:
     """The id in a file, made at first, and for a copy of the folder under another name."""
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["name"] == name:
             return str(kept["id"])
