@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,9 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from llava_train import cli_judge, cli_use
 from llava_train.config import StageConfig
-from llava_train.errors import UserError, user_errors
+from llava_train.errors import user_errors
+from llava_train.failures import of_run
+from llava_train.last_words import tell
 from llava_train.many_values import ManyValues
 from llava_train.slurm import SCRIPT, Job, Launcher, SubmitError, prepare, submit, what_to_know
 from llava_train.stage_file import ConfigError, load_stage, stage_schema, with_suffix
@@ -215,10 +218,10 @@ def run(
     """Reads all stage files, then runs the stages.
 
     Returns:
-        The exit code: 2 for what the user can mend, 85 after a request to stop (the same command goes on), 86 (by the
-        watchdog) when a rank hangs, 130 after Ctrl-C, as in a shell.
+        The exit code: 1 for a failure that nobody foresaw, 2 for what the user can mend, 85 after a request to stop
+        (the same command goes on), 86 (by the watchdog) when a rank hangs, 130 after Ctrl-C, as in a shell.
     """
-    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    context = of_run()
     try:
         stages = [load_stage(path, overrides) for path in paths]
         if suffix:
@@ -239,16 +242,17 @@ def run(
                 session = Session(world, stop, allow_config_change, clock=clock)
                 try:
                     for stage in stages:
+                        context = replace(context, run_dir=stage.run_dir)
                         run_stage(stage, session)
                 except Preempted as preempted:
                     world.say(str(preempted))
                     return EXIT_RESUBMIT
-    except UserError as error:
-        if is_main or not error.on_every_rank:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+                finally:
+                    context = replace(context, doing=world.activity)
+    except Exception as error:
+        return tell(error, context)
     except KeyboardInterrupt:
-        if is_main:
+        if context.rank == 0:
             print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
     return 0

@@ -1,0 +1,84 @@
+"""What a run says that fails: a message of at most eight lines on the rank that failed, one line on the others."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.helpers import start_ranks, wait, write_samples, write_stage
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("failures")
+    write_samples(folder / "data.json", "itim" * 2)
+    return folder
+
+
+def failed(fault: str, folder: Path, n_ranks: int = 1, **changes: Any) -> tuple[list[int], list[list[str]], Path]:
+    """Exit codes and last words of the ranks of a run with a fault, and the folder of the run."""
+    name = re.sub(r"\W", "-", fault) + f"-{n_ranks}"
+    write_stage(folder / f"{name}.yaml", **changes)
+    arguments = ["-m", "tests.train.failure_rank", fault, "--config", f"{name}.yaml"]
+    done = wait(start_ranks(arguments, folder, n_ranks), folder)
+    words = [[line for line in text.splitlines() if line and not line.startswith("Writing ")] for text in done.stderr]
+    return done.codes, words, folder / "runs" / name
+
+
+def traceback_named_in(lines: list[str], folder: Path) -> str:
+    [named] = [line for line in lines if line.startswith("traceback: ")]
+    path = folder / named.removeprefix("traceback: ")
+    return path.read_text(encoding="utf-8")
+
+
+def test_a_bug_ends_with_what_was_done_where_and_a_traceback_file(folder: Path) -> None:
+    [code], [lines], run = failed("a bug", folder)
+    assert code == 1
+    assert lines[0] == "error: llava_train failed in forward and backward of step 2, and does not know why"
+    assert re.fullmatch(r"KeyError: 'optimizer' \(at llava_train/train/loop\.py:\d+ in train\)", lines[1])
+    assert "The same command goes on from the beginning." in lines
+    assert "llava-train doctor" in lines[-1] and len(lines) <= 8
+    kept = traceback_named_in(lines, folder)
+    assert kept.endswith("KeyError: 'optimizer'\n") and "failure_rank.py" in kept
+    assert len(list((run / "errors").iterdir())) == 1
+
+
+def test_the_rank_that_failed_says_why_and_the_other_says_so_in_a_line(folder: Path) -> None:
+    codes, (other, failing), _ = failed("a bug", folder, n_ranks=2)
+    assert codes == [1, 1]
+    assert (
+        failing[0].startswith("error: rank 1: llava_train failed in forward and backward of step 2")
+        and len(failing) <= 8
+    )
+    assert len(other) == 1 and other[0].startswith("rank 0 stopped in ")
+    assert "the connection to another rank broke" in other[0]
+
+
+def test_a_rank_that_was_killed_leaves_one_line_on_the_other(folder: Path) -> None:
+    codes, (other, killed), _ = failed("its end", folder, n_ranks=2)
+    assert codes == [1, -9] and not killed
+    assert len(other) == 1 and "which failed or was ended" in other[0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    {
+        "no host memory": "the memory of this machine ran out in forward and backward of step 2",
+        "a worker's end": "a worker of the loader (process ",
+        "no room for the result": "a file is larger than the file system, or `ulimit -f`, allows in writing the result",
+    }.items(),
+)
+def test_what_the_machine_lacks_is_said_with_what_to_do(fault: str, said: str, folder: Path) -> None:
+    [code], [lines], _ = failed(fault, folder, loader={"workers": int(fault.startswith("a worker"))})
+    assert code == 2
+    assert lines[0].startswith(f"error: {said}") and 4 <= len(lines) <= 8
+    assert "Traceback (most recent call last)" in traceback_named_in(lines, folder)
+
+
+def test_a_bug_in_a_worker_is_told_like_one_of_the_rank(folder: Path) -> None:
+    [code], [lines], _ = failed("a worker's bug", folder, loader={"workers": 1})
+    assert code == 1
+    assert lines[1].startswith("KeyError: 'sample' (at llava_train/data/loader.py:") and len(lines) <= 8
