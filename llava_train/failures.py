@@ -326,6 +326,8 @@ def _rendezvous(error: BaseException, context: Context) -> Explanation | None:
         what = f"{absent[2]} of the run's {absent[3]} processes came, and no more in {absent[1]} s"
     elif deaf and is_a(error, "torch.distributed.DistNetworkError"):
         what = f"rank 0 of the run did not answer at {deaf[2]}:{deaf[3]} in {int(deaf[1]) // 1000} s"
+    elif is_a(error, "torch.distributed.elastic.rendezvous.api.RendezvousError"):
+        what = f"the agents of torchrun did not meet ({type(error).__name__})"
     else:
         return None
     return Explanation(
@@ -361,17 +363,21 @@ def _misfit(error: BaseException, context: Context) -> Explanation | None:
     of_torch = "loading state_dict for" in said or "size mismatch for" in said or "ignore_mismatched_sizes" in said
     if not (of_torch and isinstance(error, RuntimeError)):
         return None
-    lines = [line.strip() for line in said.splitlines()]
-    first = next((line for line in lines if "size mismatch" in line or "key(s) in state_dict" in line), lines[0])
     return Explanation(
         f"its weights do not fit the model{context.during}",
         (
-            shortened(first),
+            first_misfit(error),
             "Name the parts and settings that the weights were made with, or others' weights;",
             "a run whose parts have changed begins anew under another name.",
         ),
         context.subject,
     )
+
+
+def first_misfit(error: BaseException) -> str:
+    """The first tensor that does not fit, of all that torch lists; or what else an error begins with."""
+    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    return shortened(next((line for line in lines if "size mismatch" in line or "in state_dict: " in line), lines[0]))
 
 
 def _damaged(error: BaseException, context: Context) -> Explanation | None:

@@ -22,7 +22,7 @@ import torch
 
 from llava_train.config import EngineSection
 from llava_train.errors import UserError
-from llava_train.failures import reason
+from llava_train.failures import first_misfit
 from llava_train.files import damage, read_manifest
 from llava_train.train.checkpoint import all_checkpoints, remove_unfinished
 from llava_train.train.world import World
@@ -122,7 +122,7 @@ def load(engine: deepspeed.DeepSpeedEngine, world: World, resumption: Resumption
 
 def _misfit(checkpoint: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{checkpoint} does not fit this run: {reason(error)}\n"
+        f"{checkpoint} does not fit this run: {first_misfit(error)}\n"
         "Train the parts that it was saved with, from the same files, or give the run another name to begin anew"
     )
 

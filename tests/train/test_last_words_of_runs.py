@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.train.helpers import start_ranks, wait, write_samples, write_stage
+from llava_train.cli import run
+from tests.train.helpers import run_many, start_ranks, wait, write_samples, write_stage
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +85,47 @@ def test_a_bug_in_a_worker_is_told_like_one_of_the_rank(folder: Path) -> None:
     [code], [lines], _ = failed("a worker's bug", folder, loader={"workers": 1})
     assert code == 1
     assert lines[1].startswith("KeyError: 'sample' (at llava_train/data/loader.py:") and len(lines) <= 8
+
+
+def test_a_checkpoint_of_other_adapters_is_refused_in_words(folder: Path) -> None:
+    for rank in (4, 8):
+        lora = {"projector": {"lr": 1e-3}, "language_model": {"lr": 1e-3, "lora": {"rank": rank, "alpha": 8}}}
+        write_stage(
+            folder / f"lora-{rank}.yaml",
+            trainable=lora,
+            checkpoint={"every": 1},
+            schedule={"max_steps": 1},
+            name="lora",
+        )
+    first, changed = (["--config", folder / f"lora-{rank}.yaml", "--set", f"output={folder}/out"] for rank in (4, 8))
+    assert run_many({"first": first}, folder)["first"][0].code == 0
+    shutil.rmtree(folder / "out/lora/model")
+    [outcome] = run_many({"changed": [*changed, "--allow-config-change"]}, folder)["changed"]
+    assert outcome.code == 2
+    lines = outcome.stderr[outcome.stderr.index("error: ") :].splitlines()
+    assert "step-00000001 does not fit this run: size mismatch for " in lines[0]
+    assert "give the run another name" in lines[1] and len(lines) == 3
+    assert "RuntimeError" in traceback_named_in(lines, folder)
+
+
+def test_a_run_that_cannot_start_says_why_before_it_loads_anything(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: none of it gets as far as a process group."""
+    stage = write_stage(folder / "never.yaml", output=str(folder / "never"))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    assert run([stage], []) == 2
+    assert capsys.readouterr().err.startswith("error: RANK is set (0), as by a launcher, but LOCAL_RANK, WORLD_SIZE,")
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        places = {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in places.items():
+            monkeypatch.setenv(name, value)
+        assert run([stage], []) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert f"error: rank 0: the port {port} is in use, where the processes of this run would meet" in lines
+    assert [line for line in lines if line.startswith("traceback: ")] and not (folder / "never").exists()
