@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 from llava_train.errors import UserError
-from llava_train.failures import Explanation, explain, first_lines, no_cuda
+from llava_train.failures import explain
+from llava_train.failures.machine import no_cuda
+from llava_train.failures.words import Explanation, first_lines
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _OTHER_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}

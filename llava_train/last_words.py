@@ -15,7 +15,8 @@ from pathlib import Path
 
 from llava_train import __version__
 from llava_train.errors import UserError
-from llava_train.failures import Context, Explanation, explain, explain_file, first_lines, shortened
+from llava_train.failures import explain, explain_file
+from llava_train.failures.words import Context, Explanation, first_lines, shortened
 from llava_train.run_files import ERRORS_FOLDER
 
 MENDABLE, UNKNOWN = 2, 1
@@ -29,13 +30,13 @@ _HIDDEN = "[hidden]"
 
 
 def tell(error: Exception, context: Context, verbose: bool = False) -> int:
-    """Says why this process ends, if it is its place to say so, and keeps the traceback. Returns the exit code."""
+    """Keeps the traceback, and says why this process ends, if it is its place to say so. Returns the exit code."""
     explained = explain(error, context) or (None if isinstance(error, UserError) else explain_file(error, context))
     code = MENDABLE if isinstance(error, UserError) or (explained and not explained.by_another_rank) else UNKNOWN
     keeps = explained is not None or not isinstance(error, UserError) or error.keeps_traceback
+    kept = keep(error, context) if keeps else None
     if not speaks(error, context):
         return code
-    kept = keep(error, context) if keeps else None
     said = redacted("\n".join(message(error, explained, context, kept)), os.environ)
     with suppress(OSError):  # nobody may read it any more
         if verbose and keeps:
@@ -86,7 +87,7 @@ def _goes_on(context: Context) -> list[str]:
 
 
 def _where(kept: Path | str | None) -> str:
-    return f"traceback: {kept}" if isinstance(kept, Path) else f"traceback not kept: {kept}; --verbose prints it"
+    return f"traceback: {kept}" if isinstance(kept, Path) else f"traceback not kept: {kept}"
 
 
 def own_place(error: BaseException) -> str:

@@ -27,7 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llava_train.data.problems import DataError
 from llava_train.data.sources import open_source
 from llava_train.errors import OtherRankFailed, UserError
-from llava_train.failures import WIDEST, Context, explain, explain_file, of_run
+from llava_train.failures import explain, explain_file, of_run
+from llava_train.failures.words import WIDEST, Context
 from llava_train.last_words import message
 from llava_train.model.build import load_language_model
 from llava_train.model.compatibility import BuildError
@@ -237,6 +238,9 @@ def test_the_failure_of_another_rank_is_known_as_one() -> None:
         found = explain(error, RUN)
         assert found and found.by_another_rank
         assert len(message(error, found, RUN, Path("t.txt"))) == 1
+    assert explain(distributed.DistBackendError("unhandled system error"), RUN).what.startswith(
+        "the GPUs of this run cannot"
+    )
     assert explain(lost, Context()) is None, "alone there is no other rank"
 
 

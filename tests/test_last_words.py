@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from llava_train.errors import UserError, user_errors
-from llava_train.failures import Context
+from llava_train.failures.words import Context
 from llava_train.last_words import keep, own_place, redacted, speaks, tell
 from llava_train.run_files import ERRORS_FOLDER
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_train.failures import Context
+from llava_train.failures.words import Context
 from llava_train.last_words import speaks
 from llava_train.launch import LaunchError, check_gpus, launch_environment, note_on_launch
 

@@ -18,7 +18,8 @@ from llava_train.data.pictures import PictureFolder, Pictures, PictureStore, Pre
 from llava_train.data.problems import DataError, SampleError
 from llava_train.data.records import GZIP_MAGIC, JsonRecords
 from llava_train.data.samples import Sample, parse_record, record_id
-from llava_train.failures import Context, explain
+from llava_train.failures import explain
+from llava_train.failures.words import Context
 from llava_train.files import is_hub_id
 
 if TYPE_CHECKING:

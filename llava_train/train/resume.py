@@ -22,7 +22,7 @@ import torch
 
 from llava_train.config import EngineSection
 from llava_train.errors import UserError
-from llava_train.failures import first_misfit
+from llava_train.failures.weights import first_misfit
 from llava_train.files import damage, read_manifest
 from llava_train.train.checkpoint import all_checkpoints, remove_unfinished
 from llava_train.train.world import World

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from llava_train.train.watchdog import Watchdog
 
 T = TypeVar("T")
 
+_UNUSUAL_S = 60.0
+"""A start that takes longer lacks a process, or a way to it."""
 _MANY, _LEAST_TIMEOUT_S = 10, 1800.0
 """Time-outs of the watchdog, and at least so many seconds, that a collective may take: rank 0 may work alone."""
 
@@ -148,10 +151,26 @@ def start_distributed(timeout_s: float = 600.0) -> World:
     timeout = timedelta(seconds=max(_MANY * timeout_s, _LEAST_TIMEOUT_S))
     if not distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+        place = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+        waiting = f"rank {os.environ['RANK']} still waits for the other processes of the run, at {place}"
+        with said_after(_UNUSUAL_S if os.environ["LOCAL_RANK"] == "0" else None, waiting):
+            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     n_ranks = distributed.get_world_size()
     control = distributed.new_group(backend="gloo", timeout=timeout) if n_ranks > 1 else None
     return World(distributed.get_rank(), n_ranks, device, control)
+
+
+@contextmanager
+def said_after(wait_s: float | None, text: str) -> Iterator[None]:
+    """Prints a line when what happens inside takes longer; never for None."""
+    timer = threading.Timer(wait_s or 0, print, (text,), {"flush": True})
+    timer.daemon = True
+    if wait_s is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager
