@@ -227,6 +227,7 @@ def run(
         if suffix:
             stages = with_suffix(stages, suffix)
         _check_chain(stages)
+        context = replace(context, run_dir=stages[0].run_dir)
         # Not before the files are known to be right: these imports take seconds.
         from llava_train.train.interrupt import EXIT_RESUBMIT, Preempted, StopRequests
         from llava_train.train.session import Session, StartClock

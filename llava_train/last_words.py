@@ -17,7 +17,7 @@ from llava_train import __version__
 from llava_train.errors import UserError
 from llava_train.failures import explain, explain_file
 from llava_train.failures.words import Context, Explanation, first_lines, shortened
-from llava_train.run_files import ERRORS_FOLDER
+from llava_train.run_files import CACHE_FOLDER, ERRORS_FOLDER
 
 MENDABLE, UNKNOWN = 2, 1
 """Exit codes."""
@@ -120,8 +120,9 @@ def keep(error: BaseException, context: Context) -> Path | str:
 
 
 def _folders(run_dir: Path | None) -> Iterator[Path]:
-    if run_dir is not None and run_dir.is_dir():
-        yield run_dir / ERRORS_FOLDER
+    if run_dir is not None:
+        of_run, of_all = run_dir / ERRORS_FOLDER, run_dir.parent / CACHE_FOLDER / ERRORS_FOLDER
+        yield from (folder for folder in (of_run, of_all) if folder.parent.is_dir())  # a run may not have begun
     of_user = Path(tempfile.gettempdir()) / f"llava_train-{os.getuid()}" / ERRORS_FOLDER
     with suppress(OSError):
         of_user.parent.mkdir(mode=0o700, exist_ok=True)

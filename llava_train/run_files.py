@@ -18,6 +18,8 @@ RECORD_FILES = (METRICS_FILE, QUARANTINE_FILE, BAD_STEPS_FILE, ANSWERS_FILE)
 PICTURES_FOLDER = "pictures"
 """Of the questions in answers.jsonl, small."""
 REPORT_FILE = "report.html"
+CACHE_FOLDER = ".cache"
+"""Beside the folders of runs: what all of them share."""
 ERRORS_FOLDER = "errors"
 """Full tracebacks of failures that were told in a few lines."""
 

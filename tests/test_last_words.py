@@ -13,7 +13,7 @@ import typer
 from llava_train.errors import UserError, user_errors
 from llava_train.failures.words import Context
 from llava_train.last_words import keep, own_place, redacted, speaks, tell
-from llava_train.run_files import ERRORS_FOLDER
+from llava_train.run_files import CACHE_FOLDER, ERRORS_FOLDER
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +110,13 @@ def test_a_folder_of_tracebacks_keeps_the_newest(tmp_path: Path) -> None:
     kept = keep(KeyError("a"), Context(run_dir=tmp_path))
     assert isinstance(kept, Path) and kept.parent == errors
     assert len(list(errors.glob("*-rank*.txt"))) == 20 and kept.exists() and (errors / "notes.txt").exists()
+
+
+def test_the_traceback_of_a_run_that_has_no_folder_yet_is_kept_beside_the_runs(tmp_path: Path) -> None:
+    (tmp_path / CACHE_FOLDER).mkdir()
+    kept = keep(KeyError("a"), Context(run_dir=tmp_path / "run"))
+    assert isinstance(kept, Path) and kept.parent == tmp_path / CACHE_FOLDER / ERRORS_FOLDER
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_traceback_that_cannot_be_kept_in_the_runs_folder_goes_elsewhere(tmp_path: Path, temporary: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 
 from llava_train.config import ImageSection, ModelSection
 from llava_train.failures import reason
-from llava_train.model.build import Llava, join, load_vision_tower, widen
+from llava_train.model.build import NOT_LOADED, Llava, join, load_vision_tower, widen
 from llava_train.model.compatibility import BuildError
 from llava_train.model.fit import misfits, shapes_of
 from llava_train.model.foreign_files import (
@@ -69,11 +69,17 @@ def load_transformers(folder: Path, dtype: torch.dtype | None = None, **settings
     if has_adapter and "quantization_config" in settings:
         raise ForeignError(f"{folder} has an adapter beside it; quantize `llava-train export --merge-lora` of its run")
     try:
-        model = LlavaForConditionalGeneration.from_pretrained(str(folder), dtype=dtype or "auto", **settings)
+        model, loaded = LlavaForConditionalGeneration.from_pretrained(
+            str(folder), dtype=dtype or "auto", output_loading_info=True, **settings
+        )
+        if missing := loaded["missing_keys"]:
+            raise ForeignError(f"{folder} lacks {len(missing)} of its tensors, such as {min(missing)}; copy it again")
         if has_adapter:
             PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER)).merge_and_unload()
         return model.eval()
-    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
+    except ForeignError:
+        raise
+    except (*NOT_LOADED, UnpicklingError) as error:
         raise ForeignError(f"{folder} is not a LLaVA model that transformers loads: {reason(error)}") from error
 
 
