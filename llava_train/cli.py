@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +13,9 @@ from llava_train import __version__, cli_judge, cli_look, cli_runs, cli_use
 from llava_train.cli_help import SETTINGS, TRAIN, Command, Group
 from llava_train.cli_look import Overrides
 from llava_train.config import StageConfig
-from llava_train.errors import UserError, user_errors
+from llava_train.errors import user_errors
+from llava_train.failures import of_run
+from llava_train.last_words import tell
 from llava_train.slurm import SCRIPT, Job, Launcher, prepare, submit, what_to_know
 from llava_train.stage_file import ConfigError, load_stage, with_suffix
 
@@ -182,15 +184,16 @@ def run(
     """Reads all stage files, then runs the stages.
 
     Returns:
-        The exit code: 2 for what the user can mend, 85 after a request to stop (the same command goes on), 86 (by the
-        watchdog) when a rank hangs, 130 after Ctrl-C, as in a shell.
+        The exit code: 1 for a failure that nobody foresaw, 2 for what the user can mend, 85 after a request to stop
+        (the same command goes on), 86 (by the watchdog) when a rank hangs, 130 after Ctrl-C, as in a shell.
     """
-    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    context = of_run()
     try:
         stages = [load_stage(path, overrides) for path in paths]
         if suffix:
             stages = with_suffix(stages, suffix)
         _check_chain(stages)
+        context = replace(context, run_dir=stages[0].run_dir)
         # Not before the files are known to be right: these imports take seconds.
         from llava_train.train.interrupt import EXIT_RESUBMIT, Preempted, StopRequests
         from llava_train.train.session import Session, StartClock
@@ -206,16 +209,17 @@ def run(
                 session = Session(world, stop, allow_config_change, clock=clock)
                 try:
                     for stage in stages:
+                        context = replace(context, run_dir=stage.run_dir)
                         run_stage(stage, session)
                 except Preempted as preempted:
                     world.say(str(preempted))
                     return EXIT_RESUBMIT
-    except UserError as error:
-        if is_main or not error.on_every_rank:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+                finally:
+                    context = replace(context, doing=world.activity)
+    except Exception as error:
+        return tell(error, context)
     except KeyboardInterrupt:
-        if is_main:
+        if context.rank == 0:
             print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
     return 0

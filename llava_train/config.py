@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 from llava_train.contradictions import contradictions
+from llava_train.run_files import CACHE_FOLDER
 
 Part = Literal["projector", "language_model", "vision_tower"]
 PARTS: tuple[Part, ...] = typing.get_args(Part)
@@ -355,7 +356,7 @@ class StageConfig(Section):
     @property
     def cache_dir(self) -> Path:
         """What is read from data files once and for all runs; it may be deleted between runs."""
-        return Path(self.output) / ".cache"
+        return Path(self.output) / CACHE_FOLDER
 
     @model_validator(mode="after")
     def _contradictions(self) -> StageConfig:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 from llava_train.errors import UserError
+from llava_train.failures import explain
+from llava_train.failures.machine import no_cuda
+from llava_train.failures.words import Explanation, first_lines
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _OTHER_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
@@ -27,8 +33,50 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         seen = torch.cuda.device_count() or "no"
-        raise UserError(f"device {name}: torch sees {seen} CUDA device{'s' * (seen != 1)} here; choose cpu or auto")
+        why = "" if torch.cuda.is_available() else f"\n{why_no_cuda(os.environ)}"
+        raise UserError(
+            f"device {name}: torch sees {seen} CUDA device{'s' * (seen != 1)} here; choose cpu or auto{why}"
+        )
     return device
+
+
+def training_device() -> torch.device:
+    """A GPU, or a CPU where there is none, or where the user hides it.
+
+    Raises:
+        UserError: there is a GPU, and torch cannot use it: on the CPU a run would take months, and say nothing.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if has_gpu() and not hides_gpus(os.environ):
+        raise UserError(
+            f"{why_no_cuda(os.environ)}\nOr set CUDA_VISIBLE_DEVICES to nothing, to train on the CPU all the same."
+        )
+    return torch.device("cpu")
+
+
+def why_no_cuda(environment: Mapping[str, str]) -> Explanation:
+    """Why torch has no CUDA device here, as torch itself says it, and what to do."""
+    if hides_gpus(environment):
+        value = environment["CUDA_VISIBLE_DEVICES"]
+        return no_cuda(f"CUDA_VISIBLE_DEVICES is {value!r}, which hides every GPU", "Unset it, or name GPUs: 0,1")
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        if explained := explain(error):
+            return explained
+        return no_cuda(first_lines(error, 1), "See what `nvidia-smi` says")
+    return no_cuda("no GPU is visible", "See that `nvidia-smi` lists one")
+
+
+def hides_gpus(environment: Mapping[str, str]) -> bool:
+    """Whether the user, or a scheduler, hides all GPUs."""
+    return environment.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles")
+
+
+def has_gpu() -> bool:
+    """Whether the machine has an NVIDIA GPU, whatever torch makes of it."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def pick_dtype(name: str | torch.dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -1,10 +1,11 @@
-"""The one base of all errors that a user can mend."""
+"""The one base of all errors that a user can mend, and how a command ends with it. See `failures` for all others."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_OF_THE_COMMAND_LINE = ("typer", "click")
 
 
 class UserError(ValueError):
@@ -15,13 +16,33 @@ class UserError(ValueError):
 
     on_every_rank: bool = True
     """False for what only one rank of a run can see, so that this rank must say it."""
+    told_by_main: bool = False
+    """Rank 0 has said it already."""
+    keeps_traceback: bool = False
+    """Whether a library or the machine failed, so that the traceback is worth a file."""
+
+
+class OtherRankFailed(RuntimeError):
+    """This rank can't go on, for another one failed, which says why."""
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Ends a command with exit code 2 and one line for what the user can mend."""
+def user_errors(command: str = "") -> Iterator[None]:
+    """Ends a command in a few lines: with exit code 2 for what the user can mend, 130 after Ctrl-C, 1 for the unknown.
+
+    Args:
+        command: what it does, in words; empty for what was typed.
+    """
     try:
         yield
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # of a reader such as `head`, which has enough
+        raise
+    except Exception as error:
+        if type(error).__module__.split(".")[0] in _OF_THE_COMMAND_LINE:
+            raise
+        from llava_train.failures import of_command
+        from llava_train.last_words import tell
+
+        raise SystemExit(tell(error, of_command(command))) from None

@@ -5,6 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from llava_train import devices
+from llava_train.devices import pick_device, training_device
+from llava_train.errors import UserError
 
 _FAULTS = """
 import resource, sys, torch
@@ -28,3 +33,34 @@ def faults(how: str) -> int:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_a_step_gets_the_memory_again_that_the_step_before_freed() -> None:
     assert faults("keep") < faults("give back") / 3
+
+
+def test_a_gpu_that_torch_cannot_use_is_refused_for_training_unless_it_is_hidden(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "has_gpu", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UserError, match=r"CUDA cannot be used: [\s\S]*set CUDA_VISIBLE_DEVICES to nothing"):
+        training_device()
+    for hidden in ("", "-1", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert training_device().type == "cpu"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(devices, "has_gpu", lambda: False)
+    assert training_device().type == "cpu"
+
+
+def test_a_device_that_is_asked_for_and_not_there_is_told_with_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(
+        UserError, match=r"device cuda: torch sees no .*\s*CUDA cannot be used: CUDA_VISIBLE_DEVICES is ''"
+    ):
+        pick_device("cuda")
+    too_old = RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
+    monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(too_old))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(UserError, match="the NVIDIA driver is too old for this PyTorch"):
+        pick_device("cuda")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,15 @@ def test_torchrun_does_not_outlive_its_ranks_when_it_hangs() -> None:
     )
     assert done.returncode == 1
     assert "all ranks have ended" in done.stderr
+
+
+def test_a_port_that_is_taken_is_told_in_a_few_lines(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        command = [sys.executable, ROOT / "scripts/torchrun.py", "--nproc-per-node=2", f"--master-port={port}", "no.py"]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    lines = done.stderr[done.stderr.index("error: ") :].splitlines()
+    assert f"the port {port} is in use" in lines[0] and len(lines) <= 8 and "Traceback" not in done.stderr

@@ -18,6 +18,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from llava_train.data.problems import DataError
+from llava_train.failures import reason
 
 _ROWS_A_BATCH = 4096
 
@@ -50,7 +51,7 @@ def built_once(
             _write(kept, schema, rows())
             return _mapped(kept)
     except OSError as error:
-        raise DataError(f"{kept}: cannot keep what was read from {path}: {error}; it is below `output:`") from error
+        raise DataError(f"{kept}: cannot keep what was read from {path}, below `output:`: {reason(error)}") from error
 
 
 def _mapped(kept: Path) -> pa.Table:

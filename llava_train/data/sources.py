@@ -18,6 +18,8 @@ from llava_train.data.pictures import PictureFolder, Pictures, PictureStore, Pre
 from llava_train.data.problems import DataError, SampleError
 from llava_train.data.records import GZIP_MAGIC, JsonRecords
 from llava_train.data.samples import Sample, parse_record, record_id
+from llava_train.failures import explain
+from llava_train.failures.words import Context
 from llava_train.files import is_hub_id
 
 if TYPE_CHECKING:
@@ -164,8 +166,9 @@ def _open_records(path: Path, subset: str | None, split: str | None, cache: Path
         if path.is_dir() or _looks_like_hub_id(path):
             return HubRecords(datasets.load_dataset(str(path), subset, split=split))
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        what = "" if path.exists() else " There is no such file either."
-        raise DataError(f"{path}: the data set cannot be loaded: {error}{what}") from error
+        told = explain(error, Context(subject=str(path)))
+        unknown = str(error) if path.exists() else f"{error} There is no such file either."
+        raise DataError(f"{path}: the data set cannot be loaded: {told or unknown}") from error
     raise _unreadable(path, "No such file or directory")
 
 

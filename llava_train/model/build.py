@@ -8,10 +8,12 @@ build_llava(section) = its processor (processor.py)
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,11 +28,14 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, RandomVisionTower
+from llava_train.failures import cannot_load
 from llava_train.model.attention import PACKED
 from llava_train.model.compatibility import BuildError, check_packing, refuse_unlike_llava
 from llava_train.model.processor import IMAGE_TOKEN, Front, build_processor, config_from, tower_class
 
 VOCABULARY_MULTIPLE = 64
+NOT_LOADED = (OSError, ValueError, RuntimeError, SafetensorError)
+"""What transformers raises about a model that it cannot load, or whose weights do not fit its configuration."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,12 @@ def load_language_model(part: str | RandomLanguageModel, dtype: torch.dtype, n_t
             config.vocab_size = max(n_tokens - 1, part.config.get("vocab_size", 0))
             model = _seeded(part.seed, lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
         else:
-            model = AutoModelForCausalLM.from_pretrained(part, dtype=dtype)
+            model, loaded = AutoModelForCausalLM.from_pretrained(part, dtype=dtype, output_loading_info=True)
+            _refuse_missing("language_model", part, loaded["missing_keys"])
     except BuildError:
         raise
-    except (OSError, ValueError) as error:
-        raise BuildError(f"model.language_model: cannot load {origin}: {error}") from error
+    except NOT_LOADED as error:
+        raise BuildError(cannot_load("model.language_model", origin, error)) from error
     refuse_unlike_llava(model)
     widen(model, n_tokens)
     return model
@@ -107,9 +113,22 @@ def load_vision_tower(part: str | RandomVisionTower, config: PreTrainedConfig, d
     if isinstance(part, RandomVisionTower):
         return _seeded(part.seed, lambda: tower_class(config, config.model_type)(config)).to(dtype)
     try:
-        return tower_class(config, part).from_pretrained(part, config=config, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise BuildError(f"model.vision_tower: cannot load {part}: {error}") from error
+        tower, loaded = tower_class(config, part).from_pretrained(
+            part, config=config, dtype=dtype, output_loading_info=True
+        )
+    except NOT_LOADED as error:
+        raise BuildError(cannot_load("model.vision_tower", part, error)) from error
+    _refuse_missing("vision_tower", part, loaded["missing_keys"])
+    return tower
+
+
+def _refuse_missing(key: str, part: str, missing: Collection[str]) -> None:
+    """Raises BuildError for weights that the file of a part lacks: transformers makes them up, and goes on."""
+    if missing:
+        raise BuildError(
+            f"model.{key}: {part} lacks {len(missing)} of its tensors, such as {min(missing)}; copy it or download it "
+            "again, or name another one"
+        )
 
 
 def new_projector(section: ModelSection, config: LlavaConfig, dtype: torch.dtype, seed: int) -> nn.Module:

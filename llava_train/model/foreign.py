@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_train.config import ImageSection, ModelSection
-from llava_train.model.build import Llava, join, load_vision_tower, widen
+from llava_train.failures import reason
+from llava_train.model.build import NOT_LOADED, Llava, join, load_vision_tower, widen
 from llava_train.model.compatibility import BuildError
 from llava_train.model.fit import misfits, shapes_of
 from llava_train.model.foreign_files import (
@@ -68,12 +69,18 @@ def load_transformers(folder: Path, dtype: torch.dtype | None = None, **settings
     if has_adapter and "quantization_config" in settings:
         raise ForeignError(f"{folder} has an adapter beside it; quantize `llava-train export --merge-lora` of its run")
     try:
-        model = LlavaForConditionalGeneration.from_pretrained(str(folder), dtype=dtype or "auto", **settings)
+        model, loaded = LlavaForConditionalGeneration.from_pretrained(
+            str(folder), dtype=dtype or "auto", output_loading_info=True, **settings
+        )
+        if missing := loaded["missing_keys"]:
+            raise ForeignError(f"{folder} lacks {len(missing)} of its tensors, such as {min(missing)}; copy it again")
         if has_adapter:
             PeftModel.from_pretrained(model, str(folder / ADAPTER_FOLDER)).merge_and_unload()
         return model.eval()
-    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
-        raise ForeignError(f"{folder} is not a LLaVA model that transformers loads: {error}") from error
+    except ForeignError:
+        raise
+    except (*NOT_LOADED, UnpicklingError) as error:
+        raise ForeignError(f"{folder} is not a LLaVA model that transformers loads: {reason(error)}") from error
 
 
 def _joined(original: Original) -> Llava:
@@ -132,7 +139,7 @@ def _of_transformers(folder: Path, dtype: torch.dtype | None, settings: dict[str
     try:
         processor = AutoProcessor.from_pretrained(str(folder), **trusted)
     except (OSError, ValueError) as error:
-        raise ForeignError(f"{folder} has no processor that transformers loads: {error}") from error
+        raise ForeignError(f"{folder} has no processor that transformers loads: {reason(error)}") from error
     if not isinstance(processor, LlavaProcessor):
         raise ForeignError(f"{folder} has a {type(processor).__name__}, not a LlavaProcessor")
     config = model.config

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from llava_train.errors import UserError
+from llava_train.failures import reason
 from llava_train.files import is_hub_id
 
 State = dict[str, torch.Tensor]
@@ -71,10 +71,8 @@ def local_path(name: str | Path) -> Path:
         if not any(folder.glob("*.safetensors")):  # where there are both, the other format would double the download
             folder = Path(snapshot_download(str(name), allow_patterns=[*_FROM_THE_HUB, "pytorch_model*.bin*"]))
         return folder
-    except LocalEntryNotFoundError as error:
-        raise ForeignError(f"{name}: no folder here, and the hub cannot be reached to look there: {error}") from error
     except (OSError, ValueError) as error:
-        raise ForeignError(f"{name}: no folder here, and no such model on the hub: {error}") from error
+        raise ForeignError(f"{name}: {reason(error, name)}") from error
 
 
 def kind_of(path: Path) -> Kind:

@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, RandomVisionTower
+from llava_train.failures import cannot_load
 from llava_train.model.compatibility import BuildError, check_class_token, check_processor
 
 IMAGE_TOKEN = "<image>"
@@ -80,7 +81,7 @@ def load_tokenizer(part: str | RandomLanguageModel) -> PreTrainedTokenizerBase:
         own_bytes = isinstance(part, RandomLanguageModel) and name == "bytes"
         tokenizer = byte_tokenizer() if own_bytes else AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise BuildError(f"model.language_model: cannot load {name}: {error}") from error
+        raise BuildError(cannot_load("model.language_model", name, error)) from error
     if not tokenizer.is_fast:
         raise BuildError(f"model.language_model: {name} has no fast tokenizer, which label spans need")
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
@@ -95,7 +96,7 @@ def _hidden_size(part: str | RandomLanguageModel) -> int:
             AutoConfig.from_pretrained(part) if isinstance(part, str) else config_from(part.config, "language_model")
         )
     except (OSError, ValueError) as error:
-        raise BuildError(f"model.language_model: cannot load {part}: {error}") from error
+        raise BuildError(cannot_load("model.language_model", part, error)) from error
     return int(config.hidden_size)
 
 
@@ -116,7 +117,7 @@ def load_vision_config(part: str | RandomVisionTower) -> tuple[PreTrainedConfig,
     except BuildError:
         raise
     except (OSError, ValueError) as error:
-        raise BuildError(f"model.vision_tower: cannot load {part}: {error}") from error
+        raise BuildError(cannot_load("model.vision_tower", part, error)) from error
     return config, settings
 
 

@@ -50,7 +50,8 @@ def quantize_base(model: LlavaForConditionalGeneration, device: torch.device) ->
     One after the other: the device never holds more than one of them in full, and the host frees it then.
 
     Raises:
-        QuantizeError: bitsandbytes cannot be imported, or a layer that it cannot compute on this device.
+        QuantizeError: bitsandbytes cannot be imported, or a layer that it cannot compute on this device; or, on the
+            rank where it does so, the device's memory runs out.
     """
     library = _bitsandbytes()
     for parent, name, layer in list(_linear_layers(model)):
@@ -67,14 +68,29 @@ def quantize_base(model: LlavaForConditionalGeneration, device: torch.device) ->
             quant_type=_NF4["quant_type"],
             device="meta",
         )
-        weight = layer.weight.detach().to(torch.bfloat16)
-        quantized.weight = library.nn.Params4bit(weight, requires_grad=False, module=quantized, **_NF4).to(device)
+        quantized.weight = _in_nf4(library, layer.weight.detach().to(torch.bfloat16), quantized, device)
         quantized.bias = layer.bias
         # In evaluation it would pack the weights anew for AVX-512, in an order that training cannot read.
         quantized.support_avx512bf16_for_cpu = False
         quantized.register_state_dict_post_hook(_without_statistics)
         quantized.train(layer.training)
         setattr(parent, name, quantized)
+
+
+def _in_nf4(library: Any, weight: torch.Tensor, layer: nn.Module, device: torch.device) -> nn.Parameter:
+    """A weight in NF4 on a device. Raises QuantizeError where its memory is too small, even for 4 bits."""
+    try:
+        return library.nn.Params4bit(weight, requires_grad=False, module=layer, **_NF4).to(device)
+    except torch.OutOfMemoryError as error:
+        free, total = (n_bytes / 2**30 for n_bytes in torch.cuda.mem_get_info(device))
+        held = torch.cuda.memory_allocated(device) / 2**30
+        failure = QuantizeError(
+            f"trainable.language_model.lora.quantize_base: the memory of {device} ran out while the base weights were "
+            f"put there in 4 bits: of {total:.1f} GiB this run holds {held:.1f}, and {free:.1f} are free\n"
+            "See by `nvidia-smi` who else uses the GPU; take a larger one, or a smaller language model"
+        )
+        failure.on_every_rank = False
+        raise failure from error
 
 
 @torch.no_grad()

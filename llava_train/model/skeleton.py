@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AutoConfig, LlavaConfig, LlavaForCo
 
 from llava_train.config import ModelSection, RandomLanguageModel, TrainableSection
 from llava_train.devices import cast_parameters
+from llava_train.failures import cannot_load
 from llava_train.model.attention import PACKED, Documents, attend_by_document, attend_with_torch
 from llava_train.model.build import VOCABULARY_MULTIPLE, joined_config
 from llava_train.model.compatibility import BuildError
@@ -42,7 +43,7 @@ def config_without_weights(section: ModelSection, front: Front) -> LlavaConfig:
         try:
             text = AutoConfig.from_pretrained(part)
         except (OSError, ValueError) as error:
-            raise BuildError(f"model.language_model: cannot load {part}: {error}") from error
+            raise BuildError(cannot_load("model.language_model", part, error)) from error
     if n_tokens > text.vocab_size:
         text.vocab_size = -(-n_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     return joined_config(section, front, text, front.vision_config)

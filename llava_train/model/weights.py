@@ -22,7 +22,7 @@ from llava_train.config import ModelSection
 from llava_train.errors import UserError
 from llava_train.files import damage, sha256, share
 from llava_train.model.export_files import write_model
-from llava_train.model.fit import copy_weights
+from llava_train.model.fit import copy_weights, misfits, shapes_of
 from llava_train.model.foreign import load_transformers
 from llava_train.model.foreign_files import (
     ADAPTER_FOLDER,
@@ -164,7 +164,13 @@ def _load_projector(folder: Path, model: LlavaForConditionalGeneration, section:
                 f"init_from: the projector in {folder} was trained with {key} = {card[key]!r}, this stage has "
                 f"{ours!r}; use the same parts in both stages"
             )
-    part_module(model, "projector").load_state_dict(load_file(folder / PROJECTOR_FILE))
+    projector, trained = part_module(model, "projector"), load_file(folder / PROJECTOR_FILE)
+    for problem in misfits(shapes_of(projector.state_dict()), shapes_of(trained)):
+        raise HandOffError(
+            f"init_from: the projector in {folder} does not fit the parts of the model section: {problem}; their "
+            "names are the same, so one of them is another model now"
+        )
+    projector.load_state_dict(trained)
     return f"projector from {folder}, sha256 {digest[:16]}"
 
 

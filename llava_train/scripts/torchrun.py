@@ -15,6 +15,9 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from llava_train.failures import of_run
+from llava_train.last_words import tell
+
 PREEMPTED = 85
 """The exit code of `scripts/train.py` after it was asked to stop and has saved its state."""
 
@@ -70,6 +73,8 @@ def main() -> int:
         return code
     except SignalException as error:
         return 128 + error.sigval
+    except Exception as error:  # the agents of the nodes did not meet
+        return tell(error, of_run())
     return 0
 
 

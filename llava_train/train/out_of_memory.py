@@ -54,7 +54,7 @@ def advised(world: World, choice: Choice) -> Iterator[None]:
     try:
         yield
     except (RanOut, torch.OutOfMemoryError) as error:
-        raise OutOfMemory(advice(error, world, choice)) from None
+        raise OutOfMemory(advice(error, world, choice)) from error
 
 
 def advice(error: RuntimeError, world: World, choice: Choice) -> str:

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 
 from llava_train.config import EngineSection
 from llava_train.errors import UserError
+from llava_train.failures.weights import first_misfit
 from llava_train.files import damage, read_manifest
 from llava_train.train.checkpoint import all_checkpoints, remove_unfinished
 from llava_train.train.world import World
@@ -28,6 +30,12 @@ from llava_train.train.world import World
 
 class CheckpointError(UserError):
     """A checkpoint that this run cannot continue."""
+
+    keeps_traceback = True
+
+
+class ConverterError(RuntimeError):
+    """DeepSpeed's converter failed; what it printed."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +101,14 @@ def load(engine: deepspeed.DeepSpeedEngine, world: World, resumption: Resumption
     settings = [
         {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
     ]
-    engine.load_checkpoint(
-        str(folder.parent), tag=folder.name, load_module_strict=False, load_lr_scheduler_states=False
-    )
+    try:
+        engine.load_checkpoint(
+            str(folder.parent), tag=folder.name, load_module_strict=False, load_lr_scheduler_states=False
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
+        raise _misfit(resumption.checkpoint, error) from error
     for group, of_group in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(of_group)
     if hasattr(engine.optimizer, "clip_grad"):
@@ -105,6 +118,13 @@ def load(engine: deepspeed.DeepSpeedEngine, world: World, resumption: Resumption
             state["step"] = state["step"].clone()
         world.barrier()
         world.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def _misfit(checkpoint: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint} does not fit this run: {first_misfit(error)}\n"
+        "Train the parts that it was saved with, from the same files, or give the run another name to begin anew"
+    )
 
 
 def _convert(resumption: Resumption, target: Path, zero: int, on_progress: Callable[[], None]) -> None:
@@ -124,9 +144,8 @@ def _convert(resumption: Resumption, target: Path, zero: int, on_progress: Calla
     if converter.returncode:
         raise CheckpointError(
             f"{resumption.checkpoint} cannot be converted for this number of ranks and ZeRO stage; start the run as it "
-            f"was ({_in_words(resumption.manifest['n_ranks'], resumption.manifest['zero'])}). DeepSpeed's converter "
-            f"says:\n{words[-2000:]}"
-        )
+            f"was ({_in_words(resumption.manifest['n_ranks'], resumption.manifest['zero'])})"
+        ) from ConverterError(words)
     # The state that all ranks share has another name in each of DeepSpeed's layouts.
     name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if zero == 3 else "mp_rank_00_model_states.pt"
     if not (target / name).exists():

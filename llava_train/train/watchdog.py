@@ -60,6 +60,11 @@ class Watchdog:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang watchdog", daemon=True)
 
+    @property
+    def activity(self) -> str:
+        """What the main thread is in."""
+        return self._progress.activity
+
     def beat(self, activity: str, patience: float = 1.0) -> None:
         """The main thread begins an activity, which may stand still for `patience` times the time-out.
 

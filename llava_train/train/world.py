@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,13 +19,16 @@ import deepspeed
 import torch
 from torch import distributed
 
-from llava_train.devices import keep_freed_memory
-from llava_train.errors import UserError
-from llava_train.launch import launch_environment
+from llava_train.devices import keep_freed_memory, training_device
+from llava_train.errors import OtherRankFailed, UserError
+from llava_train.failures import file_trouble
+from llava_train.launch import check_gpus, launch_environment, note_on_launch
 from llava_train.train.watchdog import Watchdog
 
 T = TypeVar("T")
 
+_UNUSUAL_S = 60.0
+"""A start that takes longer lacks a process, or a way to it."""
 _MANY, _LEAST_TIMEOUT_S = 10, 1800.0
 """Time-outs of the watchdog, and at least so many seconds, that a collective may take: rank 0 may work alone."""
 
@@ -45,6 +49,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def activity(self) -> str:
+        """What the watchdog was told last; empty before it is there."""
+        return self.watchdog.activity if self.watchdog else ""
+
     def gather(self, value: T) -> list[T]:
         """The value of every rank, on every rank. Every rank must call it, with something that can be pickled."""
         if self.n_ranks == 1:
@@ -57,24 +66,26 @@ class World:
         """What `decide` returns on rank 0, on every rank. Every rank must call it.
 
         Raises:
-            UserError, RuntimeError: on every rank, what `decide` raised on rank 0. An OSError becomes a UserError.
+            UserError: on every rank, what `decide` raised on rank 0. An OSError becomes one.
+            OtherRankFailed: on all but rank 0, where it raised something else.
         """
         answer: list[Any] = [None, None]
         if self.is_main:
             try:
                 answer = [decide(), None]
             except OSError as error:
-                answer = [None, UserError(f"{error.filename or 'a file'}: {error.strerror or error}")]
+                answer = [None, UserError(file_trouble(error))]
+                answer[1].keeps_traceback, answer[1].__cause__ = True, error
             except Exception as error:
-                if self.n_ranks == 1:
-                    raise
-                told = error if isinstance(error, UserError) else RuntimeError(f"rank 0 failed: {error!r}")
-                distributed.broadcast_object_list([None, told], src=0, group=self.control)
+                if self.n_ranks > 1:
+                    told = error if isinstance(error, UserError) else OtherRankFailed("rank 0 failed")
+                    distributed.broadcast_object_list([None, told], src=0, group=self.control)
                 raise
         if self.n_ranks > 1:
             distributed.broadcast_object_list(answer, src=0, group=self.control)
         value, raised = answer
         if raised is not None:
+            raised.told_by_main = not self.is_main
             raise raised
         return value
 
@@ -113,13 +124,20 @@ def start_distributed(timeout_s: float = 600.0) -> World:
         timeout_s: of the watchdog, which knows who hangs; collectives give up much later, and know nothing.
 
     Raises:
-        LaunchError: the environment does not say which of the processes this is.
+        LaunchError: the environment does not say which of the processes this is, or a process has no GPU.
+        UserError: there is a GPU, and torch cannot use it.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    for name, value in launch_environment(os.environ).items():
+    found = launch_environment(os.environ)
+    device = training_device()
+    n_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    check_gpus({**os.environ, **found}, n_gpus)
+    if note := note_on_launch(os.environ, found, n_gpus):
+        print(note, flush=True)
+    for name, value in found.items():
         os.environ.setdefault(name, value)
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -133,10 +151,26 @@ def start_distributed(timeout_s: float = 600.0) -> World:
     timeout = timedelta(seconds=max(_MANY * timeout_s, _LEAST_TIMEOUT_S))
     if not distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+        place = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+        waiting = f"rank {os.environ['RANK']} still waits for the other processes of the run, at {place}"
+        with said_after(_UNUSUAL_S if os.environ["LOCAL_RANK"] == "0" else None, waiting):
+            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     n_ranks = distributed.get_world_size()
     control = distributed.new_group(backend="gloo", timeout=timeout) if n_ranks > 1 else None
     return World(distributed.get_rank(), n_ranks, device, control)
+
+
+@contextmanager
+def said_after(wait_s: float | None, text: str) -> Iterator[None]:
+    """Prints a line when what happens inside takes longer; never for None."""
+    timer = threading.Timer(wait_s or 0, print, (text,), {"flush": True})
+    timer.daemon = True
+    if wait_s is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

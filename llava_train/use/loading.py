@@ -14,6 +14,7 @@ from llava_train.config import StageConfig
 from llava_train.data.chat_templates import load_template
 from llava_train.devices import DTYPES
 from llava_train.errors import UserError
+from llava_train.failures import reason
 from llava_train.files import read_manifest
 from llava_train.model.build import Llava, build_llava
 from llava_train.model.foreign import load_whole
@@ -110,7 +111,10 @@ def _result_of(folder: Path) -> Path:
 
 
 def _add_adapter(llava: Llava, folder: Path) -> None:
-    PeftModel.from_pretrained(llava.model, str(folder)).merge_and_unload()
+    try:
+        PeftModel.from_pretrained(llava.model, str(folder)).merge_and_unload()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise LoadError(f"the adapter in {folder} does not fit its base model: {reason(error)}") from error
 
 
 def quantized(quantization: str, place: torch.device) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
 from llava_train.errors import UserError
-from llava_train.launch import launch_environment
+from llava_train.launch import check_gpus, launch_environment
 
 T = TypeVar("T")
 
@@ -82,20 +82,17 @@ def joined_ranks() -> Iterator[Ranks]:
     """Joins the processes that torchrun or srun started. Each of a node takes the GPU of its LOCAL_RANK.
 
     Raises:
-        UserError: a process without a GPU beside some that have one.
-        LaunchError: srun started several tasks, and does not say on which hosts.
+        LaunchError: a process without a GPU beside some that have one, or one that no launcher placed as it should.
     """
     found = launch_environment(os.environ)
     if int({**os.environ, **found}.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
-    if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"rank {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}")
-        torch.cuda.set_device(local_rank)
     for name, value in found.items():
         os.environ.setdefault(name, value)
+    if torch.cuda.is_available():
+        check_gpus(os.environ, torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, n_ranks = next(rendezvous("env://", timeout=_PATIENCE))
     store.set_timeout(_PATIENCE)
     distributed.init_process_group("gloo", timeout=_PATIENCE, store=store, rank=rank, world_size=n_ranks)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from llava_train.config import RandomLanguageModel, TrainableSection
 from llava_train.data.loader import PackedBatch
+from llava_train.model import quantize
 from llava_train.model.build import Llava
 from llava_train.model.quantize import QuantizeError, check_quantization, quantize_base, round_like_nf4
 from llava_train.model.trainable import part_of, set_trainable, summarize
@@ -145,3 +149,24 @@ def test_4_bit_weights_without_bitsandbytes_are_refused_with_a_remedy(monkeypatc
     ):
         check_quantization(SECTION)
     check_quantization(TrainableSection(language_model=LORA))
+
+
+def test_a_device_too_small_for_4_bits_is_told_with_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is PyTorch's; the device is none, so that its memory is made up."""
+
+    class Full:
+        def __init__(self, *_: Any, **settings: Any) -> None:
+            pass
+
+        def to(self, device: torch.device) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    library = SimpleNamespace(nn=SimpleNamespace(Linear4bit=lambda *_, **settings: nn.Module(), Params4bit=Full))
+    monkeypatch.setattr(quantize, "_bitsandbytes", lambda: library)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * 2**30)
+    with pytest.raises(
+        QuantizeError, match="cuda:0 ran out .* of 8.0 GiB this run holds 3.0, and 1.0 are free"
+    ) as caught:
+        quantize_base(a_llava().model, torch.device("cuda:0"))
+    assert not caught.value.on_every_rank and "nvidia-smi" in str(caught.value)
