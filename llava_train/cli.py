@@ -15,9 +15,11 @@ from rich.progress import MofNCompleteColumn, Progress
 from llava_train import cli_judge, cli_use
 from llava_train.config import StageConfig
 from llava_train.errors import UserError, user_errors
+from llava_train.launch import is_first
 from llava_train.many_values import ManyValues
 from llava_train.slurm import SCRIPT, Job, Launcher, SubmitError, prepare, submit, what_to_know
 from llava_train.stage_file import ConfigError, load_stage, stage_schema, with_suffix
+from llava_train.train.chatter import turn_down, turn_up
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train LLaVA models in two stages.")
 app.registered_commands += cli_use.app.registered_commands + cli_judge.app.registered_commands
@@ -27,6 +29,12 @@ ConfigFiles = Annotated[list[Path], typer.Option("--config", help="Stage files, 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, for example batch.size=64.")]
 
 
+@app.callback()
+def quiet(context: typer.Context) -> None:
+    if context.invoked_subcommand not in ("train", "lmms-eval"):  # the one asks first, the other shows another program
+        turn_down(is_first(os.environ))
+
+
 @app.command(cls=ManyValues)
 def train(
     config: ConfigFiles,
@@ -34,9 +42,10 @@ def train(
     stop_file: Annotated[Path | None, typer.Option(help="Save and exit with code 85 when this file appears.")] = None,
     suffix: Annotated[str, typer.Option(help="Name each run NAME-SUFFIX.")] = "",
     allow_config_change: Annotated[bool, typer.Option(help="Go on though stage file or data changed.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what libraries say, too.")] = False,
 ) -> None:
     """Run stages in order; start, resume and finish are this same command."""
-    raise SystemExit(run(config, set_ or [], stop_file, suffix, allow_config_change))
+    raise SystemExit(run(config, set_ or [], stop_file, suffix, allow_config_change, verbose))
 
 
 @app.command(cls=ManyValues)
@@ -211,6 +220,7 @@ def run(
     stop_file: Path | None = None,
     suffix: str = "",
     allow_config_change: bool = False,
+    verbose: bool = False,
 ) -> int:
     """Reads all stage files, then runs the stages.
 
@@ -218,7 +228,9 @@ def run(
         The exit code: 2 for what the user can mend, 85 after a request to stop (the same command goes on), 86 (by the
         watchdog) when a rank hangs, 130 after Ctrl-C, as in a shell.
     """
-    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    is_main = is_first(os.environ)
+    if not verbose:
+        turn_down(is_main)
     try:
         stages = [load_stage(path, overrides) for path in paths]
         if suffix:
@@ -230,13 +242,15 @@ def run(
         from llava_train.train.stage import run_stage
         from llava_train.train.world import guarded, start_distributed
 
+        if verbose:
+            turn_up()
         timeout_s = max(stage.engine.hang_timeout_s for stage in stages)
         with StopRequests([stop_file] if stop_file else []) as stop:
             clock = StartClock()
             clock.mark("imports")
             with guarded(start_distributed(timeout_s), timeout_s) as world:
                 clock.mark("processes")
-                session = Session(world, stop, allow_config_change, clock=clock)
+                session = Session(world, stop, allow_config_change, verbose, clock)
                 try:
                     for stage in stages:
                         run_stage(stage, session)

@@ -31,6 +31,11 @@ def launch_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {**places, "WORLD_SIZE": str(n_tasks), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
 
 
+def is_first(environment: Mapping[str, str]) -> bool:
+    """Whether this is the process that speaks for all of them."""
+    return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"
+
+
 def _first_host(environment: Mapping[str, str]) -> str:
     """The host of srun's first task."""
     if environment.get("SLURM_STEP_NUM_NODES", "1") == "1":

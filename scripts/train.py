@@ -17,10 +17,16 @@ def main() -> int:
     parser.add_argument("--stop-file", type=Path, help="save and exit with code 85 when this file appears")
     parser.add_argument("--suffix", default="", help="name each run NAME-SUFFIX")
     parser.add_argument("--allow-config-change", action="store_true", help="go on though stage file or data changed")
+    parser.add_argument("--verbose", action="store_true", help="show what libraries say, too")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
     return run(
-        arguments.config, arguments.overrides, arguments.stop_file, arguments.suffix, arguments.allow_config_change
+        arguments.config,
+        arguments.overrides,
+        arguments.stop_file,
+        arguments.suffix,
+        arguments.allow_config_change,
+        arguments.verbose,
     )
 
 

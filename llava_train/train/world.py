@@ -6,7 +6,6 @@ stop flag, the number of supervised tokens and the state of a checkpoint go over
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,7 +114,6 @@ def start_distributed(timeout_s: float = 600.0) -> World:
     Raises:
         LaunchError: the environment does not say which of the processes this is.
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     for name, value in launch_environment(os.environ).items():
         os.environ.setdefault(name, value)
     local_rank = int(os.environ["LOCAL_RANK"])
