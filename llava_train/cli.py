@@ -20,6 +20,7 @@ from llava_train.many_values import ManyValues
 from llava_train.slurm import SCRIPT, Job, Launcher, SubmitError, prepare, submit, what_to_know
 from llava_train.stage_file import ConfigError, load_stage, stage_schema, with_suffix
 from llava_train.train.chatter import turn_down, turn_up
+from llava_train.train.terminal import Waiting
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train LLaVA models in two stages.")
 app.registered_commands += cli_use.app.registered_commands + cli_judge.app.registered_commands
@@ -229,6 +230,7 @@ def run(
         watchdog) when a rank hangs, 130 after Ctrl-C, as in a shell.
     """
     is_main = is_first(os.environ)
+    waiting = Waiting(is_main)
     if not verbose:
         turn_down(is_main)
     try:
@@ -236,7 +238,9 @@ def run(
         if suffix:
             stages = with_suffix(stages, suffix)
         _check_chain(stages)
+        waiting.show("loading PyTorch and DeepSpeed")
         # Not before the files are known to be right: these imports take seconds.
+        from llava_train.train.finished import next_commands
         from llava_train.train.interrupt import EXIT_RESUBMIT, Preempted, StopRequests
         from llava_train.train.session import Session, StartClock
         from llava_train.train.stage import run_stage
@@ -250,13 +254,14 @@ def run(
             clock.mark("imports")
             with guarded(start_distributed(timeout_s), timeout_s) as world:
                 clock.mark("processes")
-                session = Session(world, stop, allow_config_change, verbose, clock)
+                session = Session(world, stop, allow_config_change, verbose, clock, waiting)
                 try:
                     for stage in stages:
                         run_stage(stage, session)
                 except Preempted as preempted:
                     world.say(str(preempted))
                     return EXIT_RESUBMIT
+                world.say("\n".join(["next:", *(f"  {command}" for command in next_commands(stages[-1], paths[-1]))]))
     except UserError as error:
         if is_main or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr)
@@ -265,6 +270,8 @@ def run(
         if is_main:
             print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
+    finally:
+        waiting.stop()
     return 0
 
 

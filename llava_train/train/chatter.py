@@ -47,8 +47,9 @@ def turn_down(is_main: bool = True) -> None:
 def turn_up() -> None:
     """Lets DeepSpeed tell what it does. Call it after the imports."""
     log = logging.getLogger(_DEEPSPEED)
-    for speaker in (log, *log.handlers):
-        speaker.setLevel(logging.INFO)
+    log.setLevel(logging.INFO)
+    for handler in log.handlers:
+        handler.setLevel(logging.INFO)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
