@@ -104,7 +104,7 @@ class _ProgressLine:
 
 def show_overview(console: Console, overview: Overview) -> None:
     """Shows what a stage is about to do."""
-    console.print(Padding(parts_table(overview.parts), (1, 0, 1, 1)))
+    console.print(Padding(parts_table(overview.parts), (1, 0, 1, 1), expand=False))
     show_rows(console, overview.rows())
     console.print()
     for note in overview.notes():

@@ -55,10 +55,10 @@ class Overview:
     def _data(self) -> Iterator[str]:
         sources = self.mixture.sources
         for number, source in islice(enumerate(sources), _MOST_SOURCES):
-            n_taken, take = len(self.mixture.taken_of(number)), self.config.data[number].take
-            how = "" if n_taken == len(source) else f" of {len(source):,}"
-            how = f", each {take.repeat} times" if take.repeat > 1 else how
-            yield f"{source.name}: {len(source) if take.repeat > 1 else n_taken:,}{how} samples"
+            repeat = self.config.data[number].take.repeat
+            n_taken = len(self.mixture.taken_of(number)) // repeat
+            of_all = f" of {len(source):,}" if n_taken < len(source) else ""
+            yield f"{source.name}: {n_taken:,}{of_all} samples" + (f", each {repeat} times" if repeat > 1 else "")
         if len(sources) > _MOST_SOURCES:
             yield f"and {len(sources) - _MOST_SOURCES} more sources"
         if len(sources) > 1:
