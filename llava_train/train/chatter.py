@@ -4,7 +4,6 @@ Silenced, and why; whatever is not listed here shows:
 
 - bars over weights that are read or written, and over data sets that are prepared: seconds of work, broken lines in a
   log. Downloads keep their bars on a terminal, where they take minutes.
-- wandb's banner: a run says itself where its page is.
 - FutureWarnings of the libraries below: they tell who wrote this package what will change, its tests see them.
 - DeepSpeed's word that there is no GPU: the table at a run's start names the devices.
 - on ranks but the first, warnings of any kind: the first says the same. Errors show on every rank.
@@ -20,8 +19,8 @@ import os
 import sys
 import warnings
 
-_ENVIRONMENT = {"TQDM_DISABLE": "1", "WANDB_SILENT": "true"}
-"""Read when the libraries are imported; huggingface_hub overrides the first for downloads on a terminal."""
+_NO_BARS = "TQDM_DISABLE"
+"""Read when tqdm is imported; huggingface_hub overrides it for downloads on a terminal."""
 _TALK_OF_THE_FUTURE = ("accelerate", "datasets", "deepspeed", "huggingface_hub", "peft", "torch", "transformers")
 _KNOWN = "Setting accelerator to CPU"
 _DEEPSPEED = "DeepSpeed"
@@ -30,8 +29,7 @@ _DEEPSPEED = "DeepSpeed"
 
 def turn_down(is_main: bool = True) -> None:
     """Call it before torch, transformers and DeepSpeed are imported."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault(_NO_BARS, "1")
     logging.getLogger(_DEEPSPEED).addFilter(_is_news)
     if not is_main:
         logging.disable(logging.WARNING)

@@ -19,8 +19,7 @@ from tests.train.helpers import TRAIN, run_ranks, write_samples, write_stage
 def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Leaves other tests what they had."""
     monkeypatch.setattr(sys, "warnoptions", [])
-    for name in chatter._ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(chatter._NO_BARS, "1")
     yield
     logging.disable(logging.NOTSET)
     logging.getLogger("DeepSpeed").removeFilter(chatter._is_news)
