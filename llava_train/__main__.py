@@ -2,4 +2,4 @@
 
 from llava_train.cli import app
 
-app()
+app(prog_name="llava-train")

@@ -1,82 +1,146 @@
-"""The `llava-train` command."""
+"""The `llava-train` command: what trains; the other commands stand in `cli_*.py`."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 
-from llava_train import cli_judge, cli_use
+from llava_train import __version__, cli_judge, cli_look, cli_runs, cli_use
+from llava_train.cli_help import SETTINGS, TRAIN, Command, Group
+from llava_train.cli_look import Overrides
 from llava_train.config import StageConfig
 from llava_train.errors import UserError, user_errors
 from llava_train.launch import is_first
-from llava_train.many_values import ManyValues
-from llava_train.slurm import SCRIPT, Job, Launcher, SubmitError, prepare, submit, what_to_know
-from llava_train.stage_file import ConfigError, load_stage, stage_schema, with_suffix
+from llava_train.slurm import SCRIPT, Job, Launcher, prepare, submit, what_to_know
+from llava_train.stage_file import ConfigError, load_stage, with_suffix
 from llava_train.train.chatter import turn_down, turn_up
 from llava_train.train.terminal import Waiting
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Train LLaVA models in two stages.")
-app.registered_commands += cli_use.app.registered_commands + cli_judge.app.registered_commands
+app = typer.Typer(
+    cls=Group,
+    context_settings=SETTINGS,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train LLaVA models in two stages: the projector, then the language model with it.\n\n"
+    "A YAML file describes a stage. Start here:\n"
+    "  llava-train doctor                       Is this machine ready?\n"
+    "  llava-train plan --config stage1.yaml    What will a stage take?\n"
+    "  llava-train train --config stage1.yaml stage2.yaml\n\n"
+    "`llava-train COMMAND --help` has examples of each command.",
+)
 
-ConfigFile = Annotated[Path, typer.Option("--config", help="Stage file.")]
-ConfigFiles = Annotated[list[Path], typer.Option("--config", help="Stage files, run in this order.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, for example batch.size=64.")]
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"llava-train {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def quiet(context: typer.Context) -> None:
+def main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+) -> None:
+    """`--local_rank` comes from `deepspeed --module llava_train train ...`; ranks read the environment."""
     if context.invoked_subcommand not in ("train", "lmms-eval"):  # the one asks first, the other shows another program
         turn_down(is_first(os.environ))
 
 
-@app.command(cls=ManyValues)
+@app.command(cls=Command, rich_help_panel=TRAIN)
 def train(
-    config: ConfigFiles,
+    config: Annotated[
+        list[Path], typer.Option("--config", metavar="FILE...", help="Stage files, trained in this order.")
+    ],
     set_: Overrides = None,
-    stop_file: Annotated[Path | None, typer.Option(help="Save and exit with code 85 when this file appears.")] = None,
-    suffix: Annotated[str, typer.Option(help="Name each run NAME-SUFFIX.")] = "",
-    allow_config_change: Annotated[bool, typer.Option(help="Go on though stage file or data changed.")] = False,
+    stop_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Save and exit with code 85 as soon as this file exists."),
+    ] = None,
+    suffix: Annotated[str, typer.Option(metavar="TEXT", help="Name each run NAME-TEXT.")] = "",
+    allow_config_change: Annotated[
+        bool, typer.Option("--allow-config-change", help="Go on with a run though its stage file or data changed.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what libraries say, too.")] = False,
 ) -> None:
-    """Run stages in order; start, resume and finish are this same command."""
+    """Train stages, one after another. The same command starts, resumes and finishes.
+
+    A run is written to OUTPUT/NAME, by the keys `output` and `name` of its stage
+    file. Exit codes: 0 done; 1 a failure that nobody foresaw; 2 something that
+    you can mend; 85 asked to stop, and saved; 86 a rank hung; 130 Ctrl-C.
+
+    Example:
+      llava-train train --config stage1.yaml stage2.yaml
+      llava-train train --config stage2.yaml --set batch.max_tokens=8192 seed=1
+
+    On eight GPUs:
+      torchrun --nproc_per_node 8 -m llava_train train --config stage1.yaml
+      deepspeed --module llava_train train --config stage1.yaml stage2.yaml
+    """
     raise SystemExit(run(config, set_ or [], stop_file, suffix, allow_config_change, verbose))
 
 
-@app.command(cls=ManyValues)
+@app.command(cls=Command, rich_help_panel=TRAIN)
 def slurm(
-    config: Annotated[list[str], typer.Option("--config", help="Stage files, run in this order.")],
+    config: Annotated[
+        list[str], typer.Option("--config", metavar="FILE...", help="Stage files, trained in this order.")
+    ],
     set_: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1)] = 1,
-    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs a node, with one rank each.")] = None,
-    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="For nodes without GPUs.")] = None,
-    cpus_per_rank: Annotated[int | None, typer.Option(min=1, help="Default: loader.workers + 1.")] = None,
-    time: Annotated[str | None, typer.Option(help="24:00:00; the job saves and requeues itself before.")] = None,
-    partition: str | None = None,
-    account: str | None = None,
-    qos: str | None = None,
-    array: Annotated[str | None, typer.Option(help="0-3: a run a task; {task} in --set is its number.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, metavar="N", help="Nodes of the job.")] = 1,
+    gpus: Annotated[int | None, typer.Option(min=1, metavar="N", help="GPUs on each node, with a rank each.")] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Ranks on each node, where nodes have no GPUs.")
+    ] = None,
+    cpus_per_rank: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="CPUs of a rank. Default: loader.workers + 1.")
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option(metavar="HH:MM:SS", help="Time limit; before it, the job saves and requeues itself.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option(metavar="NAME", help="As sbatch has it.")] = None,
+    account: Annotated[str | None, typer.Option(metavar="NAME", help="As sbatch has it.")] = None,
+    qos: Annotated[str | None, typer.Option(metavar="NAME", help="As sbatch has it.")] = None,
+    array: Annotated[
+        str | None, typer.Option(metavar="0-3", help="A run a task; {task} in --config and --set is its number.")
+    ] = None,
     launcher: Annotated[
-        Launcher, typer.Option(help="torchrun on each node, or one srun task a rank.")
+        Launcher, typer.Option(help="torchrun in one task a node, or srun with one task a rank.")
     ] = Launcher.torchrun,
-    setup: Annotated[str | None, typer.Option(help="Shell commands first. Default: this Python environment.")] = None,
-    container: Annotated[str | None, typer.Option(help="A .sif for apptainer, or an image for pyxis.")] = None,
-    signal_before: Annotated[int, typer.Option(min=1, help="Seconds before the end of the time to save.")] = 120,
-    max_requeues: Annotated[int, typer.Option(min=0, help="The job requeues itself so many times.")] = 100,
-    job_name: Annotated[str | None, typer.Option(help="Default: the name of the first stage.")] = None,
-    sbatch_arg: Annotated[list[str] | None, typer.Option(help="More for sbatch: --sbatch-arg=--exclusive")] = None,
-    srun_arg: Annotated[list[str] | None, typer.Option(help="More for srun.")] = None,
+    setup: Annotated[
+        str | None,
+        typer.Option(metavar="COMMANDS", help="Shell commands first. Default: activate this Python environment."),
+    ] = None,
+    container: Annotated[
+        str | None, typer.Option(metavar="IMAGE", help="A .sif file for apptainer, or an image for pyxis.")
+    ] = None,
+    signal_before: Annotated[
+        int, typer.Option(min=1, metavar="SECONDS", help="So long before the end of the time the job saves.")
+    ] = 120,
+    max_requeues: Annotated[int, typer.Option(min=0, metavar="N", help="So many times the job requeues itself.")] = 100,
+    job_name: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the name of the first stage.")] = None,
+    sbatch_arg: Annotated[
+        list[str] | None, typer.Option(metavar="ARG", help="More for sbatch: --sbatch-arg=--exclusive; repeatable.")
+    ] = None,
+    srun_arg: Annotated[
+        list[str] | None, typer.Option(metavar="ARG", help="More for srun: --srun-arg=--mpi=none; repeatable.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job; submit nothing.")] = False,
 ) -> None:
     """Submit stages to SLURM, as a job that saves before it is preempted and requeues itself.
 
-    Example: llava-train slurm --config stage1.yaml stage2.yaml --nodes 4 --gpus 8 --time 24:00:00
+    Run it on a login node, in the environment that shall train. The answer names
+    the job, its log and its runs, and tells how to follow and stop it.
+
+    Example:
+      llava-train slurm --config stage1.yaml stage2.yaml --nodes 4 --gpus 8 \\
+        --time 24:00:00 --partition gpu --account me
+      llava-train slurm --config stage2.yaml --array 0-3 --set seed={task}
     """
     with user_errors():
         job = Job(
@@ -98,8 +162,6 @@ def slurm(
             tuple(sbatch_arg or ()),
             tuple(srun_arg or ()),
         )
-        if not SCRIPT.is_file():
-            raise SubmitError(f"{SCRIPT} is missing: install the package from a checkout, by pip install -e .")
         submission = prepare(job, config, set_ or [])
         if dry_run:
             print(f"{submission}\n\n{SCRIPT.read_text(encoding='utf-8')}")
@@ -107,112 +169,14 @@ def slurm(
             print(what_to_know(submission, submit(submission)))
 
 
-@app.command()
-def schema() -> None:
-    """Print the JSON Schema of a stage file, for editors."""
-    print(json.dumps(stage_schema(), indent=2))
-
-
-@app.command()
-def check(
-    config: ConfigFile,
-    set_: Overrides = None,
-    fast: Annotated[bool, typer.Option(help="Read the headers of pictures only.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    write_clean: Annotated[Path | None, typer.Option(help="Write what can be trained on to this JSONL file.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
-    ranks: Annotated[int, typer.Option("--ranks", min=1, help="GPUs to estimate the packing for.")] = 1,
-) -> None:
-    """Read all the data of a stage and report what would be lost; exit code 1 when something would.
-
-    Example: llava-train check --config stage2.yaml --write-clean clean.jsonl
-    """
-    with user_errors():
-        stage = load_stage(config, set_ or [])
-        from llava_train.inspect.check import check_data
-        from llava_train.inspect.clean import clean_files
-        from llava_train.inspect.clean import write_clean as write_clean_records
-        from llava_train.inspect.opening import open_stage_data
-        from llava_train.inspect.report import print_report, summary
-
-        data = open_stage_data(stage)
-        _say_note(data.note)
-        files = clean_files(data, write_clean) if write_clean else []
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
-            checked = check_data(stage, data, not fast, workers or os.cpu_count() or 1, ranks, progress)
-        found = summary(stage, data, checked)
-        found["clean"] = write_clean_records(stage, data, checked, files) if files else []
-        if json_:
-            print(json.dumps(found, ensure_ascii=False))
-        else:
-            print_report(Console(soft_wrap=True), found)
-        raise SystemExit(1 if checked.would_lose else 0)
-
-
-@app.command()
-def preview(
-    config: ConfigFile,
-    set_: Overrides = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="How many samples.")] = 8,
-    html: Annotated[Path | None, typer.Option(help="Write a page with the pictures and packs too.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print a line of JSON a sample.")] = False,
-    ranks: Annotated[int, typer.Option("--ranks", min=1, help="GPUs to show the packs for.")] = 1,
-) -> None:
-    """Show what the model will see of the first samples of a stage.
-
-    Example: llava-train preview --config stage2.yaml --html preview.html
-    """
-    with user_errors():
-        stage = load_stage(config, set_ or [])
-        from llava_train.inspect.opening import open_stage_data
-        from llava_train.inspect.preview import first_seen, for_page, print_seen, write_page
-
-        data = open_stage_data(stage)
-        _say_note(data.note)
-        console, shown = Console(soft_wrap=True), []
-        for one in first_seen(stage, data, n):
-            if html:
-                shown.append(for_page(one, data.preprocessor))
-            if json_:
-                print(json.dumps(one.as_record(), ensure_ascii=False))
-            else:
-                print_seen(console, one)
-        if html:
-            write_page(stage, data, shown, ranks, html)
-            print(f"wrote {html}", file=sys.stderr)
-
-
-@app.command(cls=ManyValues)
-def plan(
-    config: ConfigFile,
-    set_: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs, over all nodes.")] = 1,
-    memory: Annotated[str, typer.Option(help="Memory of one GPU.")] = "80G",
-    device: Annotated[str, typer.Option(help="Which GPU, for the hours.")] = "H100",
-    tflops: Annotated[float | None, typer.Option(min=0, help="Its peak, in place of the datasheet's.")] = None,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the peak that a run uses.")] = 0.4,
-    json_: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-) -> None:
-    """Tell what a stage will take: memory, packs, steps, hours. Needs no GPU and no weights; exit code 1: does not fit.
-
-    Example: llava-train plan --config stage2.yaml --gpus 8 --memory 80G
-    """
-    with user_errors():
-        stage = load_stage(config, set_ or [])
-        from llava_train.inspect.plan import as_record, bytes_of, make_plan
-        from llava_train.inspect.plan_table import print_plan
-
-        made = make_plan(stage, gpus, bytes_of(memory), device, tflops, mfu)
-        if json_:
-            print(json.dumps(as_record(made)))
-        else:
-            print_plan(Console(soft_wrap=True), made)
-        raise SystemExit(0 if made.fits else 1)
-
-
-def _say_note(note: str | None) -> None:
-    if note:
-        print(note, file=sys.stderr)
+_OWN = app.registered_commands
+app.registered_commands = [
+    *_OWN,
+    *cli_look.app.registered_commands,
+    *cli_use.app.registered_commands,
+    *cli_judge.app.registered_commands,
+    *cli_runs.app.registered_commands,
+]
 
 
 def run(

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from llava_train.cli_help import MEASURE, Command
 from llava_train.cli_use import (
     ChatTemplate,
     DtypeName,
@@ -33,31 +34,46 @@ class MetricName(str, Enum):
     choice = "choice"
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=MEASURE)
 def evaluate(
     model: Model,
-    data: Annotated[Path, typer.Option(help="Questions: LLaVA's JSONL with references, or training data.")],
-    metric: Annotated[MetricName, typer.Option(help="How answers are measured.")],
-    images: Annotated[str | None, typer.Option(help="Folder, ZIP or TAR of the pictures. Default: of --data.")] = None,
-    answers: Annotated[Path | None, typer.Option(help="Answers file. Default: in the run's folder.")] = None,
-    prompt_suffix: Annotated[str, typer.Option(help="A line after each question.")] = "",
+    data: Annotated[
+        Path, typer.Option(metavar="FILE", help="Questions: LLaVA's JSONL with references, or training data.")
+    ],
+    metric: Annotated[MetricName, typer.Option(metavar="NAME", help="vqa, exact, pope, anls, caption or choice.")],
+    images: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Folder, ZIP or TAR of the pictures. Default: folder of --data.")
+    ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Answers file. Default: in the run's folder.")
+    ] = None,
+    prompt_suffix: Annotated[str, typer.Option(metavar="TEXT", help="A line after each question.")] = "",
     max_new_tokens: MaxNewTokens = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
-    blind: Annotated[bool, typer.Option("--blind", help="Also with blank pictures, and the best guess.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Questions answered together.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Ask only the first N questions.")] = None,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="Ask with blank pictures, too, and take the best guess for all.")
+    ] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be asked, and list it.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew; keeps answers as NAME.bak.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew; the old answers stay as NAME.bak.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
     device: OnDevice = "auto",
     dtype: InDtype = DtypeName.auto,
     chat_template: ChatTemplate = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Measure a model's answers to a file of questions. The same command goes on after an interruption.
+    """Measure a model's answers to a file of questions.
 
-    Example: llava-train evaluate runs/llava-1.5-7b-stage2 --data pope.jsonl --images coco/val2014 --metric pope --blind
+    The same command goes on after an interruption.
 
-    On several GPUs: torchrun --nproc_per_node 8 -m llava_train evaluate ...
+    Example:
+      llava-train evaluate runs/llava-1.5-7b-stage2 --data pope.jsonl \\
+        --images coco/val2014 --metric pope --blind
+
+    On several GPUs:
+      torchrun --nproc_per_node 8 -m llava_train evaluate ...
     """
     with user_errors():
         from llava_train.use.evaluate import Evaluation, print_report
@@ -90,23 +106,45 @@ def evaluate(
             print_report(plan, report, json_)
 
 
-@app.command("lmms-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    "lmms-eval",
+    cls=Command,
+    rich_help_panel=MEASURE,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def lmms_eval(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Run folder, its model/, an exported folder, or a hub id.")],
-    tasks: Annotated[str, typer.Option(help="Tasks of lmms-eval and files of questions, with commas between.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Run folder, its model/, an exported folder, or a hub id.")
+    ],
+    tasks: Annotated[
+        str, typer.Option(metavar="A,B,...", help="Tasks of lmms-eval and files of questions, with commas between.")
+    ],
     images: Annotated[
-        Path | None, typer.Option(help="Pictures of the files of questions. Default: the folder of each.")
+        Path | None,
+        typer.Option(metavar="PATH", help="Pictures of the files of questions. Default: each one's folder."),
     ] = None,
-    output_path: Annotated[Path, typer.Option("--output-path", "--output_path")] = Path("runs/lmms-eval"),
-    python: Annotated[str | None, typer.Option(help="Of the environment with lmms-eval; default: this one.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu. Default: cuda where it is.")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the questions.")] = 1,
-    model_args: Annotated[str, typer.Option("--model-args", "--model_args", help="dtype=float32 for example.")] = "",
+    output_path: Annotated[
+        Path, typer.Option("--output-path", "--output_path", metavar="FOLDER", help="Where results go.")
+    ] = Path("runs/lmms-eval"),
+    python: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Python of the environment with lmms-eval. Default: this one.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cuda, cuda:1 or cpu. Default: cuda where it is.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, metavar="N", help="GPUs that share the questions.")] = 1,
+    model_args: Annotated[
+        str, typer.Option("--model-args", "--model_args", metavar="A=B,...", help="More for the model: dtype=float32.")
+    ] = "",
 ) -> None:
-    """Run lmms-eval on a model; other options go to it as they are.
+    """Run the benchmarks of lmms-eval on a model.
 
-    Example: llava-train lmms-eval runs/NAME --tasks mme,gqa,held_out.json --python lmms-env/bin/python --limit 100
+    Options that are not listed here go to lmms-eval as they are.
+
+    Example:
+      llava-train lmms-eval runs/NAME --tasks mme,gqa,held_out.json \\
+        --python lmms-env/bin/python --limit 100
     """
     with user_errors():
         from llava_train.use.lmms_eval import Evaluation, evaluate
@@ -117,24 +155,31 @@ def lmms_eval(
         )
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=MEASURE)
 def export(
-    source: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or any LLaVA model.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, or any LLaVA model.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     dtype: InDtype = DtypeName.auto,
-    merge_lora: Annotated[bool, typer.Option("--merge-lora", help="Adapters into the weights, not beside.")] = False,
+    merge_lora: Annotated[
+        bool, typer.Option("--merge-lora", help="Add adapters to the weights; default: keep them beside.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     push_to_hub: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload it, too.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     mm_projector: Annotated[
-        bool, typer.Option("--mm-projector", help="Only OUT/mm_projector.bin, as LLaVA's.")
+        bool, typer.Option("--mm-projector", help="Write only OUT/mm_projector.bin, as the original LLaVA has it.")
     ] = False,
     chat_template: ChatTemplate = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a model for transformers 4 and 5, vLLM, SGLang and lmms-eval, and check what was written.
+    """Write a model for transformers 4 and 5, vLLM, SGLang and lmms-eval.
 
-    Example: llava-train export runs/llava-1.5-7b-stage2 llava-mine --dtype bf16 --push-to-hub me/llava-mine
+    What was written is loaded again, and its logits are compared with those of
+    the model.
+
+    Example:
+      llava-train export runs/llava-1.5-7b-stage2 llava-mine --dtype bf16 \\
+        --push-to-hub me/llava-mine
     """
     with user_errors():
         if private and not push_to_hub:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llava_train.cli_help import USE, Command
 from llava_train.errors import UserError, user_errors
 
 app = typer.Typer()
@@ -27,26 +28,40 @@ class QuantizationName(str, Enum):
     eight = "8bit"
 
 
-Model = Annotated[str, typer.Argument(help="Run folder, its model/, a LLaVA model of any origin, or a hub id.")]
-OnDevice = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1; auto: a GPU where there is one.")]
-InDtype = Annotated[DtypeName, typer.Option("--dtype", help="auto: that of the weights.")]
-Quantize = Annotated[QuantizationName | None, typer.Option(help="Language model in 4 or 8 bits, on CUDA.")]
-System = Annotated[str | None, typer.Option(help="What the model is told before the conversation.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
-Temperature = Annotated[float, typer.Option(help="0: always the most likely token.")]
-TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this share.")]
-Seed = Annotated[int | None, typer.Option(help="Of the draws.")]
-ChatTemplate = Annotated[str | None, typer.Option(help="Name or jinja file; default: the model's own.")]
-AllowUrls = Annotated[bool, typer.Option("--allow-urls", help="Fetch http(s) pictures from public addresses.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Run folder, its model/, a LLaVA model of any origin, or a hub id.")
+]
+OnDevice = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="cpu, cuda or cuda:1. auto: a GPU where there is one.")
+]
+InDtype = Annotated[DtypeName, typer.Option("--dtype", help="Precision. auto: that of the weights.")]
+Quantize = Annotated[
+    QuantizationName | None, typer.Option(help="Hold the language model in 4 or 8 bits, on a CUDA device.")
+]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told before the conversation.")]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.")]
+Temperature = Annotated[float, typer.Option(metavar="T", help="Of the draws. 0: always the likeliest token.")]
+TopP = Annotated[
+    float, typer.Option(metavar="SHARE", help="Draw from the likeliest tokens that together have this probability.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Of the draws. Default: another one each time.")]
+ChatTemplate = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE", help="A template or a jinja file. Default: the model's own.")
+]
+AllowUrls = Annotated[
+    bool, typer.Option("--allow-urls", help="Fetch pictures from http(s) addresses, too; public ones only.")
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")]
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=USE)
 def ask(
     model: Model,
-    image: Annotated[str, typer.Argument(help="Picture file.")],
-    question: Annotated[str, typer.Argument(help="What to ask.")],
-    more: Annotated[list[str] | None, typer.Option("--image", help="One more picture.")] = None,
+    image: Annotated[str, typer.Argument(metavar="PICTURE", help="Picture file.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.")],
+    more: Annotated[
+        list[str] | None, typer.Option("--image", metavar="FILE", help="One more picture; repeatable.")
+    ] = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
@@ -61,7 +76,10 @@ def ask(
 ) -> None:
     """Ask a model about a picture; the answer is printed as it is made.
 
-    Example: llava-train ask runs/llava-1.5-7b-stage2 dog.jpg "What can you see in this image?"
+    The model is loaded for this one question: `chat` and `demo` keep it.
+
+    Example:
+      llava-train ask runs/llava-1.5-7b-stage2 dog.jpg "What can you see?"
     """
     with user_errors():
         from llava_train.use.generation import Sampling
@@ -75,7 +93,7 @@ def ask(
         _say("\n")
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=USE)
 def chat(
     model: Model,
     system: System = None,
@@ -90,9 +108,12 @@ def chat(
     allow_urls: AllowUrls = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Talk with a model; /image PATH shows it a picture.
+    """Talk with a model in the terminal; /image PATH shows it a picture.
 
-    Example: llava-train chat runs/llava-1.5-7b-stage2
+    /help lists what else it understands.
+
+    Example:
+      llava-train chat runs/llava-1.5-7b-stage2 --temperature 0.2
     """
     with user_errors():
         from llava_train.use.generation import Sampling
@@ -105,14 +126,18 @@ def chat(
         TerminalChat(llava, input, _say, system, allow_urls, chosen).run()
 
 
-@app.command()
+@app.command(cls=Command, rich_help_panel=USE)
 def demo(
     model: Model,
-    host: Annotated[str, typer.Option(help="0.0.0.0 lets everyone in the network ask.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
-    examples: Annotated[Path | None, typer.Option(help="Folder of pictures; questions in .txt beside.")] = None,
-    max_upload_mb: Annotated[float, typer.Option(min=0.1, help="Largest file to take.")] = 10,
-    max_megapixels: Annotated[float, typer.Option(min=0.1, help="Largest picture to take.")] = 25,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="0.0.0.0 lets everyone in the network ask.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Port of the page.")] = 7860,
+    examples: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Pictures to offer; questions in .txt beside.")
+    ] = None,
+    max_upload_mb: Annotated[float, typer.Option(min=0.1, metavar="MB", help="Largest file to take.")] = 10,
+    max_megapixels: Annotated[float, typer.Option(min=0.1, metavar="MPX", help="Largest picture to take.")] = 25,
     device: OnDevice = "auto",
     dtype: InDtype = DtypeName.auto,
     quantize: Quantize = None,
@@ -121,7 +146,10 @@ def demo(
 ) -> None:
     """Show a page in the browser where a model can be asked about pictures.
 
-    Example: llava-train demo runs/llava-1.5-7b-stage2
+    Works offline; needs pip install 'llava_train\\[demo]'.
+
+    Example:
+      llava-train demo runs/llava-1.5-7b-stage2
     """
     with user_errors():
         try:

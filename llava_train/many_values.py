@@ -1,26 +1,16 @@
 """`--config a.yaml b.yaml`: options that take several values after one flag, as argparse's `nargs="+"` does.
 
-click has no such options, only `--config a.yaml --config b.yaml`; the command class here writes the one as the other.
+click has no such options, only `--config a.yaml --config b.yaml`: `cli_help.Command` writes the one as the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
-
-from typer.core import TyperCommand
+from collections.abc import Collection, Iterable, Iterator
 
 FLAGS = ("--config", "--set")
 
 
-class ManyValues(TyperCommand):
-    """A command whose `--config` and `--set` take all values up to the next option."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, list(repeat_flags(args, FLAGS)))
-
-
-def repeat_flags(arguments: Iterable[str], flags: Iterable[str]) -> Iterator[str]:
+def repeat_flags(arguments: Iterable[str], flags: Collection[str]) -> Iterator[str]:
     """Repeats a flag before each of its further values.
 
     `--config a b --nodes 4` becomes `--config a --config b --nodes 4`.

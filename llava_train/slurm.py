@@ -1,6 +1,7 @@
 """Submits runs to SLURM: options in, the command line of `sbatch` and its environment out.
 
-What happens in the job stands in `scripts/slurm/train.sbatch`, which can be submitted by hand as well.
+What happens in the job stands in `scripts/slurm/train.sbatch`, which can be submitted by hand as well. The scripts are
+part of the package, so that an installed wheel submits jobs too; `scripts/` of a checkout links to them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from llava_train.config import StageConfig
 from llava_train.errors import UserError
 from llava_train.stage_file import load_stage, with_suffix
 
-REPO = Path(__file__).resolve().parents[1]
-SCRIPT = REPO / "scripts" / "slurm" / "train.sbatch"
+PACKAGE = Path(__file__).resolve().parent
+REPO = PACKAGE.parent if (PACKAGE.parent / "setup.cfg").is_file() else PACKAGE
+"""The folder whose `scripts/` a job runs, and which a container sees: the checkout, or the installed package."""
+SCRIPT = PACKAGE / "scripts" / "slurm" / "train.sbatch"
 PREFIX = "LLAVA_SLURM_"
 TASK = "{task}"
 """Stands for the number of the task in the arguments of a job array."""

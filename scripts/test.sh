@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
-make_venv test
+make_venv dev
 
 ruff check .
 ruff format --check .

@@ -156,13 +156,6 @@ def test_what_sbatch_says_when_it_refuses_is_shown(folder: Path, monkeypatch: py
     assert "sbatch refused the job: sbatch: error: invalid partition specified: gpus" in said
 
 
-def test_a_package_without_its_checkout_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava_train.cli.SCRIPT", tmp_path / "train.sbatch")
-    code, said = invoke("--config", STAGE1, "--dry-run")
-    assert code == 2
-    assert "train.sbatch is missing: install the package from a checkout" in said
-
-
 def test_a_python_without_a_virtual_environment_is_found_by_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

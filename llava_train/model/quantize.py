@@ -116,7 +116,7 @@ def _bitsandbytes() -> Any:
         import bitsandbytes
     except ImportError as error:
         raise QuantizeError(
-            "trainable.language_model.lora.quantize_base: 4-bit weights need bitsandbytes; pip install bitsandbytes, "
-            "or remove the key"
+            "trainable.language_model.lora.quantize_base: 4-bit weights need bitsandbytes; pip install "
+            "'llava_train[qlora]', or remove the key"
         ) from error
     return bitsandbytes

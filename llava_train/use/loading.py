@@ -122,7 +122,9 @@ def quantized(quantization: str, place: torch.device) -> dict[str, Any]:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{quantization}: quantized weights need bitsandbytes; pip install bitsandbytes") from error
+        raise UserError(
+            f"{quantization}: quantized weights need bitsandbytes; pip install 'llava_train[qlora]'"
+        ) from error
     bits: dict[str, dict[str, Any]] = {
         "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
         "8bit": {"load_in_8bit": True},

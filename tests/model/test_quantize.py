@@ -140,6 +140,8 @@ def test_a_layer_that_bitsandbytes_misreads_on_a_cpu_is_refused(bitsandbytes: No
 
 def test_4_bit_weights_without_bitsandbytes_are_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(QuantizeError, match="lora.quantize_base: 4-bit weights need bitsandbytes; pip install bits"):
+    with pytest.raises(
+        QuantizeError, match="lora.quantize_base: 4-bit weights need bitsandbytes; pip install .llava_train.qlora"
+    ):
         check_quantization(SECTION)
     check_quantization(TrainableSection(language_model=LORA))
