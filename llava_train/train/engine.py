@@ -19,7 +19,9 @@ from torch import nn
 
 from llava_train.config import StageConfig
 from llava_train.contradictions import user_deepspeed
+from llava_train.model.trainable import part_of
 from llava_train.train.checkpoint_files import DurableFiles
+from llava_train.train.grad_norm import GradNorm, keep_group_norms, taken_group_norms
 from llava_train.train.stopwatch import Stopwatch
 from llava_train.train.world import World
 
@@ -77,6 +79,8 @@ def start_engine(
     engine._copy_recovery_script = lambda save_path: None
     if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
         _forget_first_step(engine.optimizer)
+    if engine.zero_optimization():
+        keep_group_norms(engine.optimizer)
     return engine
 
 
@@ -87,11 +91,11 @@ def _import_muon() -> None:
 
 
 def time_reduction(engine: deepspeed.DeepSpeedEngine, watch: Stopwatch) -> None:
-    """Times what `engine.backward` ends with, the sum of the gradients over ranks, as part of `optimizer`.
+    """Times what `engine.backward` ends with, the sum of the gradients over ranks, as `reduction`.
 
     Sums that DeepSpeed runs beside the backward pass (ZeRO 2 and 3) cost no time of their own.
     """
-    engine.allreduce_gradients = watch.timing("optimizer", engine.allreduce_gradients)
+    engine.allreduce_gradients = watch.timing("reduction", engine.allreduce_gradients)
 
 
 def stop_engine(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -123,25 +127,29 @@ def gathered(engine: deepspeed.DeepSpeedEngine, world: World, module: nn.Module)
     return state
 
 
-def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> tuple[torch.Tensor | float, bool]:
+def optimizer_step(engine: deepspeed.DeepSpeedEngine) -> tuple[GradNorm, bool]:
     """Takes the optimizer step, unless the gradient is not finite.
 
     DeepSpeed skips such a step in silence, apart from float32 without ZeRO, where it would ruin the weights.
 
     Returns:
-        The norm of the whole gradient before clipping, and whether the step was taken.
+        The norm of the gradient before clipping, and whether the step was taken.
     """
-    norm, n_skipped = None, engine.skipped_steps
-    if not engine.zero_optimization():  # DeepSpeed keeps no norm there
-        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        if not norm.isfinite():
-            engine.zero_grad()
-            engine.skipped_steps += 1
-            return norm, False
+    n_skipped = engine.skipped_steps
+    if engine.zero_optimization():
+        engine.step()
+        norm = GradNorm(engine.get_global_grad_norm(), taken_group_norms(engine.optimizer))
+        return norm, engine.skipped_steps == n_skipped
+    named = [(name, p.grad) for name, p in engine.module.named_parameters() if p.grad is not None]
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for _, gradient in named]
+    whole = torch.linalg.vector_norm(torch.stack(norms))  # DeepSpeed keeps none
+    norm = GradNorm(whole, [(part_of(name), piece) for (name, _), piece in zip(named, norms, strict=True)])
+    if not whole.isfinite():
+        engine.zero_grad()
+        engine.skipped_steps += 1
+        return norm, False
     engine.step()
-    return engine.get_global_grad_norm() if norm is None else norm, engine.skipped_steps == n_skipped
+    return norm, engine.skipped_steps == n_skipped
 
 
 def _merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from llava_train.errors import UserError
 from llava_train.run_files import BAD_STEPS_FILE, QUARANTINE_FILE, quarantine_summary
 from llava_train.train.checkpoint import Checkpoints
 from llava_train.train.engine import optimizer_step
+from llava_train.train.grad_norm import GradNorm
 from llava_train.train.interrupt import Preempted
 from llava_train.train.out_of_memory import noted
 from llava_train.train.schedule import lr_factor, step_seed
@@ -119,10 +120,10 @@ class Loop:
             self._log(batch.step + 1)
             self._count_bad(batch, sums, norm, taken)
             self.world.beat(f"what follows step {batch.step + 1}")
-            asked = time.perf_counter()
-            self.after_step(batch.step + 1)
-            self._save_if_due(batch.step + 1)
-            self.window.started += time.perf_counter() - asked  # evaluation and checkpoints are not training time
+            with self.window.paused("evaluation"):
+                self.after_step(batch.step + 1)
+            with self.window.paused("checkpoint"):
+                self._save_if_due(batch.step + 1)
             asked = time.perf_counter()
             self.world.beat(f"reading the batch of step {batch.step + 2}")
 
@@ -161,7 +162,7 @@ class Loop:
             raise TooManyBadError(metrics["n_bad"], step, self.config)
         self.window = self.window.next()
 
-    def _count_bad(self, batch: StepBatch, sums: torch.Tensor, norm: torch.Tensor | float, taken: bool) -> None:
+    def _count_bad(self, batch: StepBatch, sums: torch.Tensor, norm: GradNorm, taken: bool) -> None:
         """Records a skipped step with its samples. Raises BadNumbersError after too many in a row."""
         if taken:
             self.n_bad_in_row = 0
@@ -202,16 +203,16 @@ def train_step(
     batch: StepBatch,
     n_supervised: float,
     watch: Stopwatch | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | float, bool]:
+) -> tuple[torch.Tensor, GradNorm, bool]:
     """One optimizer step.
 
     Args:
         n_supervised: supervised tokens of the step, over all ranks.
-        watch: times its parts `copy` and `optimizer`.
+        watch: times its parts `copy`, `forward`, `backward` and `optimizer`.
 
     Returns:
         float64 [sources, 2] on the device: this rank's summed cross entropy and number of supervised tokens by
-        source; the norm of the whole gradient before clipping; and whether the step was taken: it is not when the
+        source; the norm of the gradient before clipping; and whether the step was taken: it is not when the
         loss of any rank, or the gradient, is not finite.
     """
     watch = watch or Stopwatch()
@@ -222,10 +223,12 @@ def train_step(
         world.touch()
         with watch("copy"):
             micro_batch = micro_batch.to(world.device)
-        loss, losses = forward(engine, micro_batch, scale)
+        with watch("forward"):
+            loss, losses = forward(engine, micro_batch, scale)
         # A loss may be infinite and its gradient finite. Then the gradient shall not be either, on any rank.
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
-        engine.backward(loss, scale_wrt_gas=False)
+        with watch("backward"):
+            engine.backward(loss, scale_wrt_gas=False)
         counted = torch.stack([losses, torch.ones_like(losses)], dim=1).double()
         sums.index_add_(0, micro_batch.sources, counted)
     with watch("optimizer"):

@@ -29,6 +29,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedConfig
 
 from llava_train.data.loader import PackedBatch
 from llava_train.model.trainable import is_linear, part_module
+from llava_train.train.histograms import N_FILLS, N_LENGTHS, Histograms, counts_in_bins
 
 _OUTPUT_PROJECTIONS = {"o_proj", "out_proj", "dense", "c_proj", "wo"}
 """What transformers calls the last layer of an attention: all others there read what the whole layer reads."""
@@ -201,7 +202,7 @@ def _trains(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What the speed of a run is measured by."""
+    """What the steps of a run are measured by."""
 
     flops: ModelFlops | None = None
     """None where the model's FLOPs are not known."""
@@ -210,11 +211,21 @@ class Yardstick:
     n_image_tokens: int = 0
     """Tokens that an image takes in the language model."""
     image_token_id: int = -1
+    max_sample_tokens: int = 2048
+    max_tokens: int = 16384
+    """In a pack."""
+
+    def histograms(self, batch: PackedBatch) -> Histograms:
+        """Lengths and fill of a pack that lies on the CPU; documents that teach nothing are no samples."""
+        lengths = [n for n, teaches in zip(batch.lengths, _taught(batch).tolist(), strict=True) if teaches]
+        fill = [sum(batch.lengths)] if lengths else []
+        return Histograms(
+            counts_in_bins(lengths, self.max_sample_tokens, N_LENGTHS), counts_in_bins(fill, self.max_tokens, N_FILLS)
+        )
 
     def measure(self, batch: PackedBatch) -> PackWork:
         """What there was to do in a pack that lies on the CPU."""
-        documents = torch.bucketize(batch.predictors, batch.cu_seqlens[1:], right=True)
-        taught = torch.bincount(documents, minlength=len(batch.lengths)).bool()
+        taught = _taught(batch)
         lengths = [length for length, counts in zip(batch.lengths, taught.tolist(), strict=True) if counts]
         n_images = batch.n_images
         if n_images and self.n_image_tokens and len(lengths) < len(batch.lengths):
@@ -225,6 +236,12 @@ class Yardstick:
         return PackWork(
             n_tokens, n_tokens - n_images * self.n_image_tokens, sum(batch.lengths) - n_tokens, n_images, flops
         )
+
+
+def _taught(batch: PackedBatch) -> torch.Tensor:
+    """Whether each document of a pack has a supervised token: bool [D]."""
+    documents = torch.bucketize(batch.predictors, batch.cu_seqlens[1:], right=True)
+    return torch.bincount(documents, minlength=len(batch.lengths)).bool()
 
 
 @dataclass(frozen=True)

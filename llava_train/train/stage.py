@@ -175,10 +175,11 @@ def _budget(world: World, llava: Llava) -> int:
 
 
 def _yardstick(config: StageConfig, world: World, llava: Llava) -> Yardstick:
-    """What the run's speed is measured by. Call it before DeepSpeed partitions the parameters."""
+    """What the run's steps are measured by. Call it before DeepSpeed partitions the parameters."""
     flops = model_flops(llava.model, llava.n_image_tokens, config.loader.cache_features)
     peak = peak_flops_of(world.device, config.engine.precision)
-    return Yardstick(flops, peak, llava.n_image_tokens, llava.model.config.image_token_id)
+    limits = config.batch.max_sample_tokens, config.batch.max_tokens
+    return Yardstick(flops, peak, llava.n_image_tokens, llava.model.config.image_token_id, *limits)
 
 
 def _say_notes(config: StageConfig, world: World, llava: Llava) -> None:

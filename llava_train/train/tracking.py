@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,15 +40,15 @@ class Tracking:
         self.records = Records(config.run_dir, world, start_step)
         self.n_bad_before = len(read_records(self.folder / QUARANTINE_FILE)) if world.is_main else 0
         """Samples left out before, on rank 0."""
-        self.trackers = Trackers(config, world.is_main)
+        self.trackers = Trackers(config, world.is_main, start_step, self.say)
 
     def __enter__(self) -> Tracking:
         self.console.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, raised: type[BaseException] | None, *_: object) -> None:
         self.console.__exit__()
-        self.trackers.close()
+        self.trackers.close(failed=raised is not None)
 
     def say(self, text: str) -> None:
         """Shows a line on rank 0."""
@@ -61,13 +62,14 @@ class Tracking:
 
     def evaluation(self, step: int, found: Evaluated) -> None:
         """Keeps and shows the held-out loss, how many samples it leaves out, scores, and generated answers."""
-        metrics: Metrics = {"step": step, "eval_loss": found.loss, "eval_n_bad": found.n_bad}
+        metrics: Metrics = {"step": step, "time": time.time(), "eval_loss": found.loss, "eval_n_bad": found.n_bad}
         for name, score in found.scores.items():
             metrics |= {f"eval_{name}": score.value, f"eval_{name}_low": score.low, f"eval_{name}_high": score.high}
         self._keep(metrics)
         for answer in found.answers:
             self.records.append(ANSWERS_FILE, {"step": step, **answer})
-        self.trackers.answers(step, found.answers)
+        if found.answers:
+            self.trackers.answers(step, found.answers)
         self.console.evaluation(step, found.loss, found.n_bad, found.scores, found.answers)
 
     def quarantine(self, bad_samples: Iterable[BadSample]) -> None:

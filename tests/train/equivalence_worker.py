@@ -142,7 +142,7 @@ def train_case(case: Case, data: Path, world: World) -> dict[str, Any]:
     )
     if case.dry_run:
         dry_run(engine, world, case.dry_run)
-    losses, norms, micro_steps, images = [], [], [], []
+    losses, norms, of_parts, micro_steps, images = [], [], [], [], []
     for step, factor in enumerate(FACTORS):
         batch = dataset[step]
         set_learning_rate(engine, factor)
@@ -152,6 +152,7 @@ def train_case(case: Case, data: Path, world: World) -> dict[str, Any]:
         torch.distributed.all_reduce(sums)
         losses.append(float(sums[0] / sums[1]))
         norms.append(float(norm))
+        of_parts.append({part: norm.of_part(part) for part in config.trainable.learning_rates()})
         micro_steps.append(len(batch.micro_batches))
         images.append(batch.n_images)
     of_ranks: list[Any] = [None] * world.n_ranks
@@ -162,6 +163,7 @@ def train_case(case: Case, data: Path, world: World) -> dict[str, Any]:
     return {
         "losses": losses,
         "norms": norms,
+        "of_parts": of_parts,
         "weights": weights,
         "micro_steps": [of_rank[0] for of_rank in of_ranks],
         "images": [of_rank[1] for of_rank in of_ranks],

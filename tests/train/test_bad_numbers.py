@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llava_train.train.lines import StepLine
 from tests.train.helpers import Outcome, read_lines, run_many, write_samples, write_stage
 from tests.train.test_resume import results
 
@@ -72,10 +73,11 @@ def test_bad_steps_are_skipped_counted_and_recorded_with_their_samples(
     assert outcomes[f"some {name}"].code == 0, outcomes[f"some {name}"].stderr
     run_dir, bad_steps = folder / "some.2-nan.3-inf.5-gradient" / name, (2, 3, 5)
     lines, steps = read_lines(run_dir / "metrics.jsonl"), range(1, N_STEPS + 1)
-    assert [line["step"] for line in lines] == list(steps)
+    assert [StepLine.model_validate(line).step for line in lines] == list(steps)
     assert [line["skipped_steps"] for line in lines] == [0, 1, 2, 2, 3, 3, 3]
     assert [line["loss"] is None for line in lines] == [step in (2, 3) for step in steps]
     assert [line["grad_norm"] is None for line in lines] == [step in bad_steps for step in steps]
+    assert [set(line["grad_norms"].values()) == {None} for line in lines] == [step in bad_steps for step in steps]
     bad = read_lines(run_dir / "bad_steps.jsonl")
     assert [record["step"] for record in bad] == list(bad_steps)
     for record in bad:

@@ -6,6 +6,7 @@ LLaVA on one sample at a time, the sum of the cross entropies over their number,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -88,7 +89,7 @@ def plain_pytorch(case: Case, data: Path) -> dict[str, Any]:
     ]
     peaks = [group["lr"] for group in groups]
     optimizer = torch.optim.AdamW(groups)
-    losses, norms = [], []
+    losses, norms, of_parts = [], [], []
     for step, factor in enumerate(FACTORS):
         indices = range(step * BATCH_SIZE, min((step + 1) * BATCH_SIZE, len(samples)))
         encoded = [(samples[i], encoder.encode(samples[i])) for i in indices]
@@ -105,18 +106,33 @@ def plain_pytorch(case: Case, data: Path) -> dict[str, Any]:
             loss.backward()
         for parameter in named.values():  # a part that a step does not need has the gradient zero
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        of_parts.append({part: norm_of_part(part, named) for part in case.trainable})
         norms.append(float(torch.nn.utils.clip_grad_norm_(named.values(), case.clip)))
         losses.append(loss.item())
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
         optimizer.step()
-    return {"losses": losses, "norms": norms, "weights": {name: p.detach() for name, p in named.items()}}
+    weights = {name: p.detach() for name, p in named.items()}
+    return {"losses": losses, "norms": norms, "of_parts": of_parts, "weights": weights}
+
+
+def norm_of_part(part: str, named: dict[str, torch.nn.Parameter]) -> float:
+    marks = {"projector": "multi_modal_projector", "vision_tower": "vision_tower"}
+    others = tuple(marks.values()) if part == "language_model" else ()
+    gradients = [
+        parameter.grad
+        for name, parameter in named.items()
+        if (not any(other in name for other in others) if others else marks[part] in name)
+    ]
+    return float(torch.nn.utils.get_total_norm(gradients))
 
 
 def assert_same_training(ours: dict[str, Any], expected: dict[str, Any]) -> None:
     assert "error" not in ours, ours["error"]
     assert ours["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert ours["norms"] == pytest.approx(expected["norms"], rel=1e-5, abs=1e-9)
+    for of_parts, expected_of_parts in zip(ours["of_parts"], expected["of_parts"], strict=True):
+        assert of_parts == pytest.approx(expected_of_parts, rel=1e-5, abs=1e-9)
     assert ours["weights"].keys() == expected["weights"].keys()
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(
@@ -171,6 +187,8 @@ def test_bf16_trains_like_fp32(zero: int, on_two_ranks: Results, reference: Call
     ours, expected = on_two_ranks[f"zero{zero}-bf16-unpacked"], reference(CASES["zero0-unpacked"])
     assert ours["losses"] == pytest.approx(expected["losses"], rel=1e-3)
     assert ours["norms"] == pytest.approx(expected["norms"], rel=5e-3)
+    for of_parts, norm in zip(ours["of_parts"], ours["norms"], strict=True):
+        assert math.hypot(*of_parts.values()) == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])

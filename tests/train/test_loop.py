@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from llava_train.data.loader import StepBatch
 from llava_train.train import loop
+from llava_train.train.grad_norm import GradNorm
 from llava_train.train.session import Session
 from llava_train.train.window import Window
 from llava_train.train.world import World
@@ -25,7 +26,7 @@ from tests.tiny import stage
 def test_evaluation_and_checkpoints_are_not_counted_as_training_time(
     log_every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "train_step", lambda *_: (torch.ones(1, 2, dtype=torch.float64), 1.0, True))
+    monkeypatch.setattr(loop, "train_step", lambda *_: (torch.ones(1, 2, dtype=torch.float64), GradNorm(1.0), True))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     engine: Any = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]), skipped_steps=0)
     batches = [StepBatch(step, (), (1,), ()) for step in range(4)]
@@ -37,6 +38,9 @@ def test_evaluation_and_checkpoints_are_not_counted_as_training_time(
     logged = [call.args[1] for call in tracker.step.call_args_list if len(call.args) == 2]
     assert len(logged) == {1: 4, 2: 3}[log_every]
     assert all(metrics["step_s"] < 0.1 for metrics in logged)
+    n_before = {1: [0, 1, 1, 1], 2: [0, 1, 2]}[log_every]
+    for name in ("evaluation_s", "checkpoint_s"):
+        assert [metrics[name] for metrics in logged] == pytest.approx([0.3 * n for n in n_before], abs=0.1), name
 
 
 def trained(
@@ -48,7 +52,9 @@ def trained(
 ) -> tuple[loop.Loop, list[int]]:
     """A loop that saves every 2 steps, whose steps are taken or not, and the steps that it saved."""
     answers = iter(taken)
-    monkeypatch.setattr(loop, "train_step", lambda *_: (torch.ones(1, 2, dtype=torch.float64), 1.0, next(answers)))
+    monkeypatch.setattr(
+        loop, "train_step", lambda *_: (torch.ones(1, 2, dtype=torch.float64), GradNorm(1.0), next(answers))
+    )
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     engine: Any = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]), skipped_steps=0)
     checkpoints, saved = Mock(saved_step=None), []

@@ -142,7 +142,7 @@ def results(run: Path) -> dict[str, torch.Tensor]:
 def assert_same_run(run: Path, straight: Path) -> None:
     """Every logged loss and every weight, bit for bit."""
     ours, expected = read_lines(run / "metrics.jsonl"), read_lines(straight / "metrics.jsonl")
-    for key in ("step", "loss", "grad_norm", "lr", "n_supervised"):
+    for key in ("step", "loss", "grad_norm", "grad_norms", "lr", "n_supervised", "sample_lengths", "pack_fill"):
         assert [line[key] for line in ours] == [line[key] for line in expected], key
     weights, straight_weights = results(run), results(straight)
     assert weights.keys() == straight_weights.keys()

@@ -33,7 +33,7 @@ def test_what_fails_is_not_timed_and_its_error_is_its_own() -> None:
     assert watch.read() == {}
 
 
-def test_the_sum_of_the_gradients_is_part_of_the_optimizer() -> None:
+def test_the_sum_of_the_gradients_is_timed() -> None:
     def allreduce_gradients(bucket_size: int = 1) -> int:
         time.sleep(0.03)
         return bucket_size
@@ -42,9 +42,7 @@ def test_the_sum_of_the_gradients_is_part_of_the_optimizer() -> None:
     watch = Stopwatch()
     time_reduction(engine, watch)
     assert engine.allreduce_gradients(bucket_size=7) == 7
-    with watch("optimizer"):
-        time.sleep(0.01)
-    assert watch.read()["optimizer"] >= 0.04
+    assert watch.read()["reduction"] >= 0.03
 
 
 @pytest.mark.cuda

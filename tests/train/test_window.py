@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from llava_train.data.loader import StepBatch
+from llava_train.train.grad_norm import GradNorm
+from llava_train.train.histograms import Histograms
 from llava_train.train.metrics import PackWork, Yardstick, model_flops
-from llava_train.train.window import Window
+from llava_train.train.window import SHARES, Window
 from llava_train.train.world import World
 from tests.tiny import dataset_of, tiny_llava, write_data
 from tests.train.helpers import read_lines, run_many, write_samples, write_stage
@@ -37,7 +40,7 @@ def test_rates_are_those_of_the_steps_since_the_last_line(tmp_path: Path) -> Non
     for first in (0, 1):
         batch = dataset[first]
         time.sleep(0.02)
-        window.add(batch, WORLD, SUMS, 1.0, True)
+        window.add(batch, WORLD, SUMS, GradNorm(1.0), True)
         works.append(sum(map(yardstick.measure, batch.micro_batches), start=PackWork()))
         if first == 0:
             before = window.metrics(ENGINE, WORLD, 1, 2)
@@ -58,18 +61,26 @@ def test_shares_are_of_the_time_of_the_steps() -> None:
     for _ in range(2):
         with window.watch("copy"):
             time.sleep(0.01)
+        with window.watch("forward"):
+            time.sleep(0.005)
+        with window.watch("backward"):
+            time.sleep(0.005)
+            with window.watch("reduction"):
+                time.sleep(0.02)
         with window.watch("optimizer"):
-            time.sleep(0.03)
+            time.sleep(0.01)
         window.data_wait_s += 0.02
         time.sleep(0.02)
-        window.add(StepBatch(0, (), (1,), ()), WORLD, SUMS, 1.0, True)
+        window.add(StepBatch(0, (), (1,), ()), WORLD, SUMS, GradNorm(1.0), True)
     line = window.metrics(ENGINE, WORLD, 2, 2)
     assert line["data_wait_share"] == pytest.approx(line["data_wait_s"] / line["step_s"])
     assert 0 < line["copy_share"] < line["optimizer_share"]
     assert line["optimizer_share"] * line["step_s"] >= 0.03
-    assert line["copy_share"] + line["optimizer_share"] + line["data_wait_share"] <= 1
+    assert line["forward_share"] > 0
+    assert 0 < line["backward_share"] < line["optimizer_share"], "the sum over ranks counts once"
+    assert sum(line[f"{name}_share"] for name in SHARES) <= 1
     window = window.next()
-    window.add(StepBatch(1, (), (1,), ()), WORLD, SUMS, 1.0, True)
+    window.add(StepBatch(1, (), (1,), ()), WORLD, SUMS, GradNorm(1.0), True)
     after = window.metrics(ENGINE, WORLD, 3, 3)
     assert (after["copy_share"], after["optimizer_share"]) == (0, 0)
 
@@ -78,20 +89,33 @@ def test_after_an_interruption_rates_are_those_since(tmp_path: Path) -> None:
     llava = tiny_llava()
     batch = dataset_of(llava, write_data(tmp_path, 6))[0]
     stopped = Window(("x",))
-    stopped.add(batch, WORLD, SUMS, 1.0, True)
+    stopped.add(batch, WORLD, SUMS, GradNorm(1.0), True)
     window = Window(("x",))
     window.restore(stopped.state(WORLD), WORLD)
     time.sleep(0.01)
-    window.add(batch, WORLD, SUMS, 1.0, True)
+    window.add(batch, WORLD, SUMS, GradNorm(1.0), True)
     line = window.metrics(ENGINE, WORLD, 2, 2)
     assert line["sources"]["x"]["n_samples"] == 12
     assert line["samples_per_s"] * line["step_s"] == pytest.approx(6)
     assert line["tokens_per_s"] * line["step_s"] == pytest.approx(batch.n_tokens)
+    assert sum(line["sample_lengths"]) == 12
+    assert sum(line["pack_fill"]) == 2 * len(batch.micro_batches)
+
+
+def test_checkpoints_of_before_histograms_are_restored() -> None:
+    stopped = Window(("x",))
+    stopped.add(StepBatch(0, (), (1,), ()), WORLD, SUMS, GradNorm(1.0), True)
+    state = stopped.state(WORLD)
+    del state["histograms"]
+    window = Window(("x",))
+    window.restore(state, WORLD)
+    assert window.n_samples == [1]
+    assert window.histograms == Histograms()
 
 
 def test_what_is_not_known_is_null() -> None:
     window = Window(("x",))
-    window.add(StepBatch(0, (), (1,), ()), WORLD, SUMS, 1.0, True)
+    window.add(StepBatch(0, (), (1,), ()), WORLD, SUMS, GradNorm(1.0), True)
     line = window.metrics(ENGINE, WORLD, 1, 1)
     assert (line["tflops_per_s"], line["mfu"]) == (None, None)
 
@@ -124,13 +148,20 @@ def test_the_number_of_ranks_changes_no_count(lines: dict[int, list[dict[str, An
             assert two[key] * two["step_s"] == pytest.approx(one[key] * one["step_s"]), key
         assert 2 * two["tflops_per_s"] * two["step_s"] == pytest.approx(one["tflops_per_s"] * one["step_s"])
         assert one["text_tokens_per_s"] < one["tokens_per_s"]
+        assert one["sample_lengths"] == two["sample_lengths"]
+        assert math.hypot(*two["grad_norms"].values()) == pytest.approx(two["grad_norm"], rel=1e-5)
+        assert two["grad_norms"] == pytest.approx(one["grad_norms"], rel=1e-3)
+    assert [sum(line["pack_fill"]) for line in alone] == [1, 1, 1]
+    assert [sum(line["pack_fill"]) for line in both] == [2, 2, 2]
     assert sum(line["padding_share"] > 0 for line in alone) == 1, "the sample whose picture is missing"
+    n_samples = [sum(line["sample_lengths"]) for line in alone]
+    assert sorted(n_samples) == [2, 3, 3], "it is no sample"
 
 
 def test_shares_and_memory_of_a_run_are_possible(lines: dict[int, list[dict[str, Any]]]) -> None:
     for line in lines[1] + lines[2]:
-        shares = [line[f"{part}_share"] for part in ("data_wait", "copy", "optimizer")]
+        shares = [line[f"{part}_share"] for part in SHARES]
         assert all(0 < share < 1 for share in shares)
-        assert sum(shares) < 1
+        assert 0.5 < sum(shares) < 1
         assert line["mfu"] is None
         assert 100e6 < line["peak_memory_bytes"] < 100e9
