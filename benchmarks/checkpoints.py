@@ -18,6 +18,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FULL = "trainable.language_model={lr: 1.0e-4}"
+_OF_A_PART = r"^ +(?:projector|language_model|vision_tower) +([\d,]+) +[\d,]+ "
+"""Parameters, in the table at the start."""
 RUNS: dict[str, tuple[str, list[str]]] = {
     "stage 1": ("stage1", []),
     "LoRA": ("stage2", ["eval=null"]),
@@ -47,7 +49,7 @@ def measure(config: str, overrides: list[str]) -> dict[str, object]:
         printed = train(config, overrides)
         run_dir = next(path for path in Path(folder).iterdir() if not path.name.startswith("."))
         saved = re.findall(r"checkpoint of ([\d,.]+) MB saved in ([\d.]+) s", printed)
-        n_parameters = sum(int(number.replace(",", "")) for number in re.findall(r"│ +([\d,]+) +│ +[\d,]+ +│", printed))
+        n_parameters = sum(int(number.replace(",", "")) for number in re.findall(_OF_A_PART, printed, re.M))
         for leftover in ("model", "adapter", "checkpoints/step-00000002"):
             shutil.rmtree(run_dir / leftover, ignore_errors=True)
         again = train(config, overrides)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +21,8 @@ from llava_train.failures import of_run
 from llava_train.last_words import tell
 from llava_train.slurm import SCRIPT, Job, Launcher, prepare, submit, what_to_know
 from llava_train.stage_file import ConfigError, load_stage, with_suffix
+from llava_train.train.chatter import turn_down, turn_up
+from llava_train.train.terminal import Waiting
 
 app = typer.Typer(
     cls=Group,
@@ -41,12 +46,15 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """`--local_rank` comes from `deepspeed --module llava_train train ...`; ranks read the environment."""
+    if context.invoked_subcommand not in ("train", "lmms-eval"):  # the one asks first, the other shows another program
+        turn_down(of_run().rank == 0)
 
 
 @app.command(cls=Command, rich_help_panel=TRAIN)
@@ -63,6 +71,7 @@ def train(
     allow_config_change: Annotated[
         bool, typer.Option("--allow-config-change", help="Go on with a run though its stage file or data changed.")
     ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what libraries say, too.")] = False,
 ) -> None:
     """Train stages, one after another. The same command starts, resumes and finishes.
 
@@ -78,7 +87,7 @@ def train(
       torchrun --nproc_per_node 8 -m llava_train train --config stage1.yaml
       deepspeed --module llava_train train --config stage1.yaml stage2.yaml
     """
-    raise SystemExit(run(config, set_ or [], stop_file, suffix, allow_config_change))
+    raise SystemExit(run(config, set_ or [], stop_file, suffix, allow_config_change, verbose))
 
 
 @app.command(cls=Command, rich_help_panel=TRAIN)
@@ -180,6 +189,7 @@ def run(
     stop_file: Path | None = None,
     suffix: str = "",
     allow_config_change: bool = False,
+    verbose: bool = False,
 ) -> int:
     """Reads all stage files, then runs the stages.
 
@@ -188,25 +198,33 @@ def run(
         (the same command goes on), 86 (by the watchdog) when a rank hangs, 130 after Ctrl-C, as in a shell.
     """
     context = of_run()
+    waiting = Waiting(context.rank == 0)
+    if not verbose:
+        turn_down(context.rank == 0)
     try:
         stages = [load_stage(path, overrides) for path in paths]
         if suffix:
             stages = with_suffix(stages, suffix)
         _check_chain(stages)
         context = replace(context, run_dir=stages[0].run_dir)
+        waiting.show("loading PyTorch and DeepSpeed")
         # Not before the files are known to be right: these imports take seconds.
-        from llava_train.train.interrupt import EXIT_RESUBMIT, Preempted, StopRequests
-        from llava_train.train.session import Session, StartClock
-        from llava_train.train.stage import run_stage
-        from llava_train.train.world import guarded, start_distributed
+        with _uncollected():
+            from llava_train.train.finished import next_commands
+            from llava_train.train.interrupt import EXIT_RESUBMIT, Preempted, StopRequests
+            from llava_train.train.session import Session, StartClock
+            from llava_train.train.stage import run_stage
+            from llava_train.train.world import guarded, start_distributed
 
+        if verbose:
+            turn_up()
         timeout_s = max(stage.engine.hang_timeout_s for stage in stages)
         with StopRequests([stop_file] if stop_file else []) as stop:
             clock = StartClock()
             clock.mark("imports")
             with guarded(start_distributed(timeout_s), timeout_s) as world:
                 clock.mark("processes")
-                session = Session(world, stop, allow_config_change, clock=clock)
+                session = Session(world, stop, allow_config_change, verbose, clock, waiting)
                 try:
                     for stage in stages:
                         context = replace(context, run_dir=stage.run_dir)
@@ -216,13 +234,28 @@ def run(
                     return EXIT_RESUBMIT
                 finally:
                     context = replace(context, doing=world.activity)
+                world.say("\n".join(["next:", *(f"  {command}" for command in next_commands(stages[-1], paths[-1]))]))
     except Exception as error:
-        return tell(error, context)
+        waiting.stop()
+        return tell(error, context, verbose)
     except KeyboardInterrupt:
         if context.rank == 0:
             print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
+    finally:
+        waiting.stop()
     return 0
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Nothing is looked through for garbage inside, nor ever after: of imports all stays (2.9 s without, 2.3 s so)."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _check_chain(stages: list[StageConfig]) -> None:

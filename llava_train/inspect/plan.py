@@ -26,10 +26,9 @@ from llava_train.train.activations import NotImitatedError
 from llava_train.train.device_peaks import peak_flops
 from llava_train.train.memory import GIB, MARGIN, Estimate, Estimator, ways
 from llava_train.train.metrics import ModelFlops, model_flops
+from llava_train.train.pace import ASSUMED_MFU
 from llava_train.train.remedies import Remedy, find_remedy
 
-MFU = 0.4
-"""Share of a GPU's peak that a run is assumed to use, where nothing else is said."""
 DEVICES = {
     "A100": "NVIDIA A100-SXM4-80GB",
     "H100": "NVIDIA H100 80GB HBM3",
@@ -95,7 +94,12 @@ def usable(memory: int) -> int:
 
 
 def make_plan(
-    config: StageConfig, n_ranks: int, memory: int, device: str = "H100", tflops: float | None = None, mfu: float = MFU
+    config: StageConfig,
+    n_ranks: int,
+    memory: int,
+    device: str = "H100",
+    tflops: float | None = None,
+    mfu: float = ASSUMED_MFU,
 ) -> Plan:
     """Plans a stage. Raises UserError.
 

@@ -39,10 +39,16 @@ def main() -> int:
     add("--stop-file", type=Path, metavar="FILE", help="save and exit with code 85 as soon as this file exists")
     add("--suffix", default="", metavar="TEXT", help="name each run NAME-TEXT")
     add("--allow-config-change", action="store_true", help="go on with a run though its stage file or data changed")
+    add("--verbose", action="store_true", help="show what libraries say, too")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
     return run(
-        arguments.config, arguments.overrides, arguments.stop_file, arguments.suffix, arguments.allow_config_change
+        arguments.config,
+        arguments.overrides,
+        arguments.stop_file,
+        arguments.suffix,
+        arguments.allow_config_change,
+        arguments.verbose,
     )
 
 

@@ -62,8 +62,8 @@ def starting_point(config: StageConfig) -> tuple[Llava, str]:
     llava = build_llava(config.model, config.image, DTYPES[config.engine.precision], config.seed)
     llava.processor.chat_template = load_template(config.model.chat_template, llava.tokenizer)
     if config.init_from in (None, "random"):
-        return llava, "starting from a new projector"
-    return llava, "starting from " + load_init(str(config.init_from), llava.model, config.model)
+        return llava, "a new projector"
+    return llava, load_init(str(config.init_from), llava.model, config.model)
 
 
 def chat_encoder(config: StageConfig, llava: Llava) -> ChatEncoder:

@@ -90,13 +90,27 @@ class Choice:
     budget: int
     """Bytes that a step may take on each device."""
     recompute: Recompute
-    estimate: Estimate | None
-    """None where nothing was estimated: the stage file says it, or the model cannot be run without values."""
-    why: str
+    tried: tuple[Estimate, ...] = ()
+    """The last is that of `recompute`; none where the model cannot be run without values."""
+    why_not: str = ""
+    """Why nothing is estimated."""
+
+    @property
+    def estimate(self) -> Estimate | None:
+        return self.tried[-1] if self.tried else None
 
     @property
     def line(self) -> str:
-        return f"engine.activation_checkpointing: {self.recompute}, {self.why}"
+        """The estimate of a rank's memory in words."""
+        way = f"activation_checkpointing {self.recompute}"
+        if self.config.engine.activation_checkpointing == "auto":
+            way += " (auto)"
+        if self.estimate is None:
+            return f"not estimated: {self.why_not}; {way}"
+        total = self.estimate.total_bytes
+        fits = "of" if total <= self.budget else "more than the"
+        worse = "".join(f"; {gib(one.total_bytes)} with {one.recompute}" for one in self.tried[:-1])
+        return f"about {gib(total)} {fits} {gib(self.budget)}; {way}{worse}"
 
 
 class Estimator:
@@ -142,23 +156,15 @@ class Estimator:
         Args:
             budget: bytes that a step may take on each device.
         """
-        asked = config.engine.activation_checkpointing
-        if asked != "auto":
-            return Choice(self, config, budget, asked, None, "as the stage file says")
-        tried: list[Estimate] = []
+        asked, tried = config.engine.activation_checkpointing, list[Estimate]()
         try:
             for recompute in ways(config):
                 tried.append(self.estimate(config, recompute))
                 if tried[-1].total_bytes <= budget:
                     break
         except NotImitatedError as error:
-            return Choice(self, config, budget, "full", None, f"for nothing can be estimated: {error}")
-        *worse, last = tried
-        fits = "of" if last.total_bytes <= budget else "more than the"
-        why = f"for the heaviest pack ({last.pack}) then takes {gib(last.total_bytes)} {fits} {gib(budget)}"
-        if worse:
-            why += ", " + " and ".join(f"{gib(one.total_bytes)} with {one.recompute}" for one in worse)
-        return Choice(self, config, budget, last.recompute, last, why)
+            return Choice(self, config, budget, "full" if asked == "auto" else asked, why_not=str(error))
+        return Choice(self, config, budget, tried[-1].recompute, tuple(tried))
 
 
 def ways(config: StageConfig) -> tuple[Recompute, ...]:

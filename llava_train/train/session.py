@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from llava_train.train.interrupt import StopRequests
+from llava_train.train.terminal import Waiting
 from llava_train.train.world import World
 
 
@@ -50,3 +51,5 @@ class Session:
     verbose: bool = False
     """Show what libraries say, too."""
     clock: StartClock = field(default_factory=StartClock)
+    waiting: Waiting = field(default_factory=Waiting)
+    """Says what is being done before the first step, and after the last."""

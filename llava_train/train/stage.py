@@ -33,16 +33,20 @@ from llava_train.train.assembly import (
     write_result,
 )
 from llava_train.train.checkpoint import CHECKPOINTS_FOLDER, Checkpoints
+from llava_train.train.console import show_overview, show_rows
 from llava_train.train.device_peaks import peak_flops_of
 from llava_train.train.dry_run import dry_run
 from llava_train.train.engine import free_memory, gathered, start_engine, stop_engine, time_reduction
 from llava_train.train.evaluate import evaluate, open_held_out
+from llava_train.train.finished import written
 from llava_train.train.heaviest import most_images
 from llava_train.train.interrupt import STOP_FILE
 from llava_train.train.loop import Loop
 from llava_train.train.memory import Estimator, budget_of
 from llava_train.train.metrics import Yardstick, model_flops
 from llava_train.train.out_of_memory import advised, noted
+from llava_train.train.overview import Overview
+from llava_train.train.pace import expected_step_s
 from llava_train.train.precompute import cached_features
 from llava_train.train.resume import Resumption, find_resumption, load
 from llava_train.train.run_folder import check_unchanged, config_hash, describe, held, write_card
@@ -85,9 +89,14 @@ def run_stage(config: StageConfig, session: Session) -> Path:
         trained = _train(config, session, stack)
         free_memory()
         world.beat("writing the result", patience=START_PATIENCE)
+        session.waiting.show("writing the result")
         world.on_main(lambda: write_result(config, trained, result))
+        session.waiting.stop()
         world.on_main(lambda: stop_file.unlink(missing_ok=True))  # asked too late, it shall not stop the next run
     world.say(f"{config.name}: finished, result in {result}")
+    if world.is_main:
+        show_rows(session.waiting.console, written(config))
+    world.say("")
     return result
 
 
@@ -110,6 +119,7 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
     world, clock = session.world, session.clock
     clock.start()
     world.beat("opening the data", patience=START_PATIENCE)
+    session.waiting.show("opening the data")
     mixture = open_mixture(config.data, config.seed, config.cache_dir)
     held_out = open_mixture(config.eval.data, config.seed, config.cache_dir) if config.eval else None
     n_steps = n_steps_of(len(mixture), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
@@ -117,6 +127,7 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
     resumption, changes = _find_resumption(config, session, card)
     clock.mark("data")
 
+    session.waiting.show("building the model")
     llava, came_from, new_dataset = build(config, world, mixture)
     estimator = Estimator(llava.model.config, world.n_ranks, world.device.type, most_images(mixture))
     budget = _budget(world, llava)
@@ -124,22 +135,26 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
     stack.enter_context(advised(world, choice))  # from here on the device fills
     prepare_modes(llava, config, choice.recompute)
     use_kernels(llava.model, config.engine.kernels, world.device, config.engine.zero)
-    parts, yardstick = list(summarize(llava.model, config.trainable)), _yardstick(config, world, llava)
+    parts, yardstick = tuple(summarize(llava.model, config.trainable)), _yardstick(config, world, llava)
     clock.mark("model")
     world.on_main(lambda: write_card(config.run_dir, card, world.n_ranks, resumption.step, bool(changes)))
-    world.say(f"{config.name}: {len(mixture):,} samples, {n_steps:,} steps, {world.n_ranks} ranks, {came_from}")
+    dataset = new_dataset(mixture, seed=config.seed)
+    if world.is_main:
+        pace, pack = expected_step_s(dataset, yardstick), estimator.pack(config)
+        known = (mixture, held_out, n_steps, world.n_ranks, world.device, pack, choice.line, pace, resumption)
+        show_overview(session.waiting.console, Overview(config, parts, came_from, *known))
     _say_notes(config, world, llava)
-    if config.engine.activation_checkpointing == "auto":
-        world.say(choice.line)
     steps, features = range(resumption.step, n_steps), None
     if config.loader.cache_features:
+        session.waiting.show("computing features")
         with noted("computing features", mend="--set loader.cache_features=false"):
-            features = cached_features(config, session, llava, new_dataset(mixture, seed=config.seed), steps)
+            features = cached_features(config, session, llava, dataset, steps)
         clock.mark("features")
+    session.waiting.show("starting DeepSpeed")
     engine, checkpoints = _start_engine(config, session, llava, resumption, config_hash(card))
+    session.waiting.stop()
 
     with Tracking(config, world, resumption.step, n_steps) as tracking:
-        tracking.started(parts, resumption.step, resumption.passed_over)
         names, watch = tuple(source.name for source in mixture.sources), Stopwatch(world.device)
         window = Window(names, tracking.n_bad_before, yardstick, watch)
         time_reduction(engine, watch)

@@ -9,7 +9,6 @@ from typing import Any
 
 from llava_train.config import StageConfig
 from llava_train.data.loader import BadSample, StepBatch
-from llava_train.model.trainable import PartSummary
 from llava_train.run_files import ANSWERS_FILE, BAD_STEPS_FILE, METRICS_FILE, QUARANTINE_FILE, read_records
 from llava_train.train.console import RunConsole
 from llava_train.train.records import Records
@@ -50,10 +49,6 @@ class Tracking:
     def __exit__(self, raised: type[BaseException] | None, *_: object) -> None:
         self.console.__exit__()
         self.trackers.close(failed=raised is not None)
-
-    def started(self, parts: Iterable[PartSummary], step: int, passed_over: Iterable[str]) -> None:
-        """Shows what trains and where the run stands."""
-        self.console.started(parts, step, passed_over)
 
     def say(self, text: str) -> None:
         """Shows a line on rank 0."""

@@ -6,7 +6,6 @@ stop flag, the number of supervised tokens and the state of a checkpoint go over
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -127,7 +126,6 @@ def start_distributed(timeout_s: float = 600.0) -> World:
         LaunchError: the environment does not say which of the processes this is, or a process has no GPU.
         UserError: there is a GPU, and torch cannot use it.
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     found = launch_environment(os.environ)
     device = training_device()
     n_gpus = torch.cuda.device_count() if device.type == "cuda" else 0

@@ -22,7 +22,7 @@ from llava_train.model.skeleton import config_without_weights, skeleton
 from llava_train.model.trainable import set_trainable
 from llava_train.stage_file import ConfigError, with_overrides
 from llava_train.train.holdings import ModelSize, PartSize, held_bytes, size_of
-from llava_train.train.memory import GIB, Estimator
+from llava_train.train.memory import GIB, Estimator, gib
 from llava_train.train.out_of_memory import advice
 from llava_train.train.remedies import candidates, find_remedy, turned
 from llava_train.train.world import World
@@ -155,7 +155,7 @@ def test_auto_takes_the_first_way_that_fits() -> None:
         choice = estimator.choose(config, total)
         assert choice.recompute == way
         assert choice.estimate is not None and choice.estimate.total_bytes == total
-        assert choice.line.startswith(f"engine.activation_checkpointing: {way}, for the heaviest pack (")
+        assert choice.line.startswith(f"about {gib(total)} of {gib(total)}; activation_checkpointing {way} (auto)")
     assert "more than the" in estimator.choose(config, 1).line
 
 
@@ -173,7 +173,9 @@ def test_auto_and_the_advice_pass_selective_over_where_it_takes_more_than_none()
 def test_what_the_stage_file_says_is_not_questioned() -> None:
     for way in RECOMPUTES:
         config = stage(Path("x"), engine={"zero": 0, "activation_checkpointing": way})
-        assert estimator_of().choose(config, 1).recompute == way
+        choice = estimator_of().choose(config, 1)
+        assert choice.recompute == way
+        assert "more than the" in choice.line and "auto" not in choice.line
 
 
 def test_a_model_that_cannot_run_without_values_is_computed_again_in_full(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,13 +44,15 @@ class Recipe:
     printed: str
     printed_again: str
     printed_by_torchrun: str
+    errors: dict[str, str]
+    """Standard error of the commands of `printed_again` and `printed_by_torchrun`."""
     changed_by_second_run: list[str]
 
     def run(self, name: str) -> Path:
         return self.folder / "runs" / name
 
 
-def launch(command: list[Any], cwd: Path, **more: str) -> str:
+def launch(command: list[Any], cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         list(map(str, command)),
         cwd=cwd,
@@ -61,7 +63,7 @@ def launch(command: list[Any], cwd: Path, **more: str) -> str:
         timeout=TIMEOUT_S,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return done.stdout
+    return done
 
 
 def linear_stages(folder: Path) -> list[Path]:
@@ -111,14 +113,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     folder = tmp_path_factory.mktemp("recipe")
     draw_scenes(folder)
     deepspeed = [BIN / "deepspeed", "--num_accelerators", 2, "--master_port", free_port()]
-    printed = launch([*deepspeed, TRAIN, "--config", *SMOKE], folder)
+    printed = launch([*deepspeed, TRAIN, "--config", *SMOKE], folder).stdout
     before = fingerprint(folder / "runs")
-    printed_again = launch([sys.executable, TRAIN, "--config", *SMOKE], folder)
+    again = launch([sys.executable, TRAIN, "--config", *SMOKE], folder)
     after = fingerprint(folder / "runs")
     torchrun = [BIN / "torchrun", "--nproc_per_node", 2, "--master_port", free_port()]
-    printed_by_torchrun = launch([*torchrun, TRAIN, "--config", *linear_stages(folder)], folder)
+    by_torchrun = launch([*torchrun, TRAIN, "--config", *linear_stages(folder)], folder)
     changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
-    return Recipe(folder, printed, printed_again, printed_by_torchrun, changed)
+    errors = {"python": again.stderr, "torchrun": by_torchrun.stderr}
+    return Recipe(folder, printed, again.stdout, by_torchrun.stdout, errors, changed)
 
 
 @pytest.fixture(scope="module")
@@ -160,11 +163,33 @@ def test_a_run_keeps_every_step_and_a_complete_result(recipe: Recipe, name: str)
 
 def test_a_run_prints_what_trains(recipe: Recipe) -> None:
     for words in ("projector 6,272 6,272 float32 0.001", "language_model 115,008 0 float32 frozen", "(LoRA)"):
-        assert words in " ".join(recipe.printed.replace("│", " ").split())
+        assert words in " ".join(recipe.printed.split())
+
+
+def test_libraries_say_nothing_and_only_the_first_of_two_ranks_speaks(recipe: Recipe) -> None:
+    assert recipe.errors == {"python": "", "torchrun": ""}
+    said = recipe.printed_by_torchrun.splitlines()
+    for name in ("linear-stage1", "linear-stage2", "linear-stage3"):
+        assert (
+            said.count(f"{name}: run folder runs/{name}")
+            == said.count(f"{name}: finished, result in runs/{name}/model")
+            == 1
+        )
+    assert sum(line.startswith("  devices      2 ranks, each on CPU") for line in said) == 3
+    assert sum(line.startswith("first step after ") for line in said) == 3
+    assert not [line for line in said if line.startswith("[")], "DeepSpeed's log"
+
+
+def test_a_run_ends_with_what_to_type_next(recipe: Recipe) -> None:
+    for printed in (recipe.printed, recipe.printed_again):
+        after = printed.partition("\nnext:\n")[2]  # the deepspeed launcher has the last word
+        ask, report = after.splitlines()[:2]
+        assert ask.startswith("  llava-train ask runs/smoke-stage2-lora ")
+        assert report == "  llava-train report runs/smoke-stage2-lora"
 
 
 def test_the_same_command_passes_over_complete_stages_and_changes_nothing(recipe: Recipe) -> None:
-    lines = [line for line in recipe.printed_again.splitlines() if "smoke-" in line]
+    lines = recipe.printed_again.partition("next:")[0].splitlines()
     assert lines == [f"{name}: complete, see runs/{name}/model" for name in RUNS]
     assert "step" not in recipe.printed_again
     assert recipe.changed_by_second_run == []
@@ -194,8 +219,9 @@ def test_a_projector_that_trains_in_a_whole_model_leaves_a_whole_model(recipe: R
 def test_stage_2_starts_from_the_projector_of_stage_1_and_prints_its_hash(recipe: Recipe, name: str) -> None:
     card = json.loads((recipe.run("smoke-stage1") / "model/projector.json").read_text())
     assert card["sha256"] == sha256(recipe.run("smoke-stage1") / "model/projector.safetensors")
-    wanted = f"starting from projector from runs/smoke-stage1/model, sha256 {card['sha256'][:16]}"
-    assert any(line.startswith(f"{name}:") and wanted in line for line in recipe.printed.splitlines())
+    _, _, of_stage = recipe.printed.partition(f"{name}: run folder ")
+    wanted = f"  starts from  projector from runs/smoke-stage1/model, sha256 {card['sha256'][:16]}"
+    assert next(line for line in of_stage.splitlines() if "starts from" in line) == wanted
 
 
 def test_a_projector_with_a_flipped_byte_is_refused(recipe: Recipe, tmp_path: Path) -> None:

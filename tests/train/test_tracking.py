@@ -13,7 +13,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llava_train.config import StageConfig
 from llava_train.files import sha256
 from llava_train.run_files import quarantine_summary
-from llava_train.train.console import progress_line
 from llava_train.train.curves import curves
 from llava_train.train.lines import EvaluationLine, StepLine, rows
 from llava_train.train.records import _drop_after
@@ -100,12 +99,6 @@ def test_held_out_loss_and_answers_are_kept(folder: Path, outcome: Outcome) -> N
 def test_every_logged_step_is_printed(outcome: Outcome) -> None:
     lines = [line for line in outcome.stdout.splitlines() if " tokens/s " in line]
     assert [line.split()[1] for line in lines] == ["1/7", "3/7", "6/7", "7/7"]
-
-
-def test_the_progress_line_shows_the_mfu_where_it_is_known() -> None:
-    metrics = {"loss": 1.5, "lr": {"projector": 1e-3}, "tokens_per_s": 18000.0, "time_left_s": 60.0}
-    assert " MFU 50.6% " in progress_line({**metrics, "mfu": 0.506})
-    assert "MFU" not in progress_line({**metrics, "mfu": None})
 
 
 def test_the_card_says_what_ran(folder: Path, outcome: Outcome) -> None:

@@ -1,0 +1,41 @@
+"""Standard output as a terminal, or a log; and what a run is doing while nothing else moves. Needs no torch."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+
+def new_console(speaks: bool = True) -> Console:
+    """Standard output; a terminal only where it is one, whatever machines for CI say."""
+    return Console(quiet=not speaks, force_terminal=sys.stdout.isatty())
+
+
+class Waiting:
+    """Says what is being done in a line that goes again, on a terminal; nothing in a log, nor unless `speaks`."""
+
+    def __init__(self, speaks: bool = True) -> None:
+        self.console = new_console(speaks)
+        """What else is shown meanwhile must go through it, or print."""
+        # No thread of its own: a worker that is forked while one writes would inherit its lock.
+        self._live = Live(console=self.console, auto_refresh=False, transient=True)
+        self._moves = speaks and self.console.is_interactive
+
+    def __enter__(self) -> Waiting:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def show(self, activity: str) -> None:
+        """What is begun now."""
+        if self._moves:
+            self._live.start()
+            self._live.update(Text(f"{activity} ...", style="dim"), refresh=True)
+
+    def stop(self) -> None:
+        """Takes the line away; `show` brings it back."""
+        self._live.stop()
