@@ -9,6 +9,8 @@ import typer.main
 
 from llava_train.cli import app
 
+_LIST = re.compile(r"\*\*Commands\*\*:\n\n(- .*\n)+")
+"""It cuts the words of a command short; the table of contents beside the page lists them, too."""
 _EXAMPLE = re.compile(r"^(Examples?): (llava-train .+)$", re.MULTILINE)
 
 
@@ -18,4 +20,5 @@ def command_line_page() -> str:
     context = command.context_class(command, info_name="llava-train")
     page = typer.cli.get_docs_for_click(obj=command, ctx=context, name="llava-train", title="Command line")
     page = page.replace("\n* `", "\n- `")
+    page = _LIST.sub("", page)
     return _EXAMPLE.sub(r"\1:\n\n```bash\n\2\n```", page)
