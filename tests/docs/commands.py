@@ -10,6 +10,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests.docs import checks
@@ -43,26 +44,24 @@ class NotRun:
     says: str = ""
 
 
+_NO_4_BITS = NotRun(r"^(python|llava-train (plan|export)) .*-qlora", checks.nothing, "bitsandbytes is not installed")
 NOT_RUN = (
     NotRun(r"\bpip install\b", checks.pip_install, "takes minutes and the network; files and extras are looked up"),
-    NotRun(r"^python3? -m venv\b", checks.nothing, "takes half a minute; nothing of ours is in it"),
-    NotRun(r"^git clone\b", checks.nothing, "there is no network in a test"),
     NotRun(r"\bscripts/(quickstart|test)\.sh\b", checks.shell_script, "CI and its users run it; here its syntax is read"),
-    NotRun(r"\bbuild_small_parts\.py\b", checks.file_exists, "downloads; .ci/run starts it"),
     NotRun(r"^llava-train demo\b", checks.llava_train, "a server; tests/use/test_demo.py opens it in a browser"),
     NotRun(r"^llava-train .*--push-to-hub", checks.llava_train, "needs the hub"),
     NotRun(r"^llava-train lmms-eval\b", checks.llava_train, "another environment; tests/use/test_lmms_eval.py runs it in CI"),
     NotRun(r"^llava-train .*--quantize", checks.llava_train, "needs CUDA"),
-    NotRun(r"^llava-train .*--device cuda", checks.llava_train, "needs CUDA"),
-    NotRun(r"^llava-train \S+ (llava-hf|liuhaotian)/", checks.llava_train, "downloads a 7B model"),
     NotRun(r"^(vllm|transformers) serve\b|sglang\.launch_server|^curl\b", checks.nothing, "a server of others, not installed here"),
     NotRun(r"^(jupyter|tensorboard|mkdocs serve)\b|-m http\.server", checks.named_folders, "a server of others"),
-    NotRun(r"^wandb\b", checks.nothing, "needs an account"),
     NotRun(r"^sbatch\b", checks.sbatch, "tests/cluster runs it on a real SLURM; here its script is read", "71"),
+    *([] if find_spec("bitsandbytes") else [_NO_4_BITS]),
     NotRun(r"^(srun|scancel|scontrol|squeue|sacct|sinfo)\b", checks.nothing, "tests/cluster has a real SLURM"),
-    NotRun(r"^nvidia-smi\b", checks.nothing, "needs a GPU"),
 )
 """Everything else is run, by bash, in a tiny copy of the checkout (`tests.docs.home`)."""
+
+PYTHON_NOT_RUN = {r"llava-hf/|liuhaotian/": "downloads a 7B model"}
+"""Blocks of Python in which one of these is found are compiled and not run."""
 
 
 @dataclass(frozen=True)

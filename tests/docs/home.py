@@ -27,6 +27,10 @@ OWN_STAGES = {
 }
 
 
+WIDER = {**LANGUAGE_MODEL, "hidden_size": 64, "intermediate_size": 128}
+"""As wide as weights in 4 bits must be on a CPU."""
+
+
 def make_home(home: Path) -> None:
     """Writes the checkout and trains what the pages take for trained."""
     home.mkdir(exist_ok=True)
@@ -50,10 +54,11 @@ def shrink_stage(stage: Path, target: Path) -> None:
     """A stage file with random parts in place of those of the hub, and few samples and steps."""
     content: dict[str, Any] = yaml.safe_load(stage.read_text(encoding="utf-8"))
     if not str(content["model"]["language_model"]).startswith("parts/"):
-        content["model"] |= {"language_model": {"config": LANGUAGE_MODEL}, "vision_tower": {"config": VISION_TOWER}}
+        content["model"] |= {"language_model": {"config": WIDER}, "vision_tower": {"config": VISION_TOWER}}
+    in_4_bits = "quantize_base" in str(content["trainable"])
     content["batch"] = {**content["batch"], **FEWER["batch"]}
     content["schedule"] = {**content.get("schedule", {}), **FEWER["schedule"]}
-    content["engine"] = {**content.get("engine", {}), "precision": "fp32"}
+    content["engine"] = {**content.get("engine", {}), "precision": "bf16" if in_4_bits else "fp32"}
     content |= {key: FEWER[key] for key in ("checkpoint", "logging")} | {"loader": {"workers": 0}}
     if "eval" in content:
         content["eval"] |= {"every": 2, "max_samples": 4, "generate": 1, "max_new_tokens": 4}

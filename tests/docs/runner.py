@@ -7,6 +7,8 @@ this process, over a socket, which forks one that has made the imports (`tests.t
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -34,6 +36,8 @@ STAND_INS += ("wandb", "nvidia-smi", "bash")
 N_RANKS = 2
 """Of a launcher that was asked for more: two do all that eight do."""
 
+_ENDS = 'tail() { command tail "${@/#-f/-n1}"; }'
+"""What would follow a file for ever."""
 _environment = threading.Lock()
 """Of this process, which those that it forks inherit."""
 
@@ -89,9 +93,13 @@ class Runner:
     def run(self, script: Sequence[Command]) -> list[Outcome]:
         """Runs commands one after another in one shell, a failed one too does not end it."""
         mark = "\x1e"
+        names = {command.text: checks.named(command.text.split(), self.home) for command in script if command.is_name}
+        if names:  # a code span stands alone
+            (wrong,) = names.values()
+            return [Outcome(script[0], 1 if wrong else 0, wrong or "")]
         lines = [f"{command.text}\nprintf '{mark}%s{mark}' $?" for command in script]
         done = subprocess.run(
-            ["/bin/bash", "-o", "pipefail", "-c", "\n".join(lines)],
+            ["/bin/bash", "-o", "pipefail", "-c", "\n".join([_ENDS, *lines])],
             cwd=self.home,
             env={**os.environ, "PATH": f"{self._bin}:/usr/bin:/bin", "HOME": str(self.home)},
             stdin=subprocess.DEVNULL,
@@ -117,7 +125,7 @@ def _reply_to(line: socket.socket) -> None:
         asked = json.loads(b"".join(iter(lambda: line.recv(1 << 16), b"")))
         try:
             reply = answer(asked["words"], Path(asked["cwd"]), asked["env"])
-        except BaseException:  # a launcher's parser exits
+        except Exception:
             reply = _reply(70, stderr=traceback.format_exc())
         line.sendall(json.dumps(reply).encode())
 
@@ -148,16 +156,20 @@ def forked(arguments: list[str], cwd: Path, env: dict[str, str], n_ranks: int = 
 
 
 def launched(program: str, arguments: list[str]) -> list[str]:
-    """What a launcher would start on each rank, by its own parser."""
-    if program == "deepspeed":
-        from deepspeed.launcher.runner import parse_args
+    """What a launcher would start on each rank, by its own parser. Raises ValueError with what that says."""
+    from deepspeed.launcher.runner import parse_args as parse_deepspeed
+    from torch.distributed.run import parse_args as parse_torchrun
 
-        asked = parse_args(arguments)
-        return [asked.user_script, *asked.user_args]
-    from torch.distributed.run import parse_args as torchrun_args
-
-    asked = torchrun_args(arguments)
-    return [*(["-m"] if asked.module else []), asked.training_script, *asked.training_script_args]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            if program == "deepspeed":
+                asked = parse_deepspeed(arguments)
+                return [asked.user_script, *asked.user_args]
+            asked = parse_torchrun(arguments)
+            return [*(["-m"] if asked.module else []), asked.training_script, *asked.training_script_args]
+    except SystemExit:
+        raise ValueError(said.getvalue()) from None
 
 
 def _as_file(arguments: list[str], cwd: Path) -> list[str]:
