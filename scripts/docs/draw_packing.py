@@ -26,7 +26,7 @@ _WIDTH, _LEFT, _ROW, _GAP = 400, 92, 11, 3
 _SCALE = (_WIDTH - _LEFT - 2) / MAX_TOKENS
 
 Row = list[tuple[int, str]]
-"""A micro-batch from left to right: tokens and what they are (`a`, `b`: samples of this step in turn; `next`; `pad`)."""
+"""A micro-batch from left to right: tokens, and what they are: `a`, `b` (samples of the step in turn), `next`, `pad`."""
 
 _STYLE = """
 svg:root { color: #222 }
@@ -36,7 +36,7 @@ svg:root { color: #222 }
 #packing .a { fill: #00897b }
 #packing .b { fill: #4db6ac }
 #packing .next { fill: #fb8c00 }
-#packing .pad { fill: currentColor; fill-opacity: .13; stroke: currentColor; stroke-opacity: .35; stroke-dasharray: 2 2 }
+#packing .pad { fill: currentColor; fill-opacity: .13; stroke: currentColor; stroke-opacity: .35 }
 #packing .border { stroke: currentColor; stroke-width: 1.5; stroke-dasharray: 4 3 }
 """
 
@@ -50,7 +50,8 @@ def draw() -> str:
     y = _panel(parts, y + 26, *across_steps(stream))
     y = _panel(parts, y + 26, *exact(step))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y + 4:.1f}" id="packing" style="max-width: 640px">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y + 4:.1f}" id="packing" '
+        'style="max-width: 640px">'
         f"<style>{_STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n"
     )
 
@@ -79,7 +80,10 @@ def across_steps(stream: Sequence[int]) -> tuple[str, list[str], list[str], list
     n_packs = N_RANKS * N_MICRO_STEPS
     counts = [sum(map(len, packs[i : i + n_packs])) for i in range(0, len(packs) - n_packs, n_packs)]
     rows = [[(stream[i], _shade(i) if i < N_SAMPLES else "next") for i in pack] for pack in packs[:n_packs]]
-    said = [f"this step has {counts[0]} samples, others {min(counts)} to {max(counts)}:", "no step is that of the recipe"]
+    said = [
+        f"this step has {counts[0]} samples, others {min(counts)} to {max(counts)}:",
+        "no step is that of the recipe",
+    ]
     return "Packed across steps", said, [_place(i) for i in range(n_packs)], rows
 
 
@@ -106,9 +110,7 @@ def _label(rank: int, micro_step: int) -> str:
     return f"rank {rank}, micro {micro_step + 1}"
 
 
-def _panel(
-    parts: list[str], y: float, title: str, said: list[str], labels: list[str], rows: list[Row]
-) -> float:
+def _panel(parts: list[str], y: float, title: str, said: list[str], labels: list[str], rows: list[Row]) -> float:
     """Adds a title, rows and what is to be said of them; returns where they end."""
     parts.append(f'<text class="title" x="0" y="{y}">{title}</text>')
     y += 7

@@ -1,7 +1,7 @@
 """What mkdocs does beside rendering docs/: the home page, the pages made of code, links out of docs/, drawings.
 
 The pages of the reference are made while the site is built, so that they cannot differ from the code, and none is
-committed. What torch or transformers would have to make (`draw_packing.py`, `show_masks.py`) is committed and checked by a test.
+committed. What reads well without the site (`draw_packing.py`, `show_masks.py`) is committed and checked by a test.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Links as the site needs them; a file of the repository that is no page of the site is named in place of a link."""
+    """Links as the site needs them; a file of the repository that is no page of it is named in place of a link."""
     is_home = page.file.src_uri == HOME
     source = ROOT / "README.md" if is_home else DOCS / page.file.src_uri
 
@@ -61,7 +61,7 @@ def site_link(target: str, path: Path, page: str) -> str:
     """A link within docs/ (or to README.md) as one from `page` of the site, its anchor kept."""
     _, mark, anchor = target.partition("#")
     uri = HOME if path == ROOT / "README.md" else os.path.relpath(path, DOCS)
-    return os.path.relpath(uri, os.path.dirname(page) or ".") + mark + anchor
+    return os.path.relpath(uri, Path(page).parent) + mark + anchor
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> str:
@@ -69,6 +69,8 @@ def on_page_content(html: str, page: Page, **_: Any) -> str:
 
     def inline(match: re.Match[str]) -> str:
         drawing = within(match.group(2), Path(DOCS / page.file.src_uri))
-        return f'<div class="figure" role="img" aria-label="{match.group(1)}">{drawing.read_text(encoding="utf-8")}</div>'
+        return (
+            f'<div class="figure" role="img" aria-label="{match.group(1)}">{drawing.read_text(encoding="utf-8")}</div>'
+        )
 
     return _DRAWING.sub(inline, html)

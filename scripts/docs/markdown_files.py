@@ -89,7 +89,9 @@ def anchors(text: str) -> set[str]:
     found: set[str] = set(re.findall(r"<a id=\"([^\"]+)\"", text))
     for heading in re.findall(r"^#+ +(.+?) *#*$", prose(text), re.MULTILINE):
         plain = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()).replace(" ", "-")
-        repeats = sum(anchor == plain or re.fullmatch(re.escape(plain) + r"[-_]\d+", anchor) is not None for anchor in found)
+        repeats = sum(
+            anchor == plain or re.fullmatch(re.escape(plain) + r"[-_]\d+", anchor) is not None for anchor in found
+        )
         found.add(f"{plain}-{repeats}" if repeats else plain)
     return found
 

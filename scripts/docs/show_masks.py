@@ -1,6 +1,6 @@
 """Writes the examples of docs/explanation/masks.md: what the encoder that trains supervises of a conversation.
 
-    python scripts/docs/show_masks.py              # writes them between the marks; a test compares
+python scripts/docs/show_masks.py              # writes them between the marks; a test compares
 """
 
 from __future__ import annotations

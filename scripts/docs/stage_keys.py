@@ -17,11 +17,11 @@ Schema = dict[str, Any]
 _INTRODUCTION = """# Keys of a stage file
 
 Made from `llava_train/config.py`. `llava-train schema` prints the same as JSON Schema, for editors; `--set
-batch.max_tokens=8192` overrides a key for one start. Unknown keys, wrong types and contradictions are refused before a model
-is loaded. Only keys without a default must be there.
+batch.max_tokens=8192` overrides a key for one start. Unknown keys, wrong types and contradictions are refused before a
+model is loaded. Only keys without a default must be there.
 
-**knob** marks the keys that decide neither what a step trains on nor what it learns: they may change when a run goes on.
-A change of any other is refused (`on_bad_sample` and `batch.over_long` may leave `error`), unless
+**knob** marks the keys that decide neither what a step trains on nor what it learns: they may change when a run goes
+on. A change of any other is refused (`on_bad_sample` and `batch.over_long` may leave `error`), unless
 `--allow-config-change` is given.
 """
 

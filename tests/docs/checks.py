@@ -33,7 +33,9 @@ def shell_script(words: Sequence[str], cwd: Path) -> str | None:
 
 
 def named_folders(words: Sequence[str], cwd: Path) -> str | None:
-    missing = [word for word in words[1:] if word.strip("./").startswith(("runs", "notebooks")) and not (cwd / word).exists()]
+    missing = [
+        word for word in words[1:] if word.strip("./").startswith(("runs", "notebooks")) and not (cwd / word).exists()
+    ]
     return f"no such folder: {', '.join(missing)}" if missing else None
 
 
@@ -85,11 +87,17 @@ def sbatch(words: Sequence[str], cwd: Path) -> str | None:
 
 
 def named(words: Sequence[str], cwd: Path) -> str | None:
-    """A command that is only named exists."""
-    program, *rest = words
-    if program == "llava-train":
-        from llava_train.cli import app
+    """A command that is only named exists, and so do its options."""
+    if words[0] != "llava-train":
+        return file_exists(words, cwd)
+    from llava_train.cli import app
 
-        known = [*typer.main.get_command(app).commands, "--help"]  # type: ignore[attr-defined]
-        return None if rest[0] in known else f"no such command: llava-train {rest[0]}"
-    return file_exists(words, cwd)
+    commands: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    _, name, *options = words
+    if name == "--help" or name.startswith("--") and "completion" in name:
+        return None
+    if name not in commands:
+        return f"no such command: llava-train {name}"
+    known = [option for parameter in commands[name].params for option in parameter.opts] + ["--help"]
+    unknown = [option for option in options if option not in known]
+    return f"no such option: llava-train {name} {unknown[0]}" if unknown else None

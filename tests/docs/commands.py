@@ -1,6 +1,6 @@
 """The commands of README.md and docs/, how each is tested, and what is not really run.
 
-    python -m tests.docs.commands      prints how many there are, and which are not really run
+python -m tests.docs.commands      prints how many there are, and which are not really run
 """
 
 from __future__ import annotations
@@ -46,13 +46,24 @@ class NotRun:
 
 _NO_4_BITS = NotRun(r"^(python|llava-train (plan|export)) .*-qlora", checks.nothing, "bitsandbytes is not installed")
 NOT_RUN = (
+    NotRun(r"^python3? -m venv\b", checks.nothing, "takes half a minute; nothing of ours is in it"),
     NotRun(r"\bpip install\b", checks.pip_install, "takes minutes and the network; files and extras are looked up"),
-    NotRun(r"\bscripts/(quickstart|test)\.sh\b", checks.shell_script, "CI and its users run it; here its syntax is read"),
+    NotRun(
+        r"\bscripts/(quickstart|test)\.sh\b", checks.shell_script, "CI and its users run it; here its syntax is read"
+    ),
     NotRun(r"^llava-train demo\b", checks.llava_train, "a server; tests/use/test_demo.py opens it in a browser"),
     NotRun(r"^llava-train .*--push-to-hub", checks.llava_train, "needs the hub"),
-    NotRun(r"^llava-train lmms-eval\b", checks.llava_train, "another environment; tests/use/test_lmms_eval.py runs it in CI"),
+    NotRun(
+        r"^llava-train lmms-eval\b",
+        checks.llava_train,
+        "another environment; tests/use/test_lmms_eval.py runs it in CI",
+    ),
     NotRun(r"^llava-train .*--quantize", checks.llava_train, "needs CUDA"),
-    NotRun(r"^(vllm|transformers) serve\b|sglang\.launch_server|^curl\b", checks.nothing, "a server of others, not installed here"),
+    NotRun(
+        r"^(vllm|transformers) serve\b|sglang\.launch_server|^curl\b",
+        checks.nothing,
+        "a server of others, not installed here",
+    ),
     NotRun(r"^(jupyter|tensorboard|mkdocs serve)\b|-m http\.server", checks.named_folders, "a server of others"),
     NotRun(r"^sbatch\b", checks.sbatch, "tests/cluster runs it on a real SLURM; here its script is read", "71"),
     *([] if find_spec("bitsandbytes") else [_NO_4_BITS]),
@@ -79,9 +90,10 @@ class Command:
 
     @property
     def is_name(self) -> bool:
-        """Whether it names a command (`llava-train plan`) and is none."""
-        words = self.text.split()
-        return self.in_prose and len(words) <= (3 if words[1:2] == ["-m"] else 2) and words[0] in _NAMED
+        """Whether it names a command or option (`llava-train plan --json`) and is none to type."""
+        program, *words = self.text.split()
+        more = words[2:] if words[:1] == ["-m"] else words[1:]
+        return self.in_prose and program in _NAMED and all(word.startswith("--") for word in more)
 
 
 _NAMED = ("llava-train", "deepspeed", "torchrun", "python", "bash", "sbatch", "vllm", "transformers", "jupyter")
@@ -150,7 +162,9 @@ def main() -> None:
     names = [command for command in commands if command.is_name]
     whole = [command for command in commands if not command.is_name]
     reasons = Counter(one.reason if (one := not_run(command.text)) else "" for command in whole)
-    print(f"{len(pages)} pages, {len(whole)} commands: {reasons.pop('', 0)} are run for real, {sum(reasons.values())} are")
+    print(
+        f"{len(pages)} pages, {len(whole)} commands: {reasons.pop('', 0)} are run for real, {sum(reasons.values())} are"
+    )
     print(f"parsed and looked up only; {len(names)} names of commands are looked up, too")
     for reason, count in reasons.most_common():
         print(f"  {count:3} {reason}")

@@ -31,7 +31,18 @@ from tests.train.helpers import start_ranks, wait
 
 TIMEOUT_S = 200
 STAND_INS = ("llava-train", "python", "python3", "pip", "deepspeed", "torchrun", "git", "sbatch", "srun", "scancel")
-STAND_INS += ("scontrol", "squeue", "sacct", "sinfo", "vllm", "transformers", "curl", "jupyter", "tensorboard", "mkdocs")
+STAND_INS += (
+    "scontrol",
+    "squeue",
+    "sacct",
+    "sinfo",
+    "vllm",
+    "transformers",
+    "curl",
+    "jupyter",
+    "tensorboard",
+    "mkdocs",
+)
 STAND_INS += ("wandb", "nvidia-smi", "bash")
 N_RANKS = 2
 """Of a launcher that was asked for more: two do all that eight do."""

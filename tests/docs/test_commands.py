@@ -43,7 +43,11 @@ def test_the_commands_and_the_python_of_a_page_run(name: str, home: Path) -> Non
     """Those in fences and in prose, in their order, in a folder of the page's own; then its Python, as one program."""
     with Runner(home) as runner:
         done = [one for script in scripts_of(ROOT / name) for one in runner.run(script)]
-    failed = [f"{one.command.place}: {one.command.text}\n  exit code {one.code}: {one.said[-1500:]}" for one in done if one.code]
+    failed = [
+        f"{one.command.place}: {one.command.text}\n  exit code {one.code}: {one.said[-1500:]}"
+        for one in done
+        if one.code
+    ]
     program = python_of(name)
     if program.strip():
         (home / "page.py").write_text(program, encoding="utf-8")
@@ -76,9 +80,15 @@ def test_the_yaml_of_a_page_is_a_stage_file_or_a_part_of_one(name: str) -> None:
 @pytest.mark.parametrize("name", TEXTS)
 def test_no_command_hides_from_the_tests(name: str) -> None:
     """One stands in a fence that says `bash`, or in prose as a code span: never indented, never in a nameless fence."""
-    hidden = [f"{name}:{block.line}" for block in markdown.blocks(TEXTS[name]) if not block.language and OURS.search(block.text)]
+    hidden = [
+        f"{name}:{block.line}"
+        for block in markdown.blocks(TEXTS[name])
+        if not block.language and OURS.search(block.text)
+    ]
     prose = markdown.prose(TEXTS[name]).split("\n")
-    hidden += [f"{name}:{i}" for i, line in enumerate(prose, start=1) if line.startswith("    ") and OURS.match(line.strip())]
+    hidden += [
+        f"{name}:{i}" for i, line in enumerate(prose, start=1) if line.startswith("    ") and OURS.match(line.strip())
+    ]
     assert hidden == []
 
 
@@ -90,7 +100,11 @@ def test_every_exception_is_needed(rule: object) -> None:
 
 def test_a_command_that_fails_is_named_and_the_next_ones_run(home: Path) -> None:
     page = ROOT / "README.md"
-    script = [Command(page, 3, "llava-train nonsense"), Command(page, 4, "X=$(llava-train schema | head -c 1)"), Command(page, 5, 'test "$X" = "{"')]
+    script = [
+        Command(page, 3, "llava-train nonsense"),
+        Command(page, 4, "X=$(llava-train schema | head -c 1)"),
+        Command(page, 5, 'test "$X" = "{"'),
+    ]
     with Runner(home) as runner:
         failed, *others = runner.run(script)
     assert failed.command.place == "README.md:3"
@@ -135,4 +149,6 @@ def test_a_script_is_cut_into_commands() -> None:
 def test_names_of_commands_are_looked_up() -> None:
     assert checks.named(["llava-train", "plan"], ROOT) is None
     assert checks.named(["llava-train", "plna"], ROOT) == "no such command: llava-train plna"
+    assert checks.named(["llava-train", "plan", "--json"], ROOT) is None
+    assert checks.named(["llava-train", "plan", "--jsno"], ROOT) == "no such option: llava-train plan --jsno"
     assert checks.named(["python", "scripts/trian.py"], ROOT) == "no such file: scripts/trian.py"

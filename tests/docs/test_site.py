@@ -57,7 +57,9 @@ def test_it_is_built_without_a_warning(built: tuple[Path, list[str]]) -> None:
 
 
 def test_it_loads_nothing_from_elsewhere(built: tuple[Path, list[str]]) -> None:
-    loads = re.compile(r"<(?:script|img|iframe|source)[^>]* src=\"?(https?:)?//|<link[^>]* rel=\"?(?:stylesheet|preconnect)[^>]*//")
+    loads = re.compile(
+        r"<(?:script|img|iframe|source)[^>]* src=\"?(https?:)?//|<link[^>]* rel=\"?(?:stylesheet|preconnect)[^>]*//"
+    )
     assert [page for page in built[0].rglob("*.html") if loads.search(page.read_text(encoding="utf-8"))] == []
 
 
@@ -88,7 +90,10 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def test_every_key_of_a_stage_file_is_explained() -> None:
-    explained = {key: field.description or any(model.__doc__ for model in _models(field.annotation)) for key, field in keys(StageConfig)}
+    explained = {
+        key: field.description or any(model.__doc__ for model in _models(field.annotation))
+        for key, field in keys(StageConfig)
+    }
     assert len(explained) > 90
     assert [key for key, said in explained.items() if not said] == []
 
@@ -100,7 +105,11 @@ def test_the_reference_has_every_key_with_its_default_and_whether_it_is_a_knob()
     assert rows["image.aspect"].startswith("| `pad`, `crop`, `resize` | `pad` |")
     assert rows["schedule.warmup"].startswith("| number, at least 0, below 1 | `0.03` |")
     told = {key for key, _ in keys(StageConfig)}
-    missing = {key for key in told - rows.keys() if f"## {key} " not in page and not key.startswith(("eval.data.", "trainable.vision_tower."))}
+    missing = {
+        key
+        for key in told - rows.keys()
+        if f"## {key} " not in page and not key.startswith(("eval.data.", "trainable.vision_tower."))
+    }
     assert missing == set()
     for key, row in rows.items():
         assert row.endswith("| knob |") is stage_keys.is_free(key, FREE_KEYS), key
@@ -115,7 +124,9 @@ def test_the_reference_has_every_command_and_option(built: tuple[Path, list[str]
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for name, command in commands.items():
         assert f'id="llava-train-{name}"' in page
-        assert all(option in page for parameter in command.params for option in parameter.opts if option.startswith("--"))
+        assert all(
+            option in page for parameter in command.params for option in parameter.opts if option.startswith("--")
+        )
 
 
 def test_the_reference_has_the_python_of_a_trained_model(built: tuple[Path, list[str]]) -> None:
