@@ -26,7 +26,7 @@ _WIDTH, _LEFT, _ROW, _GAP = 400, 92, 11, 3
 _SCALE = (_WIDTH - _LEFT - 2) / MAX_TOKENS
 
 Row = list[tuple[int, str]]
-"""A micro-batch from left to right: tokens, and what they are: `a`, `b` (samples of the step in turn), `next`, `pad`."""
+"""A micro-batch from left to right: tokens and what they are: `a`, `b` (samples of the step in turn), `next`, `pad`."""
 
 _STYLE = """
 svg:root { color: #222 }
