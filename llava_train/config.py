@@ -32,7 +32,7 @@ CHAT_TEMPLATES = (
     "zephyr",
 )
 
-LearningRate = Annotated[float, Field(gt=0, description="peak learning rate of AdamW")]
+LearningRate = Annotated[float, Field(gt=0, description="Peak learning rate of AdamW.")]
 
 
 class Section(BaseModel):
@@ -99,8 +99,11 @@ class LoraSection(Section):
     """LoRA adapters (peft) on every linear layer of the language model."""
 
     rank: PositiveInt
+    """Inner width of an adapter."""
     alpha: Annotated[float, Field(gt=0)]
+    """An adapter's output is multiplied by `alpha / rank`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that a training step leaves out."""
     quantize_base: Literal["nf4"] | None = None
     """Keep the language model's own weights in 4 bits while its adapters train (QLoRA, 2305.14314); needs bitsandbytes.
     The result has them in bf16, as 4 bits rounded them."""
@@ -123,6 +126,7 @@ class LanguageModelTraining(PartTraining):
     """How the language model trains: in full, or through LoRA adapters."""
 
     lora: LoraSection | None = None
+    """Adapters train, the weights themselves are frozen; default: they train in full."""
 
 
 class TrainableSection(Section):
@@ -226,12 +230,15 @@ class ScheduleSection(Section):
     """How long, and how the learning rate goes."""
 
     epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the data; 0.5 stops half-way."""
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer steps, when that is earlier than `epochs`."""
     lr: Literal["cosine", "linear", "constant"] = "cosine"
+    """What follows the warm-up: along a cosine or a line to 0 at the last step, or no change."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    """Share of the steps."""
+    """Share of the steps in which the learning rate rises from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient; null switches clipping off."""
 
@@ -247,9 +254,13 @@ class EngineSection(Section):
     """DeepSpeed: how the run is spread over devices."""
 
     zero: Literal[0, 1, 2, 3] = 2
+    """Of what trains, the ranks share the optimizer (1), the gradients too (2), the weights of all parts too (3)."""
     offload_optimizer: bool = False
+    """The optimizer lives in the host's memory and steps on the CPU."""
     offload_parameters: bool = False
+    """Weights live in the host's memory and travel to the GPU for each layer; under `zero: 3`."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """Of weights and activations; in bf16 the optimizer keeps float32 weights."""
     activation_checkpointing: Checkpointing = "auto"
     """Activations kept for the backward pass: `none` computes none again, `selective` all but matrix products and
     attention, `full` whole layers; `auto` takes the first of them that fits the memory, by an estimate."""
@@ -263,6 +274,8 @@ class EngineSection(Section):
 
 
 class CheckpointSection(Section):
+    """How often a run is saved."""
+
     every: PositiveInt | None = 500
     """Optimizer steps between checkpoints, the last step has one too; null saves none but the result."""
     keep: PositiveInt = 2
@@ -270,17 +283,25 @@ class CheckpointSection(Section):
 
 
 class WandbSection(Section):
+    """Weights & Biases."""
+
     project: str
+    """Project of the run; it is made where it is missing."""
     entity: str | None = None
+    """User or team; default: that of your login."""
     mode: Literal["online", "offline", "disabled"] = "online"
+    """`offline` writes to the run's folder, for `wandb sync`."""
 
 
 class LoggingSection(Section):
+    """What is written down of a run, and where to."""
+
     every: PositiveInt = 10
     """Optimizer steps between lines of metrics.jsonl."""
     tensorboard: bool = False
     """Write `tensorboard/` in the run's folder, too."""
     wandb: WandbSection | None = None
+    """Send the run to Weights & Biases, too."""
 
 
 TextMetric = Literal["vqa", "exact", "pope", "anls", "caption"]
@@ -291,6 +312,7 @@ class QuestionsSection(Section):
     """A file of questions, as `llava-train evaluate` takes it."""
 
     path: str
+    """LLaVA's JSONL of questions with references, or training data."""
     images: str | None = None
     """Folder or archive that the image paths are relative to; default: the folder of `path`."""
 
@@ -299,12 +321,15 @@ class EvalSection(Section):
     """Held-out loss, a few generated answers, and what they are worth, while training."""
 
     every: PositiveInt
+    """Optimizer steps between evaluations; the last step has one too."""
     data: Annotated[list[SourceSection], Field(min_length=1)]
+    """Held-out samples, which are not trained on."""
     max_samples: PositiveInt = 256
     """The held-out loss is over the first so many samples, rounded up to whole batches."""
     generate: Annotated[int, Field(ge=0)] = 4
     """Number of held-out prompts to answer."""
     max_new_tokens: PositiveInt = 64
+    """Most tokens of an answer."""
     metric: TextMetric | None = None
     """A score of generated answers: `eval_METRIC` in metrics.jsonl."""
     questions: QuestionsSection | None = None
@@ -314,6 +339,8 @@ class EvalSection(Section):
 
 
 class LoaderSection(Section):
+    """How samples are read."""
+
     workers: Annotated[int, Field(ge=0)] = 4
     """Processes a rank that read ahead; 0 reads in the training process."""
     cache_features: bool = False
@@ -327,12 +354,14 @@ class StageConfig(Section):
     name: Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")]
     """The run's folder below `output`."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of the order of samples, of what `take` draws, of new weights and of dropout."""
     model: ModelSection
     init_from: str | None = None
     """Whose trained parts this stage starts from: a run folder; a LLaVA model of transformers or of the original (full,
     or LoRA), folder or hub id; `mm_projector.bin` or its folder; `random` for a new projector."""
     trainable: TrainableSection
     data: Annotated[list[SourceSection], Field(min_length=1)]
+    """What is trained on: one order runs over all sources."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """A sample that cannot be read: stop, or give it zero weight and a line in quarantine.jsonl."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -348,6 +377,7 @@ class StageConfig(Section):
     logging: LoggingSection = LoggingSection()
     eval: EvalSection | None = None
     output: str = "runs"
+    """Folder of run folders."""
 
     @property
     def run_dir(self) -> Path:

@@ -177,6 +177,7 @@ def _become(arguments: list[str], cwd: Path, env: dict[str, str], outputs: tuple
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = arguments
+            sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
             runpy.run_path(arguments[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()
