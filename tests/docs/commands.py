@@ -65,6 +65,7 @@ NOT_RUN = (
         "a server of others, not installed here",
     ),
     NotRun(r"^(jupyter|tensorboard|mkdocs serve)\b|-m http\.server", checks.named_folders, "a server of others"),
+    NotRun(r"^wandb\b", checks.nothing, "needs an account"),
     NotRun(r"^sbatch\b", checks.sbatch, "tests/cluster runs it on a real SLURM; here its script is read", "71"),
     *([] if find_spec("bitsandbytes") else [_NO_4_BITS]),
     NotRun(r"^(srun|scancel|scontrol|squeue|sacct|sinfo)\b", checks.nothing, "tests/cluster has a real SLURM"),
