@@ -13,12 +13,12 @@ from typing import Any
 from llava_train.data.problems import KINDS
 from llava_train.report.figures import points_of
 from llava_train.report.quantities import mean_loss
-from llava_train.report.read import Line, RunRecord, list_of, number, table_of
+from llava_train.report.read import Line, RunRecord, list_of, number, table_of, text_of
 from llava_train.report.svg import percent, short
 from llava_train.report.times import time_spent
 from llava_train.run_files import flatten
 
-_N_EXAMPLES, _MOST_BAD_STEPS = 3, 20
+_N_EXAMPLES, _MOST_BAD_STEPS, _MOST_CHARACTERS = 3, 20, 300
 
 
 def state_of(record: RunRecord, ended: bool) -> str:
@@ -96,7 +96,10 @@ def left_out(record: RunRecord) -> list[dict[str, Any]]:
         {
             "kind": KINDS.get(kind, kind),
             "count": count,
-            "examples": [line for line in record.quarantine if str(line.get("kind")) == kind][:_N_EXAMPLES],
+            "examples": [
+                {key: text_of(line.get(key), _MOST_CHARACTERS) for key in ("source", "id", "line", "reason")}
+                for line in [line for line in record.quarantine if str(line.get("kind")) == kind][:_N_EXAMPLES]
+            ],
         }
         for kind, count in by_kind.most_common()
     ]

@@ -9,7 +9,8 @@ from PIL import Image
 
 from llava_train.report.facts import bad_steps, differences, duration, facts, left_out, state_of
 from llava_train.report.questions import questions
-from tests.report.runs import HOSTILE, answer, evaluation, line, record
+from llava_train.report.read import read_run
+from tests.report.runs import HOSTILE, answer, evaluation, line, record, write_lines, write_run
 
 
 def test_a_run_in_a_few_numbers(tmp_path: Path) -> None:
@@ -64,6 +65,15 @@ def test_what_was_left_out_is_counted_by_kind_with_examples(tmp_path: Path) -> N
     assert n_more == 0
 
 
+def test_what_was_left_out_is_cut_where_it_is_long(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_lines(
+        run / "quarantine.jsonl", [{"step": 1, "kind": "image_missing", "id": "i" * 9999, "reason": ["r"] * 9999}]
+    )
+    [kind] = left_out(read_run(run))
+    assert max(map(len, kind["examples"][0].values())) < 310
+
+
 def test_keys_that_differ_are_listed_with_the_value_of_each_run(tmp_path: Path) -> None:
     about = {"torch": "2.13.0", "n_ranks": 8, "data": [{"path": "data.json", "n_samples": 99}]}
     batch = {"size": 16, "max_tokens": 2048, "max_sample_tokens": 640}
@@ -91,6 +101,12 @@ def test_a_question_has_its_answers_before_and_after_training(tmp_path: Path) ->
     assert hostile.answers == [("after training", "red", True)]
     assert len(colour.pictures) == 1 and colour.pictures[0].startswith("data:image/jpeg;base64,")
     assert hostile.pictures == []
+
+
+def test_questions_of_two_sources_that_share_an_id_and_a_prompt_stay_two(tmp_path: Path) -> None:
+    answers = [answer(step, expected=expected) for step in (0, 60) for expected in ("Red", "A dog")]
+    found, _ = questions([record(tmp_path / "run", None, answers)])
+    assert [(each.expected, len(each.answers)) for each in found] == [("Red", 2), ("A dog", 2)]
 
 
 def test_answers_of_several_runs_stand_side_by_side_under_the_same_question(tmp_path: Path) -> None:
