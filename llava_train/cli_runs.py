@@ -17,7 +17,7 @@ app = typer.Typer()
 
 @app.command(cls=Command, rich_help_panel=LOOK)
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders; several are compared.")],
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Default: report.html in the run; of several runs, ./compare.html."),

@@ -58,6 +58,7 @@ def test_help_groups_the_commands_in_the_order_of_a_users_work() -> None:
 def test_help_of_a_command_fits_80_columns_and_explains_every_option(command: str) -> None:
     text = shown(command, "--help")
     assert max(map(len, text.splitlines())) <= WIDTH
+    assert "…" not in text, "cut off"
     options = [param for param in GROUP.commands[command].params if not param.hidden]
     assert [param.name for param in options if not (param.help or "").endswith(".")] == []
     for option in options:
@@ -85,6 +86,13 @@ def test_several_values_after_one_flag_where_a_command_takes_several() -> None:
     parsed = GROUP.commands["check"].make_context("check", ["--config", "a.yaml", "--set", "seed=1", "batch.size=2"])
     assert parsed.params["set_"] == ["seed=1", "batch.size=2"]
     assert "unexpected extra argument" in shown("plan", "--config", "a.yaml", "b.yaml")
+
+
+def test_lmms_evals_own_spelling_of_its_options_is_taken() -> None:
+    arguments = ["RUN", "--tasks", "mme", "--output_path=out", "--model_args", "dtype=float32", "--log_samples"]
+    context = GROUP.commands["lmms-eval"].make_context("lmms-eval", arguments)
+    assert (str(context.params["output_path"]), context.params["model_args"]) == ("out", "dtype=float32")
+    assert context.args == ["--log_samples"]
 
 
 def test_the_version_is_told() -> None:
