@@ -155,6 +155,7 @@ def test_what_cannot_be_reported_is_one_line_and_exit_code_2(runs: Path, tmp_pat
     for arguments, words in {
         (tmp_path / "nowhere",): "nowhere: no run folder",
         (runs / "a", new): "metrics.jsonl has no line yet",
+        (runs / "a", "--out", tmp_path): "a folder; name a file",
     }.items():
         done = report(*arguments)
         assert done.exit_code == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
