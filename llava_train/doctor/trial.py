@@ -64,6 +64,13 @@ STAGE: dict[str, Any] = {
 
 def try_step() -> Ended:
     """Trains one step in a process and a folder of their own; the folder is gone afterwards."""
+    try:
+        return _try_step()
+    except OSError as error:  # no folder can be made, or written
+        return Ended(1, f"error: {error}", 0.0)
+
+
+def _try_step() -> Ended:
     with tempfile.TemporaryDirectory(prefix="llava-train-doctor-") as folder:
         ended = run_python("llava_train.doctor.trial", [folder], TIMEOUT_S, cwd=Path(folder))
         records = read_records(Path(folder) / "runs" / NAME / METRICS_FILE)

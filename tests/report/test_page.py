@@ -72,6 +72,8 @@ def test_the_page_needs_nothing_else_and_runs_nothing(name: str, runs: Path) -> 
     assert not {"script", "iframe", "object", "embed"} & {tag for tag, _ in read.tags}
     addresses = [attributes[key] for _, attributes in read.tags for key in ("src", "href") if attributes.get(key)]
     assert addresses and all(address and address.startswith("data:") for address in addresses)
+    policy = next(attributes for tag, attributes in read.tags if "http-equiv" in attributes)
+    assert (policy["content"] or "").startswith("default-src 'none';")
     assert "url(" not in text and "@import" not in text
     assert not [key for _, attributes in read.tags for key in attributes if key.startswith("on")]
 
