@@ -81,7 +81,9 @@ def _date(line: Line) -> str | None:
 
 
 def duration(seconds: float) -> str:
-    """`2 h 5 min`, `3 min 20 s`, `4.2 s`."""
+    """`2 h 5 min`, `3 min 20 s`, `4.2 s`, `5.8 ms`."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.2g} ms"
     if seconds < 59.5:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -129,7 +131,8 @@ def differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     flat = [dict(flatten({**record.config, "about": record.about})) for record in records]
     keys = list({key: None for each in flat for key in each})
     values = {key: [_shown(each.get(key, "not set")) for each in flat] for key in keys}
-    return [(key, shown) for key, shown in values.items() if len(set(shown)) > 1]
+    different = [(key, shown) for key, shown in values.items() if len(set(shown)) > 1]
+    return [(key, [text_of(each, _MOST_CHARACTERS) for each in shown]) for key, shown in different]
 
 
 def _shown(value: Any) -> str:

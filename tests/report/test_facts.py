@@ -50,7 +50,15 @@ def test_the_state_says_how_far_a_run_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(4.21, "4.21 s"), (59.96, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+    ("seconds", "words"),
+    [
+        (5.789e-4, "0.58 ms"),
+        (0.0277, "28 ms"),
+        (4.21, "4.21 s"),
+        (59.96, "1 min 0 s"),
+        (200, "3 min 20 s"),
+        (7500, "2 h 5 min"),
+    ],
 )
 def test_durations_in_words(seconds: float, words: str) -> None:
     assert duration(seconds) == words

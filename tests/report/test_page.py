@@ -139,6 +139,13 @@ def test_runs_are_compared_side_by_side(runs: Path) -> None:
     assert "a, before training" in text and "b-with-a-name-that-is-much-too-long-for-a-phone, after step 60" in text
 
 
+def test_what_one_run_alone_knows_has_its_place_among_the_others(tmp_path: Path) -> None:
+    first, second = write_run(tmp_path / "first", [line(60)]), write_run(tmp_path / "second")
+    write_report([first, second], tmp_path / "compare.html")
+    text = Read(tmp_path / "compare.html").text
+    assert text.index("Training loss") < text.index("Held-out loss") < text.index("Tokens a second")
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / place / "same") for place in ("here", "there")]
     assert report(*folders, "--out", tmp_path / "both.html").exit_code == 0
