@@ -123,8 +123,8 @@ def _folders(run_dir: Path | None) -> Iterator[Path]:
     if run_dir is not None:
         of_run, of_all = run_dir / ERRORS_FOLDER, run_dir.parent / CACHE_FOLDER / ERRORS_FOLDER
         yield from (folder for folder in (of_run, of_all) if folder.parent.is_dir())  # a run may not have begun
-    of_user = Path(tempfile.gettempdir()) / f"llava_train-{os.getuid()}" / ERRORS_FOLDER
-    with suppress(OSError):
+    with suppress(OSError):  # on a full disk there is no temporary folder either
+        of_user = Path(tempfile.gettempdir()) / f"llava_train-{os.getuid()}" / ERRORS_FOLDER
         of_user.parent.mkdir(mode=0o700, exist_ok=True)
         status = of_user.parent.lstat()
         if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():  # and not what somebody else put there

@@ -92,8 +92,9 @@ def trained(ended: Ended) -> Iterator[Finding]:
         yield Finding("training", Level.ok, f"{text} ({start[0]})" if start else text)
         return
     said = [line for line in ended.output.strip().splitlines() if line.strip()]
-    errors = [line for line in said if line.startswith("error: ")]
-    text = f"one step failed ({ended.why}): {(errors or said or ['without a word'])[-1]}"
+    errors = [number for number, line in enumerate(said) if line.startswith("error: ")]
+    words = said[errors[-1] : errors[-1] + 2] if errors else said[-1:]  # what failed, and why or what to do
+    text = f"one step failed ({ended.why}): {'; '.join(words) or 'without a word'}"
     mend = "read its whole output: llava-train doctor --json; an issue with that file helps, too"
     yield Finding("training", Level.broken, text, mend)
 
