@@ -61,7 +61,7 @@ def _pictures(folder: Path, line: Line) -> Iterator[str]:
     for name in list_of(line.get("pictures")):
         with suppress(OSError, ValueError, Image.DecompressionBombError):
             path = (folder / str(name)).resolve()
-            if not path.is_relative_to(folder.resolve()):
+            if not path.is_relative_to(folder.resolve()) or not path.is_file():  # a pipe would keep us waiting
                 continue
             with Image.open(path, formats=["JPEG", "PNG"]) as image:
                 image.thumbnail((_PICTURE_PIXELS, _PICTURE_PIXELS))

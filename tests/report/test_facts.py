@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -127,8 +128,10 @@ def test_answers_of_several_runs_stand_side_by_side_under_the_same_question(tmp_
 def test_pictures_outside_the_run_or_of_another_kind_are_left_out(tmp_path: Path) -> None:
     Image.new("RGB", (9, 9)).save(tmp_path / "secret.jpg")
     names = ["../secret.jpg", str(tmp_path / "secret.jpg"), "pictures/link.jpg", "config.yaml", "pictures/none.jpg", 5]
+    names += ["pictures/pipe.jpg", "pictures", "pictures/\0.jpg"]
     run = record(tmp_path / "run", answers=[answer(0, pictures=names), answer(60, "text", pictures="x")])
     (run.folder / "pictures/link.jpg").symlink_to(tmp_path / "secret.jpg")
+    os.mkfifo(run.folder / "pictures/pipe.jpg")
     assert [question.pictures for question in questions([run])[0]] == [[], []]
 
 
