@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 from rich.console import Console
@@ -11,7 +12,13 @@ from rich.text import Text
 
 def new_console(speaks: bool = True) -> Console:
     """Standard output; a terminal only where it is one, whatever machines for CI say."""
-    return Console(quiet=not speaks, force_terminal=sys.stdout.isatty())
+    return Console(quiet=not speaks, force_terminal=sys.stdout is not None and sys.stdout.isatty())
+
+
+def write_anything() -> None:
+    """Lets standard output take characters that its encoding lacks, as escapes: no answer of a model may end a run."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class Waiting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from llava_train.train.console import RunConsole, show_overview
 from llava_train.train.heaviest import PackShape
 from llava_train.train.overview import Overview
 from llava_train.train.resume import Resumption
-from llava_train.train.terminal import Waiting, new_console
+from llava_train.train.terminal import Waiting, new_console, write_anything
 from tests.tiny import stage_content, write_data
 
 PARTS = (
@@ -137,3 +138,21 @@ def test_a_file_is_no_terminal_whatever_the_environment_says(
         waiting.show("building the model")
         assert not new_console().is_terminal
     assert capsys.readouterr().out == ""
+
+
+def test_an_answer_that_the_output_cannot_spell_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    write_anything()
+    answer = {"prompt": "wer?", "answer": "日本", "expected": "né"}
+    RunConsole("run", True, 0, 8).evaluation(0, 1.0, 0, {}, [answer])
+    sys.stdout.flush()
+    assert written.getvalue().decode("latin-1").splitlines()[-1] == "  'wer?' -> '\\u65e5\\u672c' (expected 'né')"
+
+
+def test_a_run_whose_output_is_closed_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    write_anything()
+    with Waiting() as waiting:
+        waiting.show("building the model")
+        RunConsole("run", True, 0, 8, waiting.console).say("hello")
