@@ -18,11 +18,11 @@ from llava_train.cli_look import Overrides
 from llava_train.config import StageConfig
 from llava_train.errors import user_errors
 from llava_train.failures import of_run
-from llava_train.last_words import tell
+from llava_train.last_words import goes_on_from, tell
 from llava_train.slurm import SCRIPT, Job, Launcher, prepare, submit, what_to_know
 from llava_train.stage_file import ConfigError, load_stage, with_suffix
 from llava_train.train.chatter import turn_down, turn_up
-from llava_train.train.terminal import Waiting, write_anything
+from llava_train.train.terminal import Waiting, drop_unread, write_anything
 
 app = typer.Typer(
     cls=Group,
@@ -240,10 +240,11 @@ def run(
                 world.say("\n".join(["next:", *(f"  {command}" for command in next_commands(stages[-1], paths[-1]))]))
     except Exception as error:
         waiting.stop()
+        drop_unread()
         return tell(error, context, verbose)
     except KeyboardInterrupt:
         if context.rank == 0:
-            print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+            print(f"interrupted; the same command goes on from {goes_on_from(context)}", file=sys.stderr)
         return 130
     finally:
         waiting.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 from rich.console import Console
@@ -10,15 +11,30 @@ from rich.live import Live
 from rich.text import Text
 
 
+class _OfRun(Console):
+    """Standard output of a run, which does not end without a word where nobody reads it any more."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # rich would exit
+
+
 def new_console(speaks: bool = True) -> Console:
     """Standard output; a terminal only where it is one, whatever machines for CI say."""
-    return Console(quiet=not speaks, force_terminal=sys.stdout is not None and sys.stdout.isatty())
+    return _OfRun(quiet=not speaks, force_terminal=sys.stdout is not None and sys.stdout.isatty())
 
 
 def write_anything() -> None:
     """Lets standard output take characters that its encoding lacks, as escapes: no answer of a model may end a run."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def drop_unread() -> None:
+    """Drops what standard output still holds where its reader has gone, so that Python's end does not complain."""
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Waiting:

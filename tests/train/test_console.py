@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,14 @@ from rich.console import Console
 from llava_train.config import Take
 from llava_train.data.mixture import Mixture
 from llava_train.data.sources import open_source
+from llava_train.failures import explain, of_run
 from llava_train.model.trainable import PartSummary
 from llava_train.stage_file import parse_stage
 from llava_train.train.console import RunConsole, show_overview
 from llava_train.train.heaviest import PackShape
 from llava_train.train.overview import Overview
 from llava_train.train.resume import Resumption
-from llava_train.train.terminal import Waiting, new_console, write_anything
+from llava_train.train.terminal import Waiting, drop_unread, new_console, write_anything
 from tests.tiny import stage_content, write_data
 
 PARTS = (
@@ -156,3 +158,14 @@ def test_a_run_whose_output_is_closed_says_nothing(monkeypatch: pytest.MonkeyPat
     with Waiting() as waiting:
         waiting.show("building the model")
         RunConsole("run", True, 0, 8, waiting.console).say("hello")
+
+
+def test_a_pipe_that_nobody_reads_ends_a_run_with_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", closefd=True) as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(BrokenPipeError) as caught:
+            new_console().print("hello")
+        drop_unread()  # else the end of `with`, as Python's own, would raise it again
+    assert "nobody reads any more what this run prints" in str(explain(caught.value, of_run()))
