@@ -10,6 +10,7 @@ import atexit
 import json
 import os
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -81,28 +82,35 @@ class WandbRun:
 
 
 def _start(config: StageConfig, section: WandbSection, mode: Literal["online", "offline", "disabled"]) -> Any:
-    run = wandb.init(
-        project=section.project,
-        entity=section.entity,
-        mode=mode,
-        name=config.name,
-        id=run_id(config.run_dir / WANDB_ID_FILE, config.name),
-        resume="allow",
-        dir=str(config.run_dir),
-        config=read_card(config.run_dir) or config.model_dump(mode="json"),
-        settings=wandb.Settings(
-            silent=True,
-            init_timeout=_START_S,
-            login_timeout=_START_S,
-            finish_timeout=_END_S,
-            finish_timeout_raises=True,
-        ),
-    )
+    settings = wandb.Settings(silent=True, init_timeout=_START_S, finish_timeout=_END_S, finish_timeout_raises=True)
+    with _unasked():
+        run = wandb.init(
+            project=section.project,
+            entity=section.entity,
+            mode=mode,
+            name=config.name,
+            id=run_id(config.run_dir / WANDB_ID_FILE, config.name),
+            resume="allow",
+            dir=str(config.run_dir),
+            config=read_card(config.run_dir) or config.model_dump(mode="json"),
+            settings=settings,
+        )
     atexit.unregister(_end_process)
     atexit.register(_end_process)  # after wandb's own, and so called before it
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
     return run
+
+
+@contextmanager
+def _unasked() -> Iterator[None]:
+    """On a terminal wandb would ask for a key that it lacks, and the run wait for an answer."""
+    own = sys.stdin
+    with Path(os.devnull).open() as sys.stdin:
+        try:
+            yield
+        finally:
+            sys.stdin = own
 
 
 def _end_process() -> None:

@@ -232,11 +232,23 @@ def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StageCon
     wandb.teardown()
 
 
+class Terminal(io.StringIO):
+    """Standard input or error of a person who does not answer."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self, *_: Any) -> str:
+        pytest.fail("a run must not wait for an answer")
+
+
 @pytest.mark.parametrize("key", ["", "0" * 40], ids=["no key", "no server"])
 def test_wandb_that_cannot_be_reached_is_told_and_kept_offline(
     key: str, online: StageConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", key)
+    for name in ("stdin", "stderr"):
+        monkeypatch.setattr(sys, name, Terminal())
     said: list[str] = []
     started = time.monotonic()
     trackers = Trackers(online, True, 0, said.append)
