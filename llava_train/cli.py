@@ -237,7 +237,8 @@ def run(
                     return EXIT_RESUBMIT
                 finally:
                     context = replace(context, doing=world.activity)
-                world.say("\n".join(["next:", *(f"  {command}" for command in next_commands(stages[-1], paths[-1]))]))
+                if world.is_main:
+                    print("next:", *next_commands(stages[-1], paths[-1]), sep="\n  ", flush=True)
     except Exception as error:
         waiting.stop()
         drop_unread()

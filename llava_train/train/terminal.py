@@ -6,7 +6,7 @@ import io
 import os
 import sys
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
@@ -29,6 +29,15 @@ def write_anything() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def new_live(console: Console, shown: RenderableType = "", transient: bool = False) -> Live:
+    """A line that moves on a terminal. What libraries print meanwhile stands above it, but for errors sent elsewhere.
+
+    It has no thread of its own: a worker that is forked while one writes would inherit its lock.
+    """
+    to_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return Live(shown, console=console, auto_refresh=False, transient=transient, redirect_stderr=to_terminal)
+
+
 def drop_unread() -> None:
     """Drops what standard output still holds where its reader has gone, so that Python's end does not complain."""
     try:
@@ -43,8 +52,7 @@ class Waiting:
     def __init__(self, speaks: bool = True) -> None:
         self.console = new_console(speaks)
         """What else is shown meanwhile must go through it, or print."""
-        # No thread of its own: a worker that is forked while one writes would inherit its lock.
-        self._live = Live(console=self.console, auto_refresh=False, transient=True)
+        self._live = new_live(self.console, transient=True)
         self._moves = speaks and self.console.is_interactive
 
     def __enter__(self) -> Waiting:

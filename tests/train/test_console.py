@@ -23,7 +23,7 @@ from llava_train.train.console import RunConsole, show_overview
 from llava_train.train.heaviest import PackShape
 from llava_train.train.overview import Overview
 from llava_train.train.resume import Resumption
-from llava_train.train.terminal import Waiting, drop_unread, new_console, write_anything
+from llava_train.train.terminal import Waiting, drop_unread, new_console, new_live, write_anything
 from tests.tiny import stage_content, write_data
 
 PARTS = (
@@ -169,3 +169,12 @@ def test_a_pipe_that_nobody_reads_ends_a_run_with_words(monkeypatch: pytest.Monk
             new_console().print("hello")
         drop_unread()  # else the end of `with`, as Python's own, would raise it again
     assert "nobody reads any more what this run prints" in str(explain(caught.value, of_run()))
+
+
+def test_errors_that_are_sent_to_a_file_arrive_there_while_a_line_moves(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, force_interactive=True)
+    with new_live(console, "a line"):
+        print("a warning", file=sys.stderr)
+    assert capsys.readouterr().err == "a warning\n"
