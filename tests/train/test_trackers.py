@@ -112,6 +112,7 @@ def test_tensorboard_shows_answers_as_they_are_and_their_pictures(events: EventA
     assert [step for step, _ in texts] == [0, 8]
     assert b"    <b>what</b>?" in texts[0][1].item()
     assert b"    a *cat*" in texts[0][1].item()
+    assert [step for step, _ in points(events, "answers/q2/1")] == [0, 8], "also a picture of another question"
     pictures = points(events, "answers/q2/2")
     assert [step for step, _ in pictures] == [0, 8]
     width, height, content = pictures[0][1]
