@@ -27,7 +27,7 @@ from llava_train.train.curves import curves
 from llava_train.train.run_folder import read_card
 from llava_train.train.trackers import Answer, Metrics
 
-_START_S, _END_S, _LEAVE_S = 60, 20, 5
+_START_S, _END_S, _LEAVE_S = 60, 15, 5
 """Bounds of the waits for the server, and for wandb's process: a launcher kills 30 s after it has asked to stop."""
 
 
