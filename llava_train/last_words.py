@@ -82,8 +82,13 @@ def message(error: Exception, explained: Explanation | None, context: Context, k
 def _goes_on(context: Context) -> list[str]:
     if not context.is_run or context.run_dir is None:
         return []
-    has_saved = any(context.run_dir.glob("checkpoints/step-*"))
-    return [f"The same command goes on from the {'newest checkpoint' if has_saved else 'beginning'}."]
+    return [f"The same command goes on from {goes_on_from(context)}."]
+
+
+def goes_on_from(context: Context) -> str:
+    """Where the next start of a run begins, in words."""
+    has_saved = context.run_dir is not None and any(context.run_dir.glob("checkpoints/step-*"))
+    return "the newest checkpoint" if has_saved else "the beginning"
 
 
 def _where(kept: Path | str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import re
@@ -15,7 +16,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from llava_train import __version__
-from llava_train.cli import app
+from llava_train.cli import _uncollected, app
 from llava_train.cli_help import LOOK, MACHINE, MEASURE, TRAIN, USE
 from tests.train.helpers import ROOT
 
@@ -163,3 +164,11 @@ def test_an_import_is_fast_and_brings_no_torch(module: str, at_most_s: float) ->
     seconds, said = cpu_seconds(f"import sys, {module}; print(sorted({heavy}))")
     assert said == "[]"
     assert seconds < at_most_s
+
+
+def test_imports_in_a_process_of_others_keep_nothing_of_theirs_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", sys)  # it is here already, as in a notebook
+    n_frozen = gc.get_freeze_count()
+    with _uncollected():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == n_frozen
