@@ -27,6 +27,7 @@ LANGUAGE_MODEL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
+    "max_position_embeddings": 16384,  # answers of random bytes are long ones when they are read again
 }
 VISION_TOWER = {
     "hidden_size": 32,

@@ -146,7 +146,7 @@ def test_what_it_will_do_is_said_before_and_every_picture_is_kept_once(folder: P
     """9 good pictures, two of them the same, and one that can be read but not decoded."""
     said = runs[1]["with/stage1-fp32"][0].stdout
     assert "loader.cache_features: encoding 9 of 9 pictures, 0.5 KB each, 0.00 GB in with-1/.cache/features/" in said
-    assert said.index("encoding 9 of 9") < said.index("round 1 of 1 done") < said.index("step 1/")
+    assert said.index("encoding 9 of 9") < said.index("round 1 of 1 done") < said.index("step  1/")
     folders = {path.parent for path in features_of(folder / "with-1")}
     assert len(folders) == 3, "fp32 and bf16 of one layer, fp32 of two"
     for shards in folders:
