@@ -3,7 +3,7 @@
     python scripts/pictures.py demo runs/small-stage2        # docs/pictures/demo.png
     python scripts/pictures.py report runs/small-stage2      # docs/pictures/report.png, of the run's report.html
 
-Run it in the checkout after scripts/quickstart.sh; it needs Chromium, and the extras `demo` and `dev`. The quickstart's
+Run it in the checkout after scripts/quickstart.sh; it needs Chromium and the extra `dev`. The quickstart's
 model is asked about a scene that it was not trained on; --picture and --question ask something else.
 """
 

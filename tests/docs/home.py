@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from PIL import Image
 
@@ -79,6 +80,8 @@ def make_data(home: Path) -> None:
         write_samples(path, "iiiiiiii")
         path.write_text(path.read_text(encoding="utf-8").replace("images/", ""), encoding="utf-8")
         assert (home / images).is_dir()
+    shutil.copytree(home / "data/images", home / "playground/data")
+    shutil.copy(home / "data/llava_v1_5_mix665k.json", home / "playground/data")
 
 
 def make_small_files(home: Path) -> None:
@@ -89,10 +92,20 @@ def make_small_files(home: Path) -> None:
     row = {"question_id": 1, "image": "dog.jpg", "text": "Is there a dog?", "label": "yes", "answer": "yes"}
     for name in QUESTIONS:
         (home / name).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    make_projector(home / "checkpoints/llava-v1.5-7b-pretrain/mm_projector.bin")
     for program in ("python", "pip", "activate"):
         for venv in (".venv/bin", "lmms-env/bin"):
             (home / venv).mkdir(parents=True, exist_ok=True)
             (home / venv / program).touch()
+
+
+def make_projector(path: Path) -> None:
+    """One of the original LLaVA, for the shapes of `shrink_stage`."""
+    width, wider = VISION_TOWER["hidden_size"], WIDER["hidden_size"]
+    layers = {f"model.mm_projector.{at}.weight": torch.zeros(wider, of) for at, of in ((0, width), (2, wider))}
+    layers |= {name.replace("weight", "bias"): torch.zeros(wider) for name in layers}
+    path.parent.mkdir(parents=True)
+    torch.save(layers, path)
 
 
 def train(home: Path) -> None:

@@ -43,7 +43,7 @@ STAND_INS += (
     "tensorboard",
     "mkdocs",
 )
-STAND_INS += ("wandb", "nvidia-smi", "bash")
+STAND_INS += ("wandb", "hf", "unzip", "nvidia-smi", "bash")
 N_RANKS = 2
 """Of a launcher that was asked for more: two do all that eight do."""
 
