@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image
 
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
-WIDTH, DEMO_HEIGHT, REPORT_HEIGHT = 1200, 700, 900
+WIDTH, DEMO_HEIGHT, REPORT_HEIGHT = 1200, 700, 1180
 MAX_BYTES = 150_000
 _PICTURE = "data/scenes/images/held-out-00000.png"
 _QUESTIONS = ["What colour is the object?", "Where is the purple star?", "Is there a red circle?"]

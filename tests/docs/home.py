@@ -16,7 +16,7 @@ from tests.scripts import ROOT
 from tests.tiny import LANGUAGE_MODEL, VISION_TOWER
 from tests.train.helpers import run_ranks, write_samples
 
-SCENES = ["--captions", "16", "--conversations", "16", "--held-out", "8"]
+SCENES = ["--captions", "16", "--conversations", "16", "--held-out", "4"]
 TRAINED = ("small/stage1", "small/stage2", "llava-1.5-7b/stage1", "llava-1.5-7b/stage2", "llava-1.5-7b/stage2-lora")
 PICTURES = ("PICTURE.png", "dog.jpg", "cat.jpg", "a.png", "b.png", "my-pictures/dog.jpg")
 """What the pages call a reader's own files."""
@@ -69,8 +69,8 @@ def shrink_stage(stage: Path, target: Path) -> None:
 
 def make_data(home: Path) -> None:
     """The data that the stage files name."""
-    for folder in ("data/scenes", "data/smoke"):
-        run_ranks(["data/draw_scenes.py", "--out", folder, *SCENES], home).check()
+    run_ranks(["data/draw_scenes.py", "--out", "data/scenes", *SCENES], home).check()
+    shutil.copytree(home / "data/scenes", home / "data/smoke")
     for name, images in (
         ("LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "data/LLaVA-Pretrain/images"),
         ("llava_v1_5_mix665k.json", "data/images"),

@@ -176,7 +176,7 @@ def launched(program: str, arguments: list[str]) -> list[str]:
         with contextlib.redirect_stderr(said):
             if program == "deepspeed":
                 asked = parse_deepspeed(arguments)
-                return [asked.user_script, *asked.user_args]
+                return [*(["-m"] if asked.module else []), asked.user_script, *asked.user_args]
             asked = parse_torchrun(arguments)
             return [*(["-m"] if asked.module else []), asked.training_script, *asked.training_script_args]
     except SystemExit:
