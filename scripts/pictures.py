@@ -3,7 +3,7 @@
     python scripts/pictures.py demo runs/small-stage2        # docs/pictures/demo.png
     python scripts/pictures.py report runs/small-stage2      # docs/pictures/report.png, of the run's report.html
 
-Run it in the checkout after scripts/quickstart.sh; it needs Chromium and the extra `dev`. The quickstart's
+Run it in the checkout after scripts/quickstart.sh; it needs Chromium, and the extras `demo` and `dev`. The quickstart's
 model is asked about a scene that it was not trained on; --picture and --question ask something else.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image
 
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
-WIDTH, DEMO_HEIGHT, REPORT_HEIGHT = 1200, 700, 1180
+WIDTH, DEMO_HEIGHT, REPORT_HEIGHT = 1200, 700, 1160
 MAX_BYTES = 150_000
 _PICTURE = "data/scenes/images/held-out-00000.png"
 _QUESTIONS = ["What colour is the object?", "Where is the purple star?", "Is there a red circle?"]
