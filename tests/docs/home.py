@@ -16,7 +16,7 @@ from tests.scripts import ROOT
 from tests.tiny import LANGUAGE_MODEL, VISION_TOWER
 from tests.train.helpers import run_ranks, write_samples
 
-SCENES = ["--captions", "16", "--conversations", "16", "--held-out", "4"]
+SCENES = ["--captions", "16", "--conversations", "16", "--held-out", "7"]
 TRAINED = ("small/stage1", "small/stage2", "llava-1.5-7b/stage1", "llava-1.5-7b/stage2", "llava-1.5-7b/stage2-lora")
 PICTURES = ("PICTURE.png", "dog.jpg", "cat.jpg", "a.png", "b.png", "my-pictures/dog.jpg")
 """What the pages call a reader's own files."""
