@@ -18,11 +18,11 @@ from llava_train.cli_look import Overrides
 from llava_train.config import StageConfig
 from llava_train.errors import user_errors
 from llava_train.failures import of_run
-from llava_train.last_words import tell
+from llava_train.last_words import goes_on_from, tell
 from llava_train.slurm import SCRIPT, Job, Launcher, prepare, submit, what_to_know
 from llava_train.stage_file import ConfigError, load_stage, with_suffix
 from llava_train.train.chatter import turn_down, turn_up
-from llava_train.train.terminal import Waiting
+from llava_train.train.terminal import Waiting, drop_unread, write_anything
 
 app = typer.Typer(
     cls=Group,
@@ -53,7 +53,9 @@ def main(
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """`--local_rank` comes from `deepspeed --module llava_train train ...`; ranks read the environment."""
-    if context.invoked_subcommand not in ("train", "lmms-eval"):  # the one asks first, the other shows another program
+    write_anything()
+    # One asks first, one shows another program, one hands its environment on to a job.
+    if context.invoked_subcommand not in ("train", "lmms-eval", "slurm"):
         turn_down(of_run().rank == 0)
 
 
@@ -197,6 +199,7 @@ def run(
         The exit code: 1 for a failure that nobody foresaw, 2 for what the user can mend, 85 after a request to stop
         (the same command goes on), 86 (by the watchdog) when a rank hangs, 130 after Ctrl-C, as in a shell.
     """
+    write_anything()
     context = of_run()
     waiting = Waiting(context.rank == 0)
     if not verbose:
@@ -234,13 +237,15 @@ def run(
                     return EXIT_RESUBMIT
                 finally:
                     context = replace(context, doing=world.activity)
-                world.say("\n".join(["next:", *(f"  {command}" for command in next_commands(stages[-1], paths[-1]))]))
+                if world.is_main:
+                    print("next:", *next_commands(stages[-1], paths[-1]), sep="\n  ", flush=True)
     except Exception as error:
         waiting.stop()
+        drop_unread()
         return tell(error, context, verbose)
     except KeyboardInterrupt:
         if context.rank == 0:
-            print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+            print(f"interrupted; the same command goes on from {goes_on_from(context)}", file=sys.stderr)
         return 130
     finally:
         waiting.stop()
@@ -249,7 +254,13 @@ def run(
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Nothing is looked through for garbage inside, nor ever after: of imports all stays (2.9 s without, 2.3 s so)."""
+    """Nothing is looked through for garbage inside, nor ever after: of imports all stays (2.9 s without, 2.3 s so).
+
+    But where torch is there already, as in a notebook, what others made must not stay with it.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
     gc.disable()
     try:
         yield

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -106,9 +107,16 @@ def evaluate(
             print_report(plan, report, json_)
 
 
+class LmmsEvalCommand(Command):
+    """Takes lmms-eval's own spelling of its options, `--output_path`, which would break the help's columns."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [re.sub(r"^--(output|model)_(?=path|args)", r"--\1-", arg) for arg in args])
+
+
 @app.command(
     "lmms-eval",
-    cls=Command,
+    cls=LmmsEvalCommand,
     rich_help_panel=MEASURE,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
@@ -124,9 +132,7 @@ def lmms_eval(
         Path | None,
         typer.Option(metavar="PATH", help="Pictures of the files of questions. Default: each one's folder."),
     ] = None,
-    output_path: Annotated[
-        Path, typer.Option("--output-path", "--output_path", metavar="FOLDER", help="Where results go.")
-    ] = Path("runs/lmms-eval"),
+    output_path: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results go.")] = Path("runs/lmms-eval"),
     python: Annotated[
         str | None, typer.Option(metavar="FILE", help="Python of the environment with lmms-eval. Default: this one.")
     ] = None,
@@ -134,9 +140,7 @@ def lmms_eval(
         str | None, typer.Option(metavar="NAME", help="cuda, cuda:1 or cpu. Default: cuda where it is.")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, metavar="N", help="GPUs that share the questions.")] = 1,
-    model_args: Annotated[
-        str, typer.Option("--model-args", "--model_args", metavar="A=B,...", help="More for the model: dtype=float32.")
-    ] = "",
+    model_args: Annotated[str, typer.Option(metavar="A=B,...", help="More for the model: dtype=float32.")] = "",
 ) -> None:
     """Run the benchmarks of lmms-eval on a model.
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from llava_train.cli_help import LOOK, MACHINE, Command
-from llava_train.errors import user_errors
+from llava_train.errors import UserError, user_errors
 from llava_train.run_files import REPORT_FILE
 
 app = typer.Typer()
@@ -17,7 +17,7 @@ app = typer.Typer()
 
 @app.command(cls=Command, rich_help_panel=LOOK)
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders; several are compared.")],
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Default: report.html in the run; of several runs, ./compare.html."),
@@ -37,6 +37,8 @@ def report(
         from llava_train.report.page import write_report
 
         path = out or (runs[0] / REPORT_FILE if len(runs) == 1 else Path("compare.html"))
+        if path.is_dir():
+            raise UserError(f"--out {path}: a folder; name a file, such as {path / 'compare.html'}")
         for record in write_report(runs, path):
             for note in record.notes:
                 print(f"note: {record.folder}: {note}", file=sys.stderr)

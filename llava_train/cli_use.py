@@ -34,7 +34,9 @@ Model = Annotated[
 OnDevice = Annotated[
     str, typer.Option("--device", metavar="NAME", help="cpu, cuda or cuda:1. auto: a GPU where there is one.")
 ]
-InDtype = Annotated[DtypeName, typer.Option("--dtype", help="Precision. auto: that of the weights.")]
+InDtype = Annotated[
+    DtypeName, typer.Option("--dtype", metavar="NAME", help="bf16, fp16 or fp32. auto: that of the weights.")
+]
 Quantize = Annotated[
     QuantizationName | None, typer.Option(help="Hold the language model in 4 or 8 bits, on a CUDA device.")
 ]

@@ -82,8 +82,13 @@ def message(error: Exception, explained: Explanation | None, context: Context, k
 def _goes_on(context: Context) -> list[str]:
     if not context.is_run or context.run_dir is None:
         return []
-    has_saved = any(context.run_dir.glob("checkpoints/step-*"))
-    return [f"The same command goes on from the {'newest checkpoint' if has_saved else 'beginning'}."]
+    return [f"The same command goes on from {goes_on_from(context)}."]
+
+
+def goes_on_from(context: Context) -> str:
+    """Where the next start of a run begins, in words."""
+    has_saved = context.run_dir is not None and any(context.run_dir.glob("checkpoints/step-*"))
+    return "the newest checkpoint" if has_saved else "the beginning"
 
 
 def _where(kept: Path | str | None) -> str:
@@ -123,8 +128,8 @@ def _folders(run_dir: Path | None) -> Iterator[Path]:
     if run_dir is not None:
         of_run, of_all = run_dir / ERRORS_FOLDER, run_dir.parent / CACHE_FOLDER / ERRORS_FOLDER
         yield from (folder for folder in (of_run, of_all) if folder.parent.is_dir())  # a run may not have begun
-    of_user = Path(tempfile.gettempdir()) / f"llava_train-{os.getuid()}" / ERRORS_FOLDER
-    with suppress(OSError):
+    with suppress(OSError):  # on a full disk there is no temporary folder either
+        of_user = Path(tempfile.gettempdir()) / f"llava_train-{os.getuid()}" / ERRORS_FOLDER
         of_user.parent.mkdir(mode=0o700, exist_ok=True)
         status = of_user.parent.lstat()
         if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():  # and not what somebody else put there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import re
@@ -15,7 +16,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from llava_train import __version__
-from llava_train.cli import app
+from llava_train.cli import _uncollected, app
 from llava_train.cli_help import LOOK, MACHINE, MEASURE, TRAIN, USE
 from tests.train.helpers import ROOT
 
@@ -58,6 +59,7 @@ def test_help_groups_the_commands_in_the_order_of_a_users_work() -> None:
 def test_help_of_a_command_fits_80_columns_and_explains_every_option(command: str) -> None:
     text = shown(command, "--help")
     assert max(map(len, text.splitlines())) <= WIDTH
+    assert "…" not in text, "cut off"
     options = [param for param in GROUP.commands[command].params if not param.hidden]
     assert [param.name for param in options if not (param.help or "").endswith(".")] == []
     for option in options:
@@ -85,6 +87,13 @@ def test_several_values_after_one_flag_where_a_command_takes_several() -> None:
     parsed = GROUP.commands["check"].make_context("check", ["--config", "a.yaml", "--set", "seed=1", "batch.size=2"])
     assert parsed.params["set_"] == ["seed=1", "batch.size=2"]
     assert "unexpected extra argument" in shown("plan", "--config", "a.yaml", "b.yaml")
+
+
+def test_lmms_evals_own_spelling_of_its_options_is_taken() -> None:
+    arguments = ["RUN", "--tasks", "mme", "--output_path=out", "--model_args", "dtype=float32", "--log_samples"]
+    context = GROUP.commands["lmms-eval"].make_context("lmms-eval", arguments)
+    assert (str(context.params["output_path"]), context.params["model_args"]) == ("out", "dtype=float32")
+    assert context.args == ["--log_samples"]
 
 
 def test_the_version_is_told() -> None:
@@ -155,3 +164,11 @@ def test_an_import_is_fast_and_brings_no_torch(module: str, at_most_s: float) ->
     seconds, said = cpu_seconds(f"import sys, {module}; print(sorted({heavy}))")
     assert said == "[]"
     assert seconds < at_most_s
+
+
+def test_imports_in_a_process_of_others_keep_nothing_of_theirs_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", sys)  # it is here already, as in a notebook
+    n_frozen = gc.get_freeze_count()
+    with _uncollected():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == n_frozen

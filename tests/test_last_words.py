@@ -130,6 +130,18 @@ def test_a_traceback_that_cannot_be_kept_in_the_runs_folder_goes_elsewhere(tmp_p
     assert isinstance(kept, Path) and (tmp_path / "moved") not in kept.resolve().parents, "a link may lead anywhere"
 
 
+def test_a_machine_without_a_temporary_folder_still_has_last_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none_usable() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none_usable)
+    assert tell(raised(OSError(errno.ENOSPC, "No space left on device", "/tmp/a")), Context()) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("error: ") and "traceback not kept: no folder" in said
+
+
 def test_what_all_ranks_see_is_said_once_a_machine() -> None:
     error, places = UserError("a key"), [(0, 0), (1, 1), (8, 0), (9, 1)]
     assert [speaks(error, Context(rank, 16, local)) for rank, local in places] == [True, False, True, False]

@@ -45,7 +45,8 @@ def discreet(text: str) -> str:
 
     "/home/ada/work" becomes "~/work", and "/scratch/ada/runs" becomes "/scratch/USER/runs".
     """
-    text = text.replace(tempfile.gettempdir() + "/", "TMP/")
+    with suppress(OSError):  # there is none that can be written
+        text = text.replace(tempfile.gettempdir() + "/", "TMP/")
     home = str(Path.home())
     if home != "/":
         text = text.replace(home, "~")

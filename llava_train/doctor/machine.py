@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -95,6 +96,11 @@ def disks() -> Iterator[Finding]:
             yield Finding("disks", Level.warning, f"{text}; a 7B model takes 14 GB", "set HF_HOME, or `output:`")
         else:
             yield Finding("disks", Level.ok, text)
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        text = "no temporary folder can be written, which PyTorch and others need"
+        yield Finding("disks", Level.broken, text, "make room in /tmp, or set TMPDIR to a folder that has some")
     shared = Path("/dev/shm")
     if shared.is_dir() and (total := shutil.disk_usage(shared).total) < _SHM_BYTES:
         text = f"/dev/shm has {total / _GB:.2f} GB, through which the loader's workers send pictures"

@@ -59,8 +59,11 @@ def installed(distribution: str) -> str | None:
 
 
 def requirements() -> list[Requirement]:
-    """What this package needs, extras left out. Raises PackageNotFoundError where it is not installed."""
-    every = [Requirement(line) for line in metadata.requires(NAME) or []]
+    """What this package needs, extras left out; some of it, of any version, where this package is not installed."""
+    try:
+        every = [Requirement(line) for line in metadata.requires(NAME) or []]
+    except metadata.PackageNotFoundError:
+        every = [Requirement(name) for name in SHOWN]
     return [one for one in every if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
@@ -71,7 +74,12 @@ def versions() -> dict[str, str | None]:
 
 
 def python_version(version: str = platform.python_version()) -> Iterator[Finding]:
-    wanted = metadata.metadata(NAME)["Requires-Python"] or ""
+    try:
+        wanted = metadata.metadata(NAME)["Requires-Python"] or ""
+    except metadata.PackageNotFoundError:
+        text = f"Python {version}; llava_train is not installed, so that the versions it needs are not known"
+        yield Finding("python", Level.warning, text, "pip install -e . in the checkout")
+        return
     if SpecifierSet(wanted).contains(version, prereleases=True):
         yield Finding("python", Level.ok, f"Python {version}, llava_train {installed(NAME)}")
     else:

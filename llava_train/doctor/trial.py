@@ -64,6 +64,13 @@ STAGE: dict[str, Any] = {
 
 def try_step() -> Ended:
     """Trains one step in a process and a folder of their own; the folder is gone afterwards."""
+    try:
+        return _try_step()
+    except OSError as error:  # no folder can be made, or written
+        return Ended(1, f"error: {error}", 0.0)
+
+
+def _try_step() -> Ended:
     with tempfile.TemporaryDirectory(prefix="llava-train-doctor-") as folder:
         ended = run_python("llava_train.doctor.trial", [folder], TIMEOUT_S, cwd=Path(folder))
         records = read_records(Path(folder) / "runs" / NAME / METRICS_FILE)
@@ -85,8 +92,9 @@ def trained(ended: Ended) -> Iterator[Finding]:
         yield Finding("training", Level.ok, f"{text} ({start[0]})" if start else text)
         return
     said = [line for line in ended.output.strip().splitlines() if line.strip()]
-    errors = [line for line in said if line.startswith("error: ")]
-    text = f"one step failed ({ended.why}): {(errors or said or ['without a word'])[-1]}"
+    errors = [number for number, line in enumerate(said) if line.startswith("error: ")]
+    words = said[errors[-1] : errors[-1] + 2] if errors else said[-1:]  # what failed, and why or what to do
+    text = f"one step failed ({ended.why}): {'; '.join(words) or 'without a word'}"
     mend = "read its whole output: llava-train doctor --json; an issue with that file helps, too"
     yield Finding("training", Level.broken, text, mend)
 

@@ -77,4 +77,13 @@ def _rendezvous(error: BaseException, context: Context) -> Explanation | None:
     )
 
 
-KNOWN: tuple[Explain, ...] = (_port, _rendezvous, _nccl)
+def _unread(error: BaseException, context: Context) -> Explanation | None:
+    if not (isinstance(error, BrokenPipeError) and context.is_run):
+        return None
+    return Explanation(
+        f"a pipe broke{context.during}: nobody reads any more what this run prints",
+        ("Send it to a file, as by `... > log.txt 2>&1 &`, and look at that by `tail -f log.txt`.",),
+    )
+
+
+KNOWN: tuple[Explain, ...] = (_unread, _port, _rendezvous, _nccl)

@@ -13,12 +13,12 @@ from typing import Any
 from llava_train.data.problems import KINDS
 from llava_train.report.figures import points_of
 from llava_train.report.quantities import mean_loss
-from llava_train.report.read import Line, RunRecord, list_of, number, table_of
+from llava_train.report.read import Line, RunRecord, list_of, number, table_of, text_of
 from llava_train.report.svg import percent, short
 from llava_train.report.times import time_spent
 from llava_train.run_files import flatten
 
-_N_EXAMPLES, _MOST_BAD_STEPS = 3, 20
+_N_EXAMPLES, _MOST_BAD_STEPS, _MOST_CHARACTERS = 3, 20, 300
 
 
 def state_of(record: RunRecord, ended: bool) -> str:
@@ -81,7 +81,9 @@ def _date(line: Line) -> str | None:
 
 
 def duration(seconds: float) -> str:
-    """`2 h 5 min`, `3 min 20 s`, `4.2 s`."""
+    """`2 h 5 min`, `3 min 20 s`, `4.2 s`, `5.8 ms`."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.2g} ms"
     if seconds < 59.5:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -96,7 +98,10 @@ def left_out(record: RunRecord) -> list[dict[str, Any]]:
         {
             "kind": KINDS.get(kind, kind),
             "count": count,
-            "examples": [line for line in record.quarantine if str(line.get("kind")) == kind][:_N_EXAMPLES],
+            "examples": [
+                {key: text_of(line.get(key), _MOST_CHARACTERS) for key in ("source", "id", "line", "reason")}
+                for line in [line for line in record.quarantine if str(line.get("kind")) == kind][:_N_EXAMPLES]
+            ],
         }
         for kind, count in by_kind.most_common()
     ]
@@ -126,7 +131,8 @@ def differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     flat = [dict(flatten({**record.config, "about": record.about})) for record in records]
     keys = list({key: None for each in flat for key in each})
     values = {key: [_shown(each.get(key, "not set")) for each in flat] for key in keys}
-    return [(key, shown) for key, shown in values.items() if len(set(shown)) > 1]
+    different = [(key, shown) for key, shown in values.items() if len(set(shown)) > 1]
+    return [(key, [text_of(each, _MOST_CHARACTERS) for each in shown]) for key, shown in different]
 
 
 def _shown(value: Any) -> str:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from llava_train.report.read import Line, RunRecord, number, table_of
-from llava_train.report.svg import Curve, Point, line_chart, short, step_axis, value_axis
+from llava_train.report.svg import Curve, Name, Point, line_chart, short, step_axis, value_axis
 
 N_COLOURS, N_DASHES = 8, 4
 _MOST_ROWS, _FEW_ROWS = 40, 20
@@ -44,7 +44,7 @@ class Quantity:
     of: Callable[[RunRecord], Sequence[Curve]]
     """The curves of a run, without colours."""
     from_zero: bool = False
-    name: Callable[[float], str] = short
+    name: Name = short
     of_one_run: Callable[[RunRecord], Sequence[Curve]] | None = None
     """The same with curves that several runs would hide each other with."""
 
@@ -69,12 +69,12 @@ def coloured(records: Sequence[RunRecord], of: Callable[[RunRecord], Sequence[Cu
     for n_run, record in enumerate(records):
         for n_curve, curve in enumerate(curve for curve in of(record) if curve.points):
             if alone:
-                yield replace(curve, colour=n_curve % N_COLOURS)
+                yield replace(curve, colour=n_curve % N_COLOURS, dash=curve.dash or n_curve // N_COLOURS % N_DASHES)
             else:
                 yield replace(curve, colour=n_run % N_COLOURS, dash=n_curve % N_DASHES, run=record.name)
 
 
-def legend(curves: Sequence[Curve], records: Sequence[RunRecord], name: Callable[[float], str]) -> list[Key]:
+def legend(curves: Sequence[Curve], records: Sequence[RunRecord], name: Name) -> list[Key]:
     """Of one run the name of each curve and where it ended; of several each run, and what the dashes mean."""
     if len(records) == 1:
         return [Key(curve.name, curve.classes, name(curve.points[-1][1])) for curve in curves]
@@ -84,7 +84,7 @@ def legend(curves: Sequence[Curve], records: Sequence[RunRecord], name: Callable
     return [*runs, *(dashes.values() if len(dashes) > 1 else ())]
 
 
-def table(curves: Sequence[Curve], x_name: str, name: Callable[[float], str]) -> tuple[list[str], list[list[str]]]:
+def table(curves: Sequence[Curve], x_name: str, name: Name) -> tuple[list[str], list[list[str]]]:
     """The numbers of curves, a row an x. Of many rows some, evenly, and all of curves with few points."""
     by_length = sorted(([x for x, _ in curve.points] for curve in curves), key=len)
     few, many = [at for at in by_length if len(at) <= _FEW_ROWS], [at for at in by_length if len(at) > _FEW_ROWS]
@@ -97,7 +97,7 @@ def table(curves: Sequence[Curve], x_name: str, name: Callable[[float], str]) ->
     return [x_name, *(curve.full_name for curve in curves)], rows
 
 
-def _in_words(curve: Curve, name: Callable[[float], str]) -> str:
+def _in_words(curve: Curve, name: Name) -> str:
     first, last = curve.points[0][1], curve.points[-1][1]
     return f"{curve.full_name} from {name(first)} to {name(last)}"
 

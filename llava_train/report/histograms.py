@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from llava_train.report.figures import N_COLOURS, Figure, Key
 from llava_train.report.read import RunRecord, number, table_of
-from llava_train.report.svg import Curve, Point, close_axis, histogram_chart, linear_axis, percent, short
+from llava_train.report.svg import Curve, Name, Point, close_axis, histogram_chart, linear_axis, percent, short
 
 
 def histogram_figures(records: Sequence[RunRecord]) -> list[Figure]:
@@ -44,7 +44,7 @@ def _histogram(
     title: str,
     about: str,
     unit: str,
-    name: Callable[[float], str],
+    name: Name,
 ) -> Figure | None:
     """Down to the last bin that is not empty in every run; None where all are."""
     used = max((n + 1 for points in of_runs for n, (_, share) in enumerate(points) if share), default=0)

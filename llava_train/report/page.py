@@ -95,7 +95,10 @@ def content(records: Sequence[RunRecord], ended: bool = False) -> dict[str, Any]
         "title": records[0].name if alone else " · ".join(record.name for record in records),
         "alone": alone,
         "runs": runs,
-        "fact_names": list({name: None for run in runs for name in run["facts"]}),
+        # Each run's are in order, so that those of the run with most have the places of the others'.
+        "fact_names": list(
+            {name: None for run in sorted(runs, key=lambda run: -len(run["facts"])) for name in run["facts"]}
+        ),
         "sections": [
             ("Learning", figures(LEARNING, records)),
             ("Speed", [*figures(SPEED, records), *(figure for figure in shares if figure)]),

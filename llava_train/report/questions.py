@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from llava_train.report.read import Line, RunRecord, list_of
+from llava_train.report.read import Line, RunRecord, list_of, text_of
 
-_PICTURE_PIXELS, _MOST_QUESTIONS, _MOST_CHARACTERS = 320, 40, 2000
+_PICTURE_PIXELS, _MOST_QUESTIONS = 320, 40
 _IMAGE_MARK = "<image>"
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 @dataclass
@@ -34,18 +31,19 @@ class Question:
 
 def questions(records: Sequence[RunRecord]) -> tuple[list[Question], int]:
     """Questions with the first and the last answer of each run, and how many more there are."""
-    found: dict[tuple[str, str], Question] = {}
+    found: dict[tuple[str, ...], Question] = {}
     for record in records:
-        asked: dict[tuple[str, str], list[Line]] = {}
+        asked: dict[tuple[str, ...], list[Line]] = {}
         for line in record.answers:
-            asked.setdefault((str(line.get("id")), str(line.get("prompt"))), []).append(line)
-        for (id_, prompt), lines in asked.items():
-            new = Question(_text(prompt.replace(_IMAGE_MARK, "").strip()), _text(lines[-1].get("expected")))
-            question = found.setdefault((id_, prompt), new)
+            # Two sources may have the same ids, and ask the same of every picture.
+            asked.setdefault(tuple(str(line.get(key)) for key in ("id", "prompt", "expected")), []).append(line)
+        for key, lines in asked.items():
+            new = Question(text_of(key[1].replace(_IMAGE_MARK, "").strip()), text_of(lines[-1].get("expected")))
+            question = found.setdefault(key, new)
             if len(found) <= _MOST_QUESTIONS:
                 question.pictures = question.pictures or list(_pictures(record.folder, lines[-1]))
             for line in lines if len(lines) == 1 else (lines[0], lines[-1]):
-                answer, when = _text(line.get("answer")), _when(line, record)
+                answer, when = text_of(line.get("answer")), _when(line, record)
                 is_right = answer.strip().casefold() == question.expected.strip().casefold()
                 question.answers.append((when if len(records) == 1 else f"{record.name}, {when}", answer, is_right))
     shown = list(found.values())[:_MOST_QUESTIONS]
@@ -63,16 +61,10 @@ def _pictures(folder: Path, line: Line) -> Iterator[str]:
     for name in list_of(line.get("pictures")):
         with suppress(OSError, ValueError, Image.DecompressionBombError):
             path = (folder / str(name)).resolve()
-            if not path.is_relative_to(folder.resolve()):
+            if not path.is_relative_to(folder.resolve()) or not path.is_file():  # a pipe would keep us waiting
                 continue
             with Image.open(path, formats=["JPEG", "PNG"]) as image:
                 image.thumbnail((_PICTURE_PIXELS, _PICTURE_PIXELS))
                 small = io.BytesIO()
                 image.convert("RGB").save(small, "JPEG", quality=80)
             yield "data:image/jpeg;base64," + base64.b64encode(small.getvalue()).decode("ascii")
-
-
-def _text(value: Any) -> str:
-    """A text of a file without control characters, cut where it is long."""
-    text = _CONTROL.sub("\ufffd", str(value if value is not None else ""))
-    return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + " …"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from llava_train.errors import UserError
 from llava_train.files import read_manifest
 from llava_train.run_files import ANSWERS_FILE, BAD_STEPS_FILE, METRICS_FILE, QUARANTINE_FILE, RESULT_FOLDER
 from llava_train.stage_file import RUN_CARD
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 Line = dict[str, Any]
 """A record of one of the run's JSONL files."""
@@ -108,6 +111,12 @@ def table_of(value: Any) -> dict[str, Any]:
 def list_of(value: Any) -> list[Any]:
     """A JSON list, or an empty one for anything else that a file may hold."""
     return value if isinstance(value, list) else []
+
+
+def text_of(value: Any, most: int = 2000) -> str:
+    """A text of a file without control characters, cut where it is long."""
+    text = str(value if value is not None else "")
+    return _CONTROL.sub("\ufffd", text if len(text) <= most else text[:most] + " …")
 
 
 def _read_card(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
+from typing import Protocol
 
 Point = tuple[float, float]
 WIDTH, HEIGHT = 320, 190
@@ -64,23 +66,36 @@ class Axis:
         return min(max((at - low) / (high - low), 0.0), 1.0)
 
 
-def short(value: float) -> str:
-    """A number in a few characters: `12.5k`, `0.03`, `2e-05`."""
+class Name(Protocol):
+    """How a number is written, with so many significant digits, or as many as are its custom."""
+
+    def __call__(self, value: float, n_digits: int = ...) -> str: ...
+
+
+def short(value: float, n_digits: int = 4) -> str:
+    """A number in a few characters: `12.5k`, `0.03`, `2e-5`."""
+    value = float(f"{value:.{n_digits}g}")
     size = abs(value)
-    if size and size < 1e-3:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    if size and not 1e-3 <= size < 1e12:
+        mantissa, exponent = f"{value:.{n_digits - 1}e}".split("e")
+        return f"{mantissa.rstrip('0').removesuffix('.')}e{int(exponent)}"
+    for limit, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if size >= limit:
-            return f"{value / (1e3 if letter == 'k' else limit):.4g}{letter}"
-    return f"{value:.4g}"
+            return f"{value / unit:.{n_digits}g}{letter}"
+    return f"{value:.{n_digits}g}"
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.3g}%"
+def percent(value: float, n_digits: int = 3) -> str:
+    return f"{100 * value:.{n_digits}g}%"
 
 
-def linear_axis(values: Sequence[float], from_zero: bool = False, name: Callable[[float], str] = short) -> Axis:
+def _exact(name: Name, ticks: Sequence[float]) -> Callable[[float], str]:
+    """`name` with as many digits as it takes to write the ticks as they are: alike they would say nothing."""
+    enough = (n for n in range(4, 16) if all(float(f"{tick:.{n}g}") == tick for tick in ticks))
+    return partial(name, n_digits=next(enough, 16))
+
+
+def linear_axis(values: Sequence[float], from_zero: bool = False, name: Name = short) -> Axis:
     """An axis that has all values, with round numbers as ticks.
 
     >>> linear_axis([0.2, 4.1]).ticks
@@ -88,23 +103,24 @@ def linear_axis(values: Sequence[float], from_zero: bool = False, name: Callable
     """
     low, high = min(values), max(values)
     low, high = (min(low, 0.0), max(high, 0.0)) if from_zero else (low, high)
-    if high <= low:
+    if _alike(low, high):
         spare = abs(low) / 2 or 1.0
         low, high = (low, low + 1.0) if from_zero else (low - spare, high + spare)
     step = _round_step((high - low) / 4)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = [float(f"{number * step:.12g}") for number in range(first, last + 1)]
-    return Axis(ticks[0], ticks[-1], ticks, name)
+    return Axis(ticks[0], ticks[-1], ticks, _exact(name, ticks))
 
 
-def close_axis(values: Sequence[float], unit: str, name: Callable[[float], str] = short, least: float = 0.0) -> Axis:
+def close_axis(values: Sequence[float], unit: str, name: Name = short, least: float = 0.0) -> Axis:
     """An axis that begins and ends with the values; `least` is the least distance of its ticks."""
     low, high = min(values), max(values)
-    if high <= low:
+    if _alike(low, high):
         return Axis(low - 0.5, high + 0.5, [low], name, unit=unit)
     step = max(_round_step((high - low) / 4), least)
     inside = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    return Axis(low, high, [float(f"{number * step:.12g}") for number in inside], name, unit=unit)
+    ticks = [float(f"{number * step:.12g}") for number in inside]
+    return Axis(low, high, ticks, _exact(name, ticks), unit=unit)
 
 
 def step_axis(values: Sequence[float]) -> Axis:
@@ -112,7 +128,7 @@ def step_axis(values: Sequence[float]) -> Axis:
     return close_axis(values, "step", least=1.0)
 
 
-def value_axis(values: Sequence[float], from_zero: bool = False, name: Callable[[float], str] = short) -> Axis:
+def value_axis(values: Sequence[float], from_zero: bool = False, name: Name = short) -> Axis:
     """A linear axis; a logarithmic one for values of many sizes, of which few would be seen."""
     smallest, largest = min(values), max(values)
     if from_zero or smallest <= 0 or largest / smallest < 50:
@@ -120,6 +136,11 @@ def value_axis(values: Sequence[float], from_zero: bool = False, name: Callable[
     first, last = math.floor(math.log10(smallest)), math.ceil(math.log10(largest))
     every = max(1, round((last - first) / 4))
     return Axis(10.0**first, 10.0**last, [10.0**power for power in range(first, last + 1, every)], name, log=True)
+
+
+def _alike(low: float, high: float) -> bool:
+    """Whether numbers differ by no more than rounding, which is nothing to see."""
+    return high - low <= 1e-9 * max(abs(low), abs(high))
 
 
 def _round_step(rough: float) -> float:

@@ -12,7 +12,6 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.live import Live
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -22,7 +21,7 @@ from llava_train.model.trainable import PartSummary
 from llava_train.train.overview import Overview
 from llava_train.train.pace import Pace
 from llava_train.train.progress import fields, fitted, joined
-from llava_train.train.terminal import new_console
+from llava_train.train.terminal import new_console, new_live
 from llava_train.use.metrics import Score, in_words
 
 _REFRESH_S = 0.1
@@ -38,7 +37,7 @@ class RunConsole:
         self.console = console or new_console(speaks)
         self._pace = Pace()
         self._line = _ProgressLine(n_steps, start_step, self._pace)
-        self._live = Live(self._line, console=self.console, auto_refresh=False)  # why: see terminal.waiting
+        self._live = new_live(self.console, self._line)
         self._moves = speaks and self.console.is_interactive
         self._refreshed = 0.0
 

@@ -110,7 +110,8 @@ class Choice:
         total = self.estimate.total_bytes
         fits = "of" if total <= self.budget else "more than the"
         worse = "".join(f"; {gib(one.total_bytes)} with {one.recompute}" for one in self.tried[:-1])
-        return f"about {gib(total)} {fits} {gib(self.budget)}; {way}{worse}"
+        besides = "" if self.estimator.on_cuda else "; Python and its libraries not counted"
+        return f"about {gib(total)} {fits} {gib(self.budget)}; {way}{worse}{besides}"
 
 
 class Estimator:

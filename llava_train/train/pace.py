@@ -39,19 +39,24 @@ class Pace:
     def __init__(self) -> None:
         self.step_s: float | None = None
         """In the last line but the first."""
-        self._first_step: int | None = None
+        self._first_step = self._last_step = 0
+        self._took_s = 0.0
+        """The steps between them."""
         self._told = False
 
     def measured(self, step: int, metrics: Mapping[str, Any]) -> str | None:
         """Takes a logged line; returns what is to be said of it, once."""
-        if self._first_step is None:
-            self._first_step = step
+        if not self._first_step:
+            self._first_step = self._last_step = step
             return None
         self.step_s, n_steps = metrics["step_s"], step - self._first_step
+        self._took_s += metrics["step_s"] * (step - self._last_step)
+        self._last_step = step
         if self._told or n_steps < N_MEASURED or not metrics["time_left_s"]:
             return None
         self._told = True
-        return f"measured over {n_steps} steps: the rest takes about {about(metrics['time_left_s'])}"
+        n_left = metrics["time_left_s"] / metrics["step_s"]
+        return f"measured over {n_steps} steps: the rest takes about {about(n_left * self._took_s / n_steps)}"
 
 
 def about(seconds: float) -> str:

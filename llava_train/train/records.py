@@ -70,7 +70,8 @@ def _drop_after(path: Path, step: int) -> None:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(_without_nan(record), ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(_without_nan(record), ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # JSON may hold half a character, as an escape
 
 
 def _without_nan(value: Any) -> Any:

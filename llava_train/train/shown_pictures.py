@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,20 +19,22 @@ MOST_PIXELS = 512
 def save_pictures(items: Sequence[Item], run_dir: Path) -> list[list[str]]:
     """Saves the pictures of questions as JPEG in the run's folder; they must be readable.
 
-    Names are numbers (`pictures/question-0002.jpg`, a second picture of it `-0002-2.jpg`): an id may be no file's name.
+    Names are of their content (`pictures/0c85e8187b93e84f.jpg`): an id may be no file's name, and a run that goes on
+    with other questions keeps the pictures of its earlier answers.
 
     Returns:
         For each question the files, relative to `run_dir`; one that cannot be written is left out.
     """
     saved: list[list[str]] = []
-    for number, item in enumerate(items, start=1):
+    for item in items:
         saved.append([])
-        for within, picture in enumerate(item.pictures, start=1):
-            name = f"{PICTURES_FOLDER}/question-{number:04d}{f'-{within}' if within > 1 else ''}.jpg"
-            image = decode_image(picture)
+        for picture in item.pictures:
+            image, content = decode_image(picture), io.BytesIO()
             image.thumbnail((MOST_PIXELS, MOST_PIXELS))
+            image.save(content, "JPEG", quality=85)
+            name = f"{PICTURES_FOLDER}/{hashlib.sha256(content.getvalue()).hexdigest()[:16]}.jpg"
             with suppress(OSError):  # a full disk: the run goes on without
                 (run_dir / PICTURES_FOLDER).mkdir(parents=True, exist_ok=True)
-                image.save(run_dir / name, "JPEG", quality=85)
+                (run_dir / name).write_bytes(content.getvalue())
                 saved[-1].append(name)
     return saved

@@ -42,11 +42,11 @@ class TensorBoard:
             tag = f"answers/{answer['id']}"
             self._writer.add_text(tag, _markdown(answer), step)
             for number, name in enumerate(answer.get("pictures", ()), start=1):
-                if name not in self._shown:
+                if (shown := f"{tag}/{number}") not in self._shown:
                     with Image.open(self._folder / name) as picture:
                         pixels = np.asarray(picture.convert("RGB"))
-                    self._writer.add_image(f"{tag}/{number}", pixels, step, dataformats="HWC")
-                    self._shown.add(name)
+                    self._writer.add_image(shown, pixels, step, dataformats="HWC")
+                    self._shown.add(shown)
 
     def close(self, failed: bool) -> None:
         """Writes what waits."""

@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
 
+class _OfRun(Console):
+    """Standard output of a run, which does not end without a word where nobody reads it any more."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # rich would exit
+
+
 def new_console(speaks: bool = True) -> Console:
     """Standard output; a terminal only where it is one, whatever machines for CI say."""
-    return Console(quiet=not speaks, force_terminal=sys.stdout.isatty())
+    return _OfRun(quiet=not speaks, force_terminal=sys.stdout is not None and sys.stdout.isatty())
+
+
+def write_anything() -> None:
+    """Lets standard output take characters that its encoding lacks, as escapes: no answer of a model may end a run."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def new_live(console: Console, shown: RenderableType = "", transient: bool = False) -> Live:
+    """A line that moves on a terminal. What libraries print meanwhile stands above it, but for errors sent elsewhere.
+
+    It has no thread of its own: a worker that is forked while one writes would inherit its lock.
+    """
+    to_terminal = sys.stderr is not None and sys.stderr.isatty()
+    return Live(shown, console=console, auto_refresh=False, transient=transient, redirect_stderr=to_terminal)
+
+
+def drop_unread() -> None:
+    """Drops what standard output still holds where its reader has gone, so that Python's end does not complain."""
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Waiting:
@@ -20,8 +52,7 @@ class Waiting:
     def __init__(self, speaks: bool = True) -> None:
         self.console = new_console(speaks)
         """What else is shown meanwhile must go through it, or print."""
-        # No thread of its own: a worker that is forked while one writes would inherit its lock.
-        self._live = Live(console=self.console, auto_refresh=False, transient=True)
+        self._live = new_live(self.console, transient=True)
         self._moves = speaks and self.console.is_interactive
 
     def __enter__(self) -> Waiting:

@@ -62,6 +62,15 @@ def test_what_is_needed_is_read_from_the_metadata_without_extras() -> None:
     assert "torch" in names and "gradio" not in names
 
 
+def test_a_checkout_that_is_not_installed_is_examined_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "NAME", "llava_train_not_installed")
+    (python,) = packages.python_version()
+    assert python.level is Level.warning and "llava_train is not installed" in python.text
+    assert packages.versions()["torch"]
+    (rest,) = packages.required()
+    assert rest.level is Level.ok
+
+
 def test_an_extra_is_installed_from_the_checkout_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packages._extra("demo") == "pip install -e '.[demo]'"
     monkeypatch.setattr(packages, "REPO", packages.PACKAGE)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from llava_train.doctor import trial
-from llava_train.doctor.findings import Level
+from llava_train.doctor import machine, trial
+from llava_train.doctor.findings import Level, discreet
 from llava_train.doctor.processes import Ended, run_python
 from llava_train.stage_file import load_stage
 
@@ -22,7 +23,10 @@ def test_a_step_that_was_trained_is_told_with_its_time() -> None:
 @pytest.mark.parametrize(
     ("ended", "text"),
     [
-        (Ended(2, "a\nerror: CUDA is too old; install a driver\nmore\n", 1.0), "exit code 2): error: CUDA is too old;"),
+        (
+            Ended(2, "a\nerror: the driver is too old\nInstall one.\nb\n", 1.0),
+            "2): error: the driver is too old; Install one.",
+        ),
         (Ended(-11, "loading libcudart\n", 1.0), "signal SIGSEGV): loading libcudart"),
         (Ended(None, "", 300.0), "not done after 300 s): without a word"),
     ],
@@ -54,6 +58,18 @@ def test_a_step_has_failed_without_a_finite_loss_and_by_its_exit_code(
     monkeypatch.setattr(trial, "run_python", run)
     (finding,) = trial.trained(trial.try_step())
     assert finding.level is Level.broken and text in finding.text
+
+
+def test_a_machine_without_a_folder_to_write_is_examined_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_usable() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none_usable)
+    (finding,) = trial.trained(trial.try_step())
+    assert finding.level is Level.broken and discreet(finding.text).endswith("No usable temporary directory found")
+    assert [each.mend for each in machine.disks() if each.level is Level.broken] == [
+        "make room in /tmp, or set TMPDIR to a folder that has some"
+    ]
 
 
 def test_a_process_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:

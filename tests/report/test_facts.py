@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from PIL import Image
 
 from llava_train.report.facts import bad_steps, differences, duration, facts, left_out, state_of
 from llava_train.report.questions import questions
-from tests.report.runs import HOSTILE, answer, evaluation, line, record
+from llava_train.report.read import read_run
+from tests.report.runs import HOSTILE, answer, evaluation, line, record, write_lines, write_run
 
 
 def test_a_run_in_a_few_numbers(tmp_path: Path) -> None:
@@ -49,7 +51,15 @@ def test_the_state_says_how_far_a_run_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(4.21, "4.21 s"), (59.96, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+    ("seconds", "words"),
+    [
+        (5.789e-4, "0.58 ms"),
+        (0.0277, "28 ms"),
+        (4.21, "4.21 s"),
+        (59.96, "1 min 0 s"),
+        (200, "3 min 20 s"),
+        (7500, "2 h 5 min"),
+    ],
 )
 def test_durations_in_words(seconds: float, words: str) -> None:
     assert duration(seconds) == words
@@ -62,6 +72,15 @@ def test_what_was_left_out_is_counted_by_kind_with_examples(tmp_path: Path) -> N
     [shown], n_more = bad_steps(record(tmp_path / "again"))
     assert shown == {"step": 30, "loss": "not finite", "grad_norm": "3.5", "samples": HOSTILE}
     assert n_more == 0
+
+
+def test_what_was_left_out_is_cut_where_it_is_long(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_lines(
+        run / "quarantine.jsonl", [{"step": 1, "kind": "image_missing", "id": "i" * 9999, "reason": ["r"] * 9999}]
+    )
+    [kind] = left_out(read_run(run))
+    assert max(map(len, kind["examples"][0].values())) < 310
 
 
 def test_keys_that_differ_are_listed_with_the_value_of_each_run(tmp_path: Path) -> None:
@@ -93,6 +112,12 @@ def test_a_question_has_its_answers_before_and_after_training(tmp_path: Path) ->
     assert hostile.pictures == []
 
 
+def test_questions_of_two_sources_that_share_an_id_and_a_prompt_stay_two(tmp_path: Path) -> None:
+    answers = [answer(step, expected=expected) for step in (0, 60) for expected in ("Red", "A dog")]
+    found, _ = questions([record(tmp_path / "run", None, answers)])
+    assert [(each.expected, len(each.answers)) for each in found] == [("Red", 2), ("A dog", 2)]
+
+
 def test_answers_of_several_runs_stand_side_by_side_under_the_same_question(tmp_path: Path) -> None:
     runs = [record(tmp_path / "a"), record(tmp_path / "b", answers=[answer(0), answer(60, "other")])]
     [colour, _, other], _ = questions(runs)
@@ -103,8 +128,10 @@ def test_answers_of_several_runs_stand_side_by_side_under_the_same_question(tmp_
 def test_pictures_outside_the_run_or_of_another_kind_are_left_out(tmp_path: Path) -> None:
     Image.new("RGB", (9, 9)).save(tmp_path / "secret.jpg")
     names = ["../secret.jpg", str(tmp_path / "secret.jpg"), "pictures/link.jpg", "config.yaml", "pictures/none.jpg", 5]
+    names += ["pictures/pipe.jpg", "pictures", "pictures/\0.jpg"]
     run = record(tmp_path / "run", answers=[answer(0, pictures=names), answer(60, "text", pictures="x")])
     (run.folder / "pictures/link.jpg").symlink_to(tmp_path / "secret.jpg")
+    os.mkfifo(run.folder / "pictures/pipe.jpg")
     assert [question.pictures for question in questions([run])[0]] == [[], []]
 
 

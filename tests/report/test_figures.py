@@ -101,6 +101,12 @@ def test_several_runs_are_told_apart_by_colour_and_their_curves_by_dashes(tmp_pa
     assert lengths.svg.count('class="bars') == 2
 
 
+def test_many_sources_of_a_run_are_told_apart_by_colour_and_dashes(tmp_path: Path) -> None:
+    sources = {f"source {n}": {"loss": n, "n_supervised": 1} for n in range(30)}
+    figure = drawn(record(tmp_path / "run", [line(1, sources=sources), line(2, sources=sources)]))["Loss by source"]
+    assert len({key.classes for key in figure.legend}) == 30
+
+
 def test_a_run_without_some_numbers_is_not_in_the_legend_of_their_figure(tmp_path: Path) -> None:
     first, second = record(tmp_path / "first", [line(1, mfu=None)]), record(tmp_path / "second")
     assert [key.name for key in drawn(first, second)["Model FLOPs utilization"].legend] == ["second"]

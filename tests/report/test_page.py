@@ -72,6 +72,8 @@ def test_the_page_needs_nothing_else_and_runs_nothing(name: str, runs: Path) -> 
     assert not {"script", "iframe", "object", "embed"} & {tag for tag, _ in read.tags}
     addresses = [attributes[key] for _, attributes in read.tags for key in ("src", "href") if attributes.get(key)]
     assert addresses and all(address and address.startswith("data:") for address in addresses)
+    policy = next(attributes for tag, attributes in read.tags if "http-equiv" in attributes)
+    assert (policy["content"] or "").startswith("default-src 'none';")
     assert "url(" not in text and "@import" not in text
     assert not [key for _, attributes in read.tags for key in attributes if key.startswith("on")]
 
@@ -137,6 +139,13 @@ def test_runs_are_compared_side_by_side(runs: Path) -> None:
     assert "a, before training" in text and "b-with-a-name-that-is-much-too-long-for-a-phone, after step 60" in text
 
 
+def test_what_one_run_alone_knows_has_its_place_among_the_others(tmp_path: Path) -> None:
+    first, second = write_run(tmp_path / "first", [line(60)]), write_run(tmp_path / "second")
+    write_report([first, second], tmp_path / "compare.html")
+    text = Read(tmp_path / "compare.html").text
+    assert text.index("Training loss") < text.index("Held-out loss") < text.index("Tokens a second")
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / place / "same") for place in ("here", "there")]
     assert report(*folders, "--out", tmp_path / "both.html").exit_code == 0
@@ -155,6 +164,7 @@ def test_what_cannot_be_reported_is_one_line_and_exit_code_2(runs: Path, tmp_pat
     for arguments, words in {
         (tmp_path / "nowhere",): "nowhere: no run folder",
         (runs / "a", new): "metrics.jsonl has no line yet",
+        (runs / "a", "--out", tmp_path): "a folder; name a file",
     }.items():
         done = report(*arguments)
         assert done.exit_code == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1

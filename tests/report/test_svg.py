@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from xml.etree import ElementTree
 
@@ -53,8 +54,40 @@ def test_ticks_are_round() -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([5.7401, 5.7405], ["5.7401", "5.7402", "5.7403", "5.7404", "5.7405"]),
+        ([1e-5, 2e-5], ["1e-5", "1.25e-5", "1.5e-5", "1.75e-5", "2e-5"]),
+        ([100, 101], ["100", "100.25", "100.5", "100.75", "101"]),
+    ],
+)
+def test_ticks_are_named_as_they_are_however_close(values: list[float], expected: list[str]) -> None:
+    axis = value_axis(values)
+    assert [axis.name(tick) for tick in axis.ticks] == expected
+
+
+@pytest.mark.parametrize("value", [0.1, 2e-5, -5.74, 1e12])
+def test_numbers_that_differ_by_rounding_alone_are_drawn_as_one(value: float) -> None:
+    values = [value, math.nextafter(value, math.inf)]
+    axis = value_axis(values)
+    assert len({axis.name(tick) for tick in axis.ticks}) == len(axis.ticks)
+    assert Frame(step_axis([1, 2]), axis).at(1, values[0]) == Frame(step_axis([1, 2]), axis).at(1, values[1])
+
+
+@pytest.mark.parametrize(
     ("value", "expected"),
-    [(0, "0"), (12500, "12.5k"), (9999, "9999"), (2e6, "2M"), (0.03, "0.03"), (2e-5, "2e-5"), (-2.5e-4, "-2.5e-4")],
+    [
+        (0, "0"),
+        (12500, "12.5k"),
+        (9999, "9999"),
+        (9999.6, "10k"),
+        (2e6, "2M"),
+        (3e15, "3e15"),
+        (0.03, "0.03"),
+        (2e-5, "2e-5"),
+        (1.25e-5, "1.25e-5"),
+        (-2.5e-4, "-2.5e-4"),
+    ],
 )
 def test_numbers_are_short(value: float, expected: str) -> None:
     assert short(value) == expected

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,14 @@ from rich.console import Console
 from llava_train.config import Take
 from llava_train.data.mixture import Mixture
 from llava_train.data.sources import open_source
+from llava_train.failures import explain, of_run
 from llava_train.model.trainable import PartSummary
 from llava_train.stage_file import parse_stage
 from llava_train.train.console import RunConsole, show_overview
 from llava_train.train.heaviest import PackShape
 from llava_train.train.overview import Overview
 from llava_train.train.resume import Resumption
-from llava_train.train.terminal import Waiting, new_console
+from llava_train.train.terminal import Waiting, drop_unread, new_console, new_live, write_anything
 from tests.tiny import stage_content, write_data
 
 PARTS = (
@@ -137,3 +140,41 @@ def test_a_file_is_no_terminal_whatever_the_environment_says(
         waiting.show("building the model")
         assert not new_console().is_terminal
     assert capsys.readouterr().out == ""
+
+
+def test_an_answer_that_the_output_cannot_spell_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    write_anything()
+    answer = {"prompt": "wer?", "answer": "日本", "expected": "né"}
+    RunConsole("run", True, 0, 8).evaluation(0, 1.0, 0, {}, [answer])
+    sys.stdout.flush()
+    assert written.getvalue().decode("latin-1").splitlines()[-1] == "  'wer?' -> '\\u65e5\\u672c' (expected 'né')"
+
+
+def test_a_run_whose_output_is_closed_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    write_anything()
+    with Waiting() as waiting:
+        waiting.show("building the model")
+        RunConsole("run", True, 0, 8, waiting.console).say("hello")
+
+
+def test_a_pipe_that_nobody_reads_ends_a_run_with_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", closefd=True) as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(BrokenPipeError) as caught:
+            new_console().print("hello")
+        drop_unread()  # else the end of `with`, as Python's own, would raise it again
+    assert "nobody reads any more what this run prints" in str(explain(caught.value, of_run()))
+
+
+def test_errors_that_are_sent_to_a_file_arrive_there_while_a_line_moves(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, force_interactive=True)
+    with new_live(console, "a line"):
+        print("a warning", file=sys.stderr)
+    assert capsys.readouterr().err == "a warning\n"

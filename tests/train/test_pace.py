@@ -38,6 +38,13 @@ def test_a_pace_is_measured_without_the_first_line_and_told_once() -> None:
     assert told == [None, None, "measured over 5 steps: the rest takes about 3 min", None, None]
 
 
+def test_what_is_told_is_the_mean_of_all_measured_steps() -> None:
+    pace, told = Pace(), []
+    for step, step_s in ((1, 30.0), (2, 1.0), (4, 1.0), (6, 3.5)):
+        told.append(pace.measured(step, {"step_s": step_s, "time_left_s": step_s * (36 - step)}))
+    assert told == [None, None, None, "measured over 5 steps: the rest takes about 60 s"]
+
+
 def test_nothing_is_told_when_nothing_is_left() -> None:
     pace = Pace()
     assert [pace.measured(step, {"step_s": 2.0, "time_left_s": 2.0 * (9 - step)}) for step in (1, 9)] == [None, None]

@@ -112,6 +112,7 @@ def test_tensorboard_shows_answers_as_they_are_and_their_pictures(events: EventA
     assert [step for step, _ in texts] == [0, 8]
     assert b"    <b>what</b>?" in texts[0][1].item()
     assert b"    a *cat*" in texts[0][1].item()
+    assert [step for step, _ in points(events, "answers/q2/1")] == [0, 8], "also a picture of another question"
     pictures = points(events, "answers/q2/2")
     assert [step for step, _ in pictures] == [0, 8]
     width, height, content = pictures[0][1]
@@ -232,11 +233,23 @@ def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StageCon
     wandb.teardown()
 
 
+class Terminal(io.StringIO):
+    """Standard input or error of a person who does not answer."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self, *_: Any) -> str:
+        pytest.fail("a run must not wait for an answer")
+
+
 @pytest.mark.parametrize("key", ["", "0" * 40], ids=["no key", "no server"])
 def test_wandb_that_cannot_be_reached_is_told_and_kept_offline(
     key: str, online: StageConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", key)
+    for name in ("stdin", "stderr"):
+        monkeypatch.setattr(sys, name, Terminal())
     said: list[str] = []
     started = time.monotonic()
     trackers = Trackers(online, True, 0, said.append)
@@ -260,6 +273,8 @@ def test_a_server_of_wandb_gets_each_start_as_one_run(online: StageConfig, monke
             trackers = Trackers(online, True, start, said.append)
             for step in steps:
                 trackers.metrics(step, line(step))
+                if step == 2:
+                    trackers.answers(step, ANSWERS)  # for which this server knows too little
             trackers.close(failed=start == 0)
         [run] = server.rows
         assert [(row["_step"], row["step"]) for row in server.rows[run]] == list(enumerate((1, 2, 3, 2, 3, 4)))
@@ -267,7 +282,9 @@ def test_a_server_of_wandb_gets_each_start_as_one_run(online: StageConfig, monke
             line(row["step"])["loss"] for row in server.rows[run]
         ]
         assert server.exit_codes[run] == [1, 0]
-    assert said == [f"logging.wandb: {server.url}/me/x/runs/{run}"] * 2
+    assert said[::2] == [f"logging.wandb: {server.url}/me/x/runs/{run}"] * 2
+    why = "logging.wandb: without the answers of step 2, which answers.jsonl has: "
+    assert all(text.startswith(why) for text in said[1::2]) and len(said) == 4
 
 
 def test_a_server_that_does_not_answer_does_not_hold_a_run_up(
@@ -275,6 +292,7 @@ def test_a_server_that_does_not_answer_does_not_hold_a_run_up(
 ) -> None:
     monkeypatch.setattr(wandb_run, "_START_S", 60)
     monkeypatch.setattr(wandb_run, "_END_S", 1)
+    monkeypatch.setattr(wandb_run, "_LEAVE_S", 1)
     said: list[str] = []
     with WandbServer() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
@@ -283,8 +301,10 @@ def test_a_server_that_does_not_answer_does_not_hold_a_run_up(
         started = time.monotonic()
         trackers.metrics(1, line(1))
         trackers.close(failed=False)
-        wandb.teardown()  # as at the end of the process
-        assert time.monotonic() - started < 15
+        wandb_run._end_process()  # as at the end of ours
+        assert time.monotonic() - started < 5
+    [kept] = online.run_dir.glob("wandb/run-*/*.wandb")
+    assert read_wandb(kept).rows == [{"step": 1, **curves(line(1))}]
     assert said[1].startswith(
         f"logging.wandb: the server did not take all within 1 s; `wandb sync {online.run_dir}/wandb/run-"
     )

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -15,7 +16,8 @@ from llava_train.files import sha256
 from llava_train.run_files import quarantine_summary
 from llava_train.train.curves import curves
 from llava_train.train.lines import EvaluationLine, StepLine, rows
-from llava_train.train.records import _drop_after
+from llava_train.train.records import Records, _drop_after
+from llava_train.train.world import World
 from tests.train.helpers import ROOT, Outcome, read_lines, run_many, write_samples, write_stage
 from tests.train.wandb_files import read_wandb
 
@@ -121,6 +123,14 @@ def test_records_after_the_resumed_step_and_a_cut_line_are_dropped(tmp_path: Pat
     assert read_lines(path) == kept
     _drop_after(tmp_path / "never-written.jsonl", 4)
     assert not (tmp_path / "never-written.jsonl").exists()
+
+
+def test_half_a_character_is_kept_as_json_has_it(tmp_path: Path) -> None:
+    records = Records(tmp_path, World(0, 1, torch.device("cpu")), 0)
+    record = {"step": 1, "id": "\ud83d of a pair", "kind": "image_missing"}
+    records.append("quarantine.jsonl", record)
+    _drop_after(tmp_path / "quarantine.jsonl", 4)
+    assert read_lines(tmp_path / "quarantine.jsonl") == [record]
 
 
 def test_the_quarantine_is_counted_whatever_its_texts_hold(tmp_path: Path) -> None:
