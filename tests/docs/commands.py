@@ -25,6 +25,7 @@ PROGRAMS += ("jupyter", "mkdocs", "tensorboard", "vllm", "transformers", "wandb"
 """A code span that begins with one of these is a command."""
 ABBREVIATED = {
     "train.py ...": "train.py --config stage1.yaml stage2.yaml",
+    "llava_train train ...": "llava_train train --config stage1.yaml stage2.yaml",
     "--config ...": "--config stage1.yaml stage2.yaml",
     "evaluate ...": "evaluate RUN --data pope.jsonl --metric pope",
 }
@@ -66,6 +67,8 @@ NOT_RUN = (
     ),
     NotRun(r"^(jupyter|tensorboard|mkdocs serve)\b|-m http\.server", checks.named_folders, "a server of others"),
     NotRun(r"^wandb\b", checks.nothing, "needs an account"),
+    NotRun(r"^(hf|unzip)\b", checks.nothing, "downloads gigabytes"),
+    NotRun(r"^llava-train doctor\b", checks.llava_train, "takes a fresh process; tests/doctor runs it"),
     NotRun(r"^sbatch\b", checks.sbatch, "tests/cluster runs it on a real SLURM; here its script is read", "71"),
     *([] if find_spec("bitsandbytes") else [_NO_4_BITS]),
     NotRun(r"^(srun|scancel|scontrol|squeue|sacct|sinfo)\b", checks.nothing, "tests/cluster has a real SLURM"),

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from PIL import Image
 
@@ -15,7 +16,7 @@ from tests.scripts import ROOT
 from tests.tiny import LANGUAGE_MODEL, VISION_TOWER
 from tests.train.helpers import run_ranks, write_samples
 
-SCENES = ["--captions", "16", "--conversations", "16", "--held-out", "8"]
+SCENES = ["--captions", "16", "--conversations", "16", "--held-out", "7"]
 TRAINED = ("small/stage1", "small/stage2", "llava-1.5-7b/stage1", "llava-1.5-7b/stage2", "llava-1.5-7b/stage2-lora")
 PICTURES = ("PICTURE.png", "dog.jpg", "cat.jpg", "a.png", "b.png", "my-pictures/dog.jpg")
 """What the pages call a reader's own files."""
@@ -68,8 +69,8 @@ def shrink_stage(stage: Path, target: Path) -> None:
 
 def make_data(home: Path) -> None:
     """The data that the stage files name."""
-    for folder in ("data/scenes", "data/smoke"):
-        run_ranks(["data/draw_scenes.py", "--out", folder, *SCENES], home).check()
+    run_ranks(["data/draw_scenes.py", "--out", "data/scenes", *SCENES], home).check()
+    shutil.copytree(home / "data/scenes", home / "data/smoke")
     for name, images in (
         ("LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "data/LLaVA-Pretrain/images"),
         ("llava_v1_5_mix665k.json", "data/images"),
@@ -79,6 +80,8 @@ def make_data(home: Path) -> None:
         write_samples(path, "iiiiiiii")
         path.write_text(path.read_text(encoding="utf-8").replace("images/", ""), encoding="utf-8")
         assert (home / images).is_dir()
+    shutil.copytree(home / "data/images", home / "playground/data")
+    shutil.copy(home / "data/llava_v1_5_mix665k.json", home / "playground/data")
 
 
 def make_small_files(home: Path) -> None:
@@ -89,10 +92,20 @@ def make_small_files(home: Path) -> None:
     row = {"question_id": 1, "image": "dog.jpg", "text": "Is there a dog?", "label": "yes", "answer": "yes"}
     for name in QUESTIONS:
         (home / name).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    make_projector(home / "checkpoints/llava-v1.5-7b-pretrain/mm_projector.bin")
     for program in ("python", "pip", "activate"):
         for venv in (".venv/bin", "lmms-env/bin"):
             (home / venv).mkdir(parents=True, exist_ok=True)
             (home / venv / program).touch()
+
+
+def make_projector(path: Path) -> None:
+    """One of the original LLaVA, for the shapes of `shrink_stage`."""
+    width, wider = VISION_TOWER["hidden_size"], WIDER["hidden_size"]
+    layers = {f"model.mm_projector.{at}.weight": torch.zeros(wider, of) for at, of in ((0, width), (2, wider))}
+    layers |= {name.replace("weight", "bias"): torch.zeros(wider) for name in layers}
+    path.parent.mkdir(parents=True)
+    torch.save(layers, path)
 
 
 def train(home: Path) -> None:

@@ -43,7 +43,7 @@ STAND_INS += (
     "tensorboard",
     "mkdocs",
 )
-STAND_INS += ("wandb", "nvidia-smi", "bash")
+STAND_INS += ("wandb", "hf", "unzip", "nvidia-smi", "bash")
 N_RANKS = 2
 """Of a launcher that was asked for more: two do all that eight do."""
 
@@ -176,7 +176,7 @@ def launched(program: str, arguments: list[str]) -> list[str]:
         with contextlib.redirect_stderr(said):
             if program == "deepspeed":
                 asked = parse_deepspeed(arguments)
-                return [asked.user_script, *asked.user_args]
+                return [*(["-m"] if asked.module else []), asked.user_script, *asked.user_args]
             asked = parse_torchrun(arguments)
             return [*(["-m"] if asked.module else []), asked.training_script, *asked.training_script_args]
     except SystemExit:

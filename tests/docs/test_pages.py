@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.docs.commands import markdown
@@ -24,6 +26,20 @@ def test_links_and_their_anchors_exist(name: str) -> None:
         if not path.exists() or (anchor and anchor not in markdown.anchors(path.read_text(encoding="utf-8"))):
             broken.append(f"{name}:{line}: {target}")
     assert broken == []
+
+
+def test_messages_of_troubleshooting_are_those_of_the_code() -> None:
+    """What the first column of a table quotes; dots and numbers stand for what differs from case to case."""
+    code = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "llava_train").rglob("*.py")))
+    said = re.sub(r'"\s*\n\s*f?"', "", code)  # texts that go over several lines
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [
+        quote for cell in re.findall(r"^\| (.*?) \|", page, re.MULTILINE) for quote in re.findall("`(.+?)`", cell)
+    ]
+    parts = [part.strip(" :,;()") for quote in quoted for part in re.split(r"\.\.\.|\d+|\(cuda:", quote)]
+    of_others = {"SyntaxError", ".yaml"}
+    assert len(parts) > 60
+    assert [part for part in parts if len(part) > 4 and part not in said and part not in of_others] == []
 
 
 def test_the_drawing_of_packs_is_what_the_planner_does() -> None:
