@@ -9,7 +9,7 @@ from pathlib import Path
 
 WIDEST = 240
 """Characters of a line, where names and paths are of ordinary length."""
-_WIDEST_OF_LIBRARIES = 400
+_WIDEST_OF_LIBRARIES = 600
 _MOST_LINKS = 16
 
 

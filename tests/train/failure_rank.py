@@ -9,6 +9,7 @@ import os
 import resource
 import runpy
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -65,6 +66,13 @@ def no_room_for_result() -> None:
     stage.write_result = failing
 
 
+def take_port() -> socket.socket:
+    """Where two ranks would meet, somebody listens."""
+    listener = socket.create_server(("", 0))
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_PORT": str(listener.getsockname()[1])}
+    return listener
+
+
 if __name__ == "__main__":
     fault = sys.argv[1]
     if fault in IN_STEP:
@@ -73,5 +81,6 @@ if __name__ == "__main__":
         in_worker(IN_WORKER[fault])
     if fault == "no room for the result":
         no_room_for_result()
+    taken = take_port() if fault == "a taken port" else None
     sys.argv = [str(TRAIN), *sys.argv[2:]]
     runpy.run_path(str(TRAIN), run_name="__main__")
