@@ -6,6 +6,7 @@ Silenced, and why; whatever is not listed here shows:
   log. Downloads keep their bars on a terminal, where they take minutes.
 - FutureWarnings of the libraries below: they tell who wrote this package what will change, its tests see them.
 - DeepSpeed's word that there is no GPU: the table at a run's start names the devices.
+- bitsandbytes' that it lacks a kernel for CPUs: peft imports it in runs that quantize nothing, too.
 - on ranks but the first, warnings of any kind: the first says the same. Errors show on every rank.
 
 Warnings of ours, other warnings of libraries (a UserWarning of torch, a WARNING in the log of transformers) and errors
@@ -22,15 +23,20 @@ import warnings
 _NO_BARS = "TQDM_DISABLE"
 """Read when tqdm is imported; huggingface_hub overrides it for downloads on a terminal."""
 _TALK_OF_THE_FUTURE = ("accelerate", "datasets", "deepspeed", "huggingface_hub", "peft", "torch", "transformers")
-_KNOWN = "Setting accelerator to CPU"
 _DEEPSPEED = "DeepSpeed"
 """The name of its log, whose level its import sets."""
+_NO_NEWS = {
+    _DEEPSPEED: "Setting accelerator to CPU",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+}
+"""Beginnings of what is not said, by the name of the log."""
 
 
 def turn_down(is_main: bool = True) -> None:
     """Call it before torch, transformers and DeepSpeed are imported."""
     os.environ.setdefault(_NO_BARS, "1")
-    logging.getLogger(_DEEPSPEED).addFilter(_is_news)
+    for log in _NO_NEWS:
+        logging.getLogger(log).addFilter(_is_news)
     if not is_main:
         logging.disable(logging.WARNING)
     if sys.warnoptions:
@@ -51,4 +57,4 @@ def turn_up() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_KNOWN)
+    return not record.getMessage().startswith(_NO_NEWS[record.name])

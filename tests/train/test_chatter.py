@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv(chatter._NO_BARS, "1")
     yield
     logging.disable(logging.NOTSET)
-    logging.getLogger("DeepSpeed").removeFilter(chatter._is_news)
+    for name in chatter._NO_NEWS:
+        logging.getLogger(name).removeFilter(chatter._is_news)
 
 
 def shown(is_main: bool) -> list[str]:
@@ -57,14 +59,21 @@ def test_what_python_is_told_about_warnings_wins(monkeypatch: pytest.MonkeyPatch
     assert len(shown(is_main=True)) == 5
 
 
-def test_of_deepspeeds_warnings_one_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("DeepSpeed", "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it."),
+        ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community: no kernels"),
+    ],
+)
+def test_of_a_librarys_warnings_one_is_no_news(name: str, known: str) -> None:
     turn_down()
-    log = logging.getLogger("DeepSpeed")
-    log.addHandler(caplog.handler)
-    log.warning("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.")
+    log, handler = logging.getLogger(name), logging.handlers.BufferingHandler(10)
+    log.addHandler(handler)
+    log.warning(known)
     log.warning("the disk is slow")
-    log.removeHandler(caplog.handler)
-    assert caplog.messages == ["the disk is slow"]
+    log.removeHandler(handler)
+    assert [record.getMessage() for record in handler.buffer] == ["the disk is slow"]
 
 
 @pytest.mark.parametrize(
