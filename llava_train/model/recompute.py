@@ -41,7 +41,7 @@ def enable_recompute(module: PreTrainedModel, recompute: Recompute) -> None:
     settings: dict[str, Any] = {"use_reentrant": False}
     if recompute == "selective":
         settings["context_fn"] = _selective_contexts
-    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    module.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
 
 
 def _selective_contexts() -> Any:
