@@ -29,6 +29,7 @@ from llava_train.run_files import RESULT_FOLDER
 from llava_train.train.assembly import (
     START_PATIENCE,
     build,
+    check_devices,
     prepare_modes,
     write_result,
 )
@@ -118,6 +119,7 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
     """
     world, clock = session.world, session.clock
     clock.start()
+    check_devices(config, world)
     world.beat("opening the data", patience=START_PATIENCE)
     session.waiting.show("opening the data")
     mixture = open_mixture(config.data, config.seed, config.cache_dir)
