@@ -78,8 +78,8 @@ def _compile_layers(model: LlavaForConditionalGeneration, zero: int) -> None:
 def _compiled_forward(layer: nn.Module) -> Callable[..., Any]:
     """Returns the forward pass of a layer, compiled, with activation checkpointing around it where it is enabled.
 
-    transformers checkpoints inside `forward`, and torch.compile compiles nothing that torch.utils.checkpoint calls. So the
-    order is turned round here: the checkpoint calls what is compiled.
+    transformers checkpoints inside `forward`, and torch.compile compiles nothing that torch.utils.checkpoint calls. So
+    here the checkpoint calls what is compiled.
     """
     written = type(layer).forward.__wrapped__  # the model's own forward, without transformers' checkpointing around it
     compiled = torch.compile(MethodType(written, layer), dynamic=True)

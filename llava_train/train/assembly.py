@@ -49,7 +49,7 @@ def check_devices(config: StageConfig, world: World) -> None:
         if is_quantized(config.trainable):
             remedy += ", and remove trainable.language_model.lora.quantize_base, which needs bf16"
         raise UserError(
-            f"engine.precision: bf16 needs a GPU of compute capability 8.0 (Ampere: A100, RTX 30) or newer, and here is "
+            "engine.precision: bf16 needs a GPU of compute capability 8.0 (Ampere: A100, RTX 30) or newer, and here is "
             f"{old[0]}; {remedy}, or train on a newer GPU"
         )
 

@@ -122,7 +122,7 @@ def load(engine: deepspeed.DeepSpeedEngine, world: World, resumption: Resumption
 def _separate_steps(optimizer: torch.optim.Optimizer) -> None:
     """Gives each parameter a step of its own, on the parameter's device, after a load in the universal format.
 
-    DeepSpeed reads the step to the CPU, and ZeRO 3 gives one tensor to all parameters. Fused AdamW wants every tensor of
+    DeepSpeed reads the step to the CPU, and ZeRO 3 gives one tensor to all parameters. Fused AdamW wants all tensors of
     a parameter on one device (pytorch #111123), and would count up a shared step once for each parameter.
     """
     for parameter, state in optimizer.state.items():

@@ -144,8 +144,8 @@ def start_distributed(timeout_s: float = 600.0) -> World:
     else:
         keep_freed_memory()
         # On CPUs DeepSpeed would compile a collective of its own. That takes a compiler, and a build that was killed
-        # leaves a lock on which every later run waits for ever. Gloo does the work. The whole table is set, since
-        # DeepSpeed fills it when it is first read: it tries a compiler and asks the GPUs for every operator that it has.
+        # leaves a lock on which every later run waits for ever. Gloo does the work. The whole table is set: DeepSpeed
+        # fills it when it is first read, for which it runs a compiler and asks the GPUs about each of its operators.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     interface = os.environ.get("NCCL_SOCKET_IFNAME", "^")
     if interface[0] not in "^=" and "," not in interface:  # what NCCL is told of the network holds for gloo too
