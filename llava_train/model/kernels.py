@@ -22,6 +22,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_train.errors import UserError
+from llava_train.model.recompute import layers_of
 
 
 def use_kernels(model: LlavaForConditionalGeneration, kernels: str, device: torch.device, zero: int) -> None:
@@ -51,11 +52,6 @@ def check_kernels(kernels: str, device: torch.device) -> None:
         raise UserError("engine.kernels: liger needs a package; pip install liger-kernel")
 
 
-def layers_of(module: nn.Module) -> list[nn.Module]:
-    """The transformer layers in a model of transformers."""
-    return [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
-
-
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Runs compiled layers as they were written: what is run now and then (evaluation) is not worth compiling for."""
@@ -78,10 +74,12 @@ def _compile_layers(model: LlavaForConditionalGeneration, zero: int) -> None:
 def _compiled_forward(layer: nn.Module) -> Callable[..., Any]:
     """Returns the forward pass of a layer, compiled, with activation checkpointing around it where it is enabled.
 
-    transformers checkpoints inside `forward`, and torch.compile compiles nothing that torch.utils.checkpoint calls. So
+    transformers 5.23 checkpoints inside `forward`, and torch.compile compiles nothing that torch.utils.checkpoint calls. So
     here the checkpoint calls what is compiled.
     """
-    written = type(layer).forward.__wrapped__  # the model's own forward, without transformers' checkpointing around it
+    if "__call__" in vars(GradientCheckpointingLayer):  # transformers before 5.23 checkpoints there, around `forward`
+        return torch.compile(layer.forward, dynamic=True)
+    written = type(layer).forward.__wrapped__  # the model's own forward, without the checkpointing around it
     compiled = torch.compile(MethodType(written, layer), dynamic=True)
 
     def forward(*arguments: Any, **settings: Any) -> Any:

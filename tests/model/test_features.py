@@ -10,7 +10,7 @@ from torch import nn
 from llava_train.config import ImageSection, RandomVisionTower
 from llava_train.model.build import build_llava
 from llava_train.model.features import encode, encoder_hash, feature_shape, project, vision_tower_of
-from llava_train.model.kernels import layers_of
+from llava_train.model.recompute import layers_of
 from tests.tiny import VISION_TOWER, model_section, tiny_llava
 
 TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers")
