@@ -52,8 +52,8 @@ def encode(model: LlavaForConditionalGeneration, pixel_values: torch.Tensor) -> 
 def _kept_states(tower: PreTrainedModel, wanted: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
     """Keeps the wanted hidden states of a tower that runs inside; the others are freed on the way.
 
-    Number 0 is the input of the first layer, number n the output of the n-th. transformers would keep all of them (25 of
-    CLIP-L: 830 MB for 28 pictures); its choice of single ones means other layers before 5.23.
+    Number 0 is the input of the first layer, number n the output of the n-th. transformers would keep all of them: 25
+    of CLIP-L, 830 MB for 28 pictures. Its own choice of single ones means other layers before version 5.23.
     """
     states: dict[int, torch.Tensor] = {}
 

@@ -74,8 +74,8 @@ def _compile_layers(model: LlavaForConditionalGeneration, zero: int) -> None:
 def _compiled_forward(layer: nn.Module) -> Callable[..., Any]:
     """Returns the forward pass of a layer, compiled, with activation checkpointing around it where it is enabled.
 
-    transformers 5.23 checkpoints inside `forward`, and torch.compile compiles nothing that torch.utils.checkpoint calls. So
-    here the checkpoint calls what is compiled.
+    transformers 5.23 checkpoints inside `forward`, and torch.compile compiles nothing that torch.utils.checkpoint
+    calls. So here the checkpoint calls what is compiled.
     """
     if "__call__" in vars(GradientCheckpointingLayer):  # transformers before 5.23 checkpoints there, around `forward`
         return torch.compile(layer.forward, dynamic=True)
