@@ -190,7 +190,7 @@ class Loop:
         return metrics
 
     def _refuse_untrained(self, metrics: Metrics | None) -> None:
-        """Raises NothingTrainedError at the end of a run that trained on nothing, or once many samples gave no token."""
+        """Raises NothingTrainedError if the run ends and trained on nothing, or if many samples gave it no token."""
         if self.window.n_trained or metrics is None:
             return
         step, n_bad, n_skipped = metrics["step"], metrics["n_bad"], metrics["skipped_steps"]
