@@ -194,7 +194,34 @@ CASES = {
     "cmyk": with_file("cmyk.jpg", encoded(noise(9, 9).convert("CMYK"), "JPEG"), unusual_mode="CMYK"),
     "16-bits": with_file("16.png", encoded(Image.new("I;16", (9, 9), 300), "PNG"), unusual_mode="I;16"),
     "palette": with_file("palette.png", encoded(noise(9, 9).convert("P"), "PNG"), unusual_mode="mode P"),
-    "alpha": with_file("alpha.png", encoded(noise(9, 9).convert("RGBA"), "PNG"), unusual_mode="RGBA"),
+    "alpha": with_file("alpha.png", encoded(noise(9, 9).convert("RGBA"), "PNG"), transparent="an alpha channel"),
+    "gray-alpha": with_file("gray.png", encoded(noise(9, 9).convert("LA"), "PNG"), transparent="an alpha channel"),
+    "clear-palette": with_file(
+        "clear.png",
+        encoded(noise(9, 9).convert("P"), "PNG", transparency=3),
+        transparent="a transparent colour",
+        unusual_mode="mode P",
+    ),
+    "clear-colour": with_file(
+        "key.png", encoded(noise(9, 9), "PNG", transparency=(1, 2, 3)), transparent="a transparent colour"
+    ),
+    "invisible": with_file(
+        "invisible.png",
+        encoded(Image.new("RGBA", (9, 9), (200, 60, 20, 0)), "PNG"),
+        transparent="an alpha channel",
+        white_on_white="invisible.png: nothing is left to see",
+    ),
+    "mpo": with_file("phone.jpg", encoded(noise(9, 9), "MPO", save_all=True, append_images=[noise(9, 9)])),
+    "pages": with_file(
+        "pages.tiff",
+        encoded(noise(9, 9), "TIFF", save_all=True, append_images=[noise(9, 9)]),
+        several_pages="pages.tiff has 2 pages",
+    ),
+    "moving-png": with_file(
+        "moving.png",
+        encoded(noise(9, 9), "PNG", save_all=True, append_images=[noise(9, 9).rotate(90)]),
+        animated="2 frames",
+    ),
     "rotated": with_file("rotated.jpg", rotated(), rotated="orientation 6"),
     "one-pixel": with_file("one.png", encoded(noise(1, 1), "PNG"), extreme_shape="1 x 1 pixels"),
     "flat": with_file("flat.png", encoded(noise(20_000, 1), "PNG"), extreme_shape="20000 x 1 pixels"),
