@@ -26,7 +26,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "scripts" / "train.py"
-TIMEOUT_S = 300
+TIMEOUT_S = 1200
+"""Bound of every wait for a process: so long that only one that hangs reaches it."""
 START_METHOD = multiprocessing.get_start_method()
 _looking = threading.Lock()
 """Of two threads that look at a process together, one may miss its exit code."""
