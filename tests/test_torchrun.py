@@ -82,7 +82,9 @@ def test_a_port_that_is_taken_is_told_in_a_few_lines(tmp_path: Path) -> None:
         listener.listen()
         port = listener.getsockname()[1]
         command = [sys.executable, ROOT / "scripts/torchrun.py", "--nproc-per-node=2", f"--master-port={port}", "no.py"]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+        done = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+        )
     assert done.returncode == 2
     lines = done.stderr[done.stderr.index("error: ") :].splitlines()
     assert f"the port {port} is in use" in lines[0] and len(lines) <= 8 and "Traceback" not in done.stderr
