@@ -45,18 +45,18 @@ def _dies(pipe: Any, wanted: Any, names: list[str] | None, results: dict[str, An
     names = names or ["good", "ends", "hangs", "last"]
     pipe.send(("plan", (names, {"device": "d", "date": "2026-01-01"})))
     for name in names:
-        pipe.send(("begins", 1.0))
+        pipe.send(("begins", 1.0 if name == "hangs" else 9999.0))
         if name == "ends":
             os._exit(9)
         if name == "hangs":
-            time.sleep(60)
+            time.sleep(9999)
         pipe.send(("done", {"found": name, "before": sorted(results)}))
 
 
 def test_a_part_that_ends_its_process_or_hangs_loses_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu, "work", _dies)
     record = gpu.Record(tmp_path / "found.json")
-    gpu.supervise(gpu.Wanted("cpu", None, None), record, time.monotonic() + 120)
+    gpu.supervise(gpu.Wanted("cpu", None, None), record, time.monotonic() + 9999)
     assert json.loads((tmp_path / "found.json").read_text())["parts"] == {
         "good": {"found": "good", "before": []},
         "ends": {"error": "its process ended with 9"},

@@ -10,15 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.nodes import Node, NodesUnavailable, start_nodes
-from tests.train.helpers import ROOT, TRAIN, read_lines, write_samples, write_stage
+from tests.train.helpers import ROOT, TIMEOUT_S, TRAIN, read_lines, write_samples, write_stage
 
 pytestmark = pytest.mark.cluster
 
 N_STEPS, EVERY = 40, 4
 LOST_AFTER = {0: 5, 1: 17}
 """By node, so many steps; node 0 has rank 0 and torchrun's meeting point."""
-RUN_S = 300
-NOTICED_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +56,12 @@ def start(nodes: tuple[Node, Node], folder: Path, output: str) -> Path:
 
 def finish(nodes: tuple[Node, Node]) -> None:
     for node in nodes:
-        assert node.wait(RUN_S) == 0, node.log.read_text()
+        assert node.wait(TIMEOUT_S) == 0, node.log.read_text()
 
 
 def train_until(step: int, nodes: tuple[Node, Node], folder: Path, output: str) -> None:
     metrics = start(nodes, folder, output)
-    deadline = time.monotonic() + RUN_S
+    deadline = time.monotonic() + TIMEOUT_S
     while not (metrics.is_file() and metrics.read_text().count("\n") >= step):
         for node in nodes:
             assert node.process is not None and node.process.poll() is None, node.log.read_text()
@@ -80,7 +78,7 @@ def test_a_lost_node_ends_the_other_and_the_same_command_goes_on(nodes: tuple[No
         train_until(step, nodes, shared, "interrupted")
         nodes[lost].kill()
         other = nodes[1 - lost]
-        assert other.wait(NOTICED_S) not in (0, 85), other.log.read_text()
+        assert other.wait(TIMEOUT_S) not in (0, 85), other.log.read_text()
         assert step <= len(losses(shared, "interrupted")) < N_STEPS
     for output in ("interrupted", "straight"):
         start(nodes, shared, output)
