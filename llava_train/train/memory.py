@@ -2,7 +2,7 @@
 
 What a step holds at its worst moment is
 
-    weights + gradients + optimizer + buckets + gathered weights + CUDA itself
+    weights + gradients + optimizer + buckets + gathered weights + CUDA itself, or the kernels that a CPU compiles
     + the most of  activations | reducing gradients | the optimizer's step
 
 Activations are found by running a pack on shapes alone (`activations`); the rest is arithmetic over the numbers of
@@ -19,9 +19,11 @@ import torch
 from transformers import LlavaConfig
 
 from llava_train.config import StageConfig
+from llava_train.data.loader import filler_lengths
 from llava_train.devices import DTYPES
 from llava_train.model.recompute import RECOMPUTES, Recompute
 from llava_train.model.skeleton import skeleton
+from llava_train.onednn import compiles_each_shape, kernels_bytes
 from llava_train.train.activations import NotImitatedError, activation_bytes, unimitated
 from llava_train.train.heaviest import PackShape, heaviest_pack
 from llava_train.train.holdings import Held, held_bytes, size_of
@@ -41,9 +43,10 @@ class Estimate:
     activations: int
     """Of the heaviest pack, logits and the loss included."""
     context: int
-    """Of CUDA itself."""
+    """Of CUDA itself; on a CPU, of the kernels that oneDNN compiles and keeps."""
     pack: PackShape
     recompute: Recompute
+    on_cuda: bool = True
 
     @property
     def total_bytes(self) -> int:
@@ -67,7 +70,7 @@ class Estimate:
             kinds["activations"] = self.activations
         else:
             kinds[worst] = moments[worst]
-        kinds["CUDA"] = self.context
+        kinds["CUDA" if self.on_cuda else "compiled kernels"] = self.context
         return {kind: n_bytes for kind, n_bytes in kinds.items() if n_bytes}
 
     def as_record(self) -> dict[str, Any]:
@@ -129,9 +132,12 @@ class Estimator:
         self._activations: dict[Any, int] = {}
 
     def pack(self, config: StageConfig) -> PackShape:
-        """The heaviest pack of a rank."""
+        """The heaviest pack of a rank, filled up where the run's packs are."""
         size = config.image.size or self.llava.vision_config.image_size
-        return heaviest_pack(config.batch, self.n_ranks, self.llava.image_seq_length, size, self.images_a_sample)
+        pack = heaviest_pack(config.batch, self.n_ranks, self.llava.image_seq_length, size, self.images_a_sample)
+        if not self._compiles_each_shape(config):
+            return pack
+        return replace(pack, lengths=(*pack.lengths, *filler_lengths(pack.lengths, config.batch.max_tokens)))
 
     def estimate(self, config: StageConfig, recompute: Recompute) -> Estimate:
         """The memory of a stage on each device, whatever `engine.activation_checkpointing` says.
@@ -148,8 +154,14 @@ class Estimator:
         key = (config.trainable.model_dump_json(), config.engine.precision, pack, recompute)
         if key not in self._activations:
             self._activations[key] = activation_bytes(config, self.llava, pack, recompute, self.on_cuda)
-        context = self.on_cuda * (_CONTEXT_BYTES + _NCCL_BYTES * (self.n_ranks > 1))
-        return Estimate(held, self._activations[key], context, pack, recompute)
+        if self.on_cuda:
+            context = _CONTEXT_BYTES + _NCCL_BYTES * (self.n_ranks > 1)
+        else:
+            context = kernels_bytes() * self._compiles_each_shape(config)
+        return Estimate(held, self._activations[key], context, pack, recompute, self.on_cuda)
+
+    def _compiles_each_shape(self, config: StageConfig) -> bool:
+        return not self.on_cuda and compiles_each_shape(torch.device("cpu"), DTYPES[config.engine.precision])
 
     def choose(self, config: StageConfig, budget: int) -> Choice:
         """The way of activation checkpointing that the stage file names, for `auto` the first that fits.
