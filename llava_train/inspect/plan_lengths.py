@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from llava_train.config import SourceSection, StageConfig
-from llava_train.data.chat import IGNORED, ChatEncoder
+from llava_train.data.chat import ChatEncoder
 from llava_train.data.chat_templates import load_template
+from llava_train.data.lengths import MOST_MEASURED, Longest, SampleLengths, longest_of, measure
 from llava_train.data.mixture import Mixture, open_mixture, taken
-from llava_train.data.problems import DataError, SampleError
+from llava_train.data.problems import DataError
 from llava_train.errors import UserError
 from llava_train.model.processor import Front
 
@@ -34,16 +35,15 @@ class PlanError(UserError):
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """Samples of a stage: arrays by sample."""
+class Lengths(SampleLengths):
+    """Samples of a stage: some of them, or all."""
 
-    n_tokens: np.ndarray  # image tokens included
-    n_supervised: np.ndarray
-    n_images: np.ndarray
     n_samples: int | None
     """Of an epoch; None where it is not known."""
     origin: str
     """Where the numbers come from, in words."""
+    longest: Longest | None = None
+    """Where all samples were measured."""
 
     @property
     def complete(self) -> bool:
@@ -51,7 +51,7 @@ class Lengths:
 
 
 def find_lengths(config: StageConfig, front: Front) -> Lengths:
-    """Lengths of the samples of a stage: of up to 2,000 of them, or assumed where some data are not there yet.
+    """Lengths of the samples of a stage, measured on all or some of them; assumed where some data are not there yet.
 
     Raises DataError as the run would, where data are there and cannot be used.
     """
@@ -69,7 +69,8 @@ def find_lengths(config: StageConfig, front: Front) -> Lengths:
         raise PlanError("data: holds no sample")
     template, batch = load_template(config.model.chat_template, front.tokenizer), config.batch
     encoder = ChatEncoder(front.tokenizer, template, front.n_image_tokens, batch.max_sample_tokens, batch.over_long)
-    return measure_lengths(mixture, encoder)
+    lengths = measure_lengths(mixture, encoder)
+    return replace(lengths, longest=longest_of(lengths, batch.size)) if lengths.complete else lengths
 
 
 def _with_what_is_there(source: SourceSection) -> SourceSection:
@@ -80,20 +81,12 @@ def _with_what_is_there(source: SourceSection) -> SourceSection:
 
 
 def measure_lengths(mixture: Mixture, encoder: ChatEncoder) -> Lengths:
-    """Encodes up to 2,000 samples over the whole of the data. Those that cannot be read count 0 tokens."""
-    numbers = np.unique(np.linspace(0, len(mixture) - 1, _N_MEASURED).round().astype(int))
-    rows = [_measure(mixture, encoder, number) for number in numbers.tolist()]
-    n_tokens, n_supervised, n_images = np.array(rows, dtype=np.int64).T
-    origin = f"measured on {'all' if len(rows) == len(mixture) else f'{len(rows):,} of'} {len(mixture):,} samples"
-    return Lengths(n_tokens, n_supervised, n_images, len(mixture), origin)
-
-
-def _measure(mixture: Mixture, encoder: ChatEncoder, number: int) -> tuple[int, int, int]:
-    try:
-        encoded = encoder.encode(mixture[number])
-    except SampleError:
-        return 0, 0, 0
-    return encoded.n_tokens, int((encoded.labels != IGNORED).sum()), encoded.n_images
+    """Encodes all samples of small data, and 2,000 over the whole of larger data. Unreadable samples have 0 tokens."""
+    n_samples = len(mixture)
+    n_measured = n_samples if n_samples <= MOST_MEASURED else _N_MEASURED
+    numbers = np.linspace(0, n_samples - 1, n_measured).round().astype(int).tolist()
+    origin = f"measured on {'all' if n_measured == n_samples else f'{n_measured:,} of'} {n_samples:,} samples"
+    return Lengths(**vars(measure(mixture, encoder, numbers)), n_samples=n_samples, origin=origin)
 
 
 def assume_lengths(config: StageConfig, n_image_tokens: int, why: str) -> Lengths:

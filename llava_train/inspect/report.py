@@ -17,6 +17,7 @@ from llava_train.data.mixture import Mixture
 from llava_train.data.problems import KINDS
 from llava_train.inspect.check import NOTES, Checked, Examined
 from llava_train.inspect.opening import StageData
+from llava_train.train.schedule import unreached_steps
 
 _BAR = 40
 _N_EXAMPLES = 5
@@ -49,6 +50,7 @@ def summary(config: StageConfig, data: StageData, checked: Checked) -> dict[str,
         "problems": {kind: found for kind, found in of_kinds.items() if kind not in NOTES},
         "notes": {kind: found for kind, found in of_kinds.items() if kind in NOTES},
         "n_steps": checked.n_steps,
+        "max_steps_not_reached": unreached_steps(config.schedule, len(checked.lengths), config.batch.size),
         "packing": checked.packing,
     }
 
@@ -99,6 +101,8 @@ def print_report(console: Console, found: dict[str, Any]) -> None:
     _print_sources(console, found["sources"] | {f"held out: {name}": n for name, n in found["held_out"].items()})
     _print_findings(console, "What would be lost", found["problems"], KINDS, "red")
     _print_findings(console, "What is handled", found["notes"], NOTES, "yellow")
+    if unreached := found["max_steps_not_reached"]:
+        console.print(f"[bold yellow]Note:[/] {unreached}", highlight=False)
     if found["clean"]:
         console.print("What can be trained on was written; in the stage file it is", highlight=False)
         for section in found["clean"]:
