@@ -117,8 +117,7 @@ def test_a_run_is_measured_by_the_peak_of_its_precision(monkeypatch: pytest.Monk
 def test_float32_is_multiplied_in_float32_unless_pytorch_is_told_otherwise() -> None:
     """In a process of its own: the variable is read once."""
     code = (
-        "from llava_train.train import device_peaks
-from llava_train.train.device_peaks import multiplied_in; print(multiplied_in('fp32'), multiplied_in('bf16'))"
+        "from llava_train.train.device_peaks import multiplied_in; print(multiplied_in('fp32'), multiplied_in('bf16'))"
     )
     for value, told in (("", "fp32 bf16"), ("1", "tf32 bf16")):
         environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": value}
