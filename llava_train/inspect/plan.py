@@ -180,17 +180,17 @@ def bytes_of(text: str) -> int:
 def pack_some(
     config: StageConfig, lengths: Lengths, n_ranks: int, hidden_size: int, flops: ModelFlops | None
 ) -> Packing:
-    """Packs the first steps of the run where all lengths are known, else steps drawn from those that are."""
+    """Packs the first steps of the run where the lengths of all its samples are known, else steps drawn from some."""
     rng, batch = np.random.default_rng(config.seed), config.batch
     n_micro, loads, worst_loads, critical, n_packs = 0, 0, 0, 0.0, 0
-    n_steps = _N_STEPS if not lengths.complete else min(_N_STEPS, -(-len(lengths.n_tokens) // batch.size))
     n_planned = 0
-    for step in range(n_steps):
-        n_known = len(lengths.n_tokens)
-        if lengths.complete:
-            chosen = step_samples(step, config.seed, n_known, batch.size)
+    for step in range(_N_STEPS):
+        if lengths.numbers is None:
+            chosen = rng.integers(0, len(lengths.n_tokens), batch.size)
+        elif step * batch.size < len(lengths.numbers) and lengths.n_samples:
+            chosen = np.searchsorted(lengths.numbers, step_samples(step, config.seed, lengths.n_samples, batch.size))
         else:
-            chosen = rng.integers(0, n_known, batch.size)
+            break
         chosen = chosen[lengths.n_tokens[chosen] > 0]
         if not len(chosen):
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from llava_train.config import SourceSection, StageConfig
 from llava_train.data.chat import ChatEncoder
 from llava_train.data.chat_templates import load_template
-from llava_train.data.lengths import MOST_MEASURED, Longest, SampleLengths, longest_of, measure
+from llava_train.data.lengths import MOST_MEASURED, Longest, SampleLengths, longest_of, measure, samples_of_run
 from llava_train.data.mixture import Mixture, open_mixture, taken
 from llava_train.data.problems import DataError
 from llava_train.errors import UserError
@@ -43,11 +43,9 @@ class Lengths(SampleLengths):
     origin: str
     """Where the numbers come from, in words."""
     longest: Longest | None = None
-    """Where all samples were measured."""
-
-    @property
-    def complete(self) -> bool:
-        return self.n_samples == len(self.n_tokens)
+    """Where all samples of the run were measured."""
+    numbers: np.ndarray | None = None
+    """Which samples these are, ascending, where they are all of the run."""
 
 
 def find_lengths(config: StageConfig, front: Front) -> Lengths:
@@ -69,8 +67,7 @@ def find_lengths(config: StageConfig, front: Front) -> Lengths:
         raise PlanError("data: holds no sample")
     template, batch = load_template(config.model.chat_template, front.tokenizer), config.batch
     encoder = ChatEncoder(front.tokenizer, template, front.n_image_tokens, batch.max_sample_tokens, batch.over_long)
-    lengths = measure_lengths(mixture, encoder)
-    return replace(lengths, longest=longest_of(lengths, batch.size)) if lengths.complete else lengths
+    return measure_lengths(config, mixture, encoder)
 
 
 def _with_what_is_there(source: SourceSection) -> SourceSection:
@@ -80,13 +77,22 @@ def _with_what_is_there(source: SourceSection) -> SourceSection:
     return source.model_copy(update={"images": None}) if missing else source
 
 
-def measure_lengths(mixture: Mixture, encoder: ChatEncoder) -> Lengths:
-    """Encodes all samples of small data, and 2,000 over the whole of larger data. Unreadable samples have 0 tokens."""
-    n_samples = len(mixture)
-    n_measured = n_samples if n_samples <= MOST_MEASURED else _N_MEASURED
-    numbers = np.linspace(0, n_samples - 1, n_measured).round().astype(int).tolist()
-    origin = f"measured on {'all' if n_measured == n_samples else f'{n_measured:,} of'} {n_samples:,} samples"
-    return Lengths(**vars(measure(mixture, encoder, numbers)), n_samples=n_samples, origin=origin)
+def measure_lengths(config: StageConfig, mixture: Mixture, encoder: ChatEncoder) -> Lengths:
+    """Encodes all samples that the run trains on, if they are few, else 2,000 over the whole of the data.
+
+    Those that cannot be read have 0 tokens.
+    """
+    n_samples, numbers = len(mixture), samples_of_run(config, len(mixture))
+    if len(numbers) > MOST_MEASURED:
+        some = np.linspace(0, n_samples - 1, _N_MEASURED).round().astype(int)
+        found = measure(mixture, encoder, some.tolist())
+        return Lengths(**vars(found), n_samples=n_samples, origin=f"measured on {len(some):,} of {n_samples:,} samples")
+    found = measure(mixture, encoder, numbers.tolist())
+    of_all = "all" if len(numbers) == n_samples else f"the {len(numbers):,} that it trains on, of"
+    origin = f"measured on {of_all} {n_samples:,} samples"
+    return Lengths(
+        **vars(found), n_samples=n_samples, origin=origin, longest=longest_of(found, config.batch.size), numbers=numbers
+    )
 
 
 def assume_lengths(config: StageConfig, n_image_tokens: int, why: str) -> Lengths:

@@ -60,7 +60,7 @@ def _alone(config: StageConfig) -> StageConfig:
 def _measured(config: StageConfig, world: World, n_ranks: int) -> Speed:
     mixture = open_mixture(config.data, config.seed, config.cache_dir)
     llava, _, new_dataset = build(config, world, mixture)
-    longest = measure_longest(mixture, chat_encoder(config, llava), config.batch.size)
+    longest = measure_longest(config, mixture, chat_encoder(config, llava))
     loaded = sum(parameter.nbytes for parameter in llava.model.parameters())
     estimator = Estimator(llava.model.config, 1, world.device.type, longest)
     choice = estimator.choose(config, budget_of(world.device, 1, loaded))

@@ -194,7 +194,7 @@ def _longest(config: StageConfig, session: Session, llava: Llava, mixture: Mixtu
     session.world.beat("measuring the samples", patience=START_PATIENCE)
     session.waiting.show("measuring the samples")
     encoder = chat_encoder(config, llava)
-    return session.world.on_main(lambda: measure_longest(mixture, encoder, config.batch.size))
+    return session.world.on_main(lambda: measure_longest(config, mixture, encoder))
 
 
 def _budget(world: World, llava: Llava) -> int:

@@ -179,11 +179,21 @@ def test_the_heaviest_pack_is_one_of_the_measured_samples(tmp_path: Path, monkey
     assert some.lengths.origin == "measured on 20 of 40 samples" and some.estimate.pack.n_tokens == 4096
 
 
+def test_only_the_samples_that_a_run_trains_on_are_measured(tmp_path: Path) -> None:
+    data, batch = write_data(tmp_path, 40), {"size": 6, "max_tokens": 4096, "max_sample_tokens": 1000}
+    plan = make_plan(tiny_stage(data, batch=batch, schedule={"max_steps": 3}), 1, 80 * GIB)
+    assert plan.lengths.origin == "measured on the 18 that it trains on, of 40 samples"
+    steps = [dataset_of(tiny_llava(), data, max_tokens=4096)[step] for step in range(3)]
+    assert plan.packing.tokens == np.mean([step.n_tokens for step in steps])
+    heaviest = max(pack.input_ids.numel() for step in steps for pack in step.micro_batches)
+    assert heaviest <= plan.estimate.pack.n_tokens == np.sort(plan.lengths.n_tokens)[-6:].sum()
+
+
 def test_assumed_lengths_are_no_bound(tmp_path: Path) -> None:
     """Not even where as many are assumed as an epoch has."""
     data = [{"path": str(tmp_path / "llava_v1_5_mix665k.json"), "take": "first 2000"}]
     plan = make_plan(tiny_stage_of(data), 1, 80 * GIB)
-    assert plan.lengths.complete and plan.estimate.pack.n_tokens == 2048
+    assert plan.lengths.n_samples == len(plan.lengths.n_tokens) and plan.estimate.pack.n_tokens == 2048
 
 
 @pytest.mark.parametrize("tflops", [0.0, -1.0, float("inf"), float("nan")])
@@ -204,7 +214,7 @@ def test_assumed_captions_are_shorter_than_conversations_and_none_is_over_long()
 def test_samples_that_cannot_be_read_are_left_out() -> None:
     config = tiny_stage(Path("x"))
     n_tokens = np.array([0, 50, 60, 0, 70, 80])
-    lengths = Lengths(n_tokens, n_tokens // 2, np.zeros_like(n_tokens), 6, "")
+    lengths = Lengths(n_tokens, n_tokens // 2, np.zeros_like(n_tokens), 6, "", numbers=np.arange(6))
     packing = pack_some(config, lengths, 1, 32, None)
     assert packing.tokens == n_tokens[step_samples(0, 0, 6, 6)].sum()
     assert packing.critical_flops is None
