@@ -17,6 +17,7 @@ from llava_train.data.lengths import Longest, measure_longest
 from llava_train.data.loader import StepDataset, read_steps
 from llava_train.data.mixture import Mixture, open_mixture
 from llava_train.data.order import n_steps_of
+from llava_train.data.survey import Survey, refuse_without_pictures, survey, warnings_of
 from llava_train.devices import imitates_bf16
 from llava_train.files import damage
 from llava_train.model.build import Llava
@@ -124,6 +125,7 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
     session.waiting.show("opening the data")
     mixture = open_mixture(config.data, config.seed, config.cache_dir)
     held_out = open_mixture(config.eval.data, config.seed, config.cache_dir) if config.eval else None
+    found = world.on_main(lambda: _surveyed(config, mixture))
     n_steps = n_steps_of(len(mixture), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
     card = describe(config, mixture)
     resumption, changes = _find_resumption(config, session, card)
@@ -148,7 +150,7 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
         pace, pack = expected_step_s(dataset, yardstick), estimator.pack(config)
         known = (mixture, held_out, n_steps, world.n_ranks, world.device, pack, choice.line, pace, resumption)
         show_overview(session.waiting.console, Overview(config, parts, came_from, *known))
-    _say_notes(config, world, llava)
+    _say_notes(config, world, llava, found)
     steps, features = range(resumption.step, n_steps), None
     if config.loader.cache_features:
         session.waiting.show("computing features")
@@ -212,8 +214,17 @@ def _yardstick(config: StageConfig, world: World, llava: Llava) -> Yardstick:
     return Yardstick(flops, peak, llava.n_image_tokens, llava.model.config.image_token_id, *limits)
 
 
-def _say_notes(config: StageConfig, world: World, llava: Llava) -> None:
+def _surveyed(config: StageConfig, mixture: Mixture) -> Survey:
+    """A survey of the data. Raises DataError where the stage needs pictures and finds none."""
+    found = survey(mixture)
+    refuse_without_pictures(found, set(config.trainable.learning_rates()))
+    return found
+
+
+def _say_notes(config: StageConfig, world: World, llava: Llava, found: Survey) -> None:
     """What a user may not have meant."""
+    for warning in warnings_of(found, set(config.trainable.learning_rates())):
+        world.say(warning)
     if note := unlike_own(config.model.chat_template, llava.processor.chat_template, llava.tokenizer):
         world.say(note)
     if config.engine.precision == "bf16" and imitates_bf16(world.device):
