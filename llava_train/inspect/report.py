@@ -17,6 +17,7 @@ from llava_train.data.mixture import Mixture
 from llava_train.data.problems import KINDS
 from llava_train.inspect.check import NOTES, Checked, Examined
 from llava_train.inspect.opening import StageData
+from llava_train.train.schedule import unreached_steps
 
 _BAR = 40
 _N_EXAMPLES = 5
@@ -57,6 +58,7 @@ def summary(config: StageConfig, data: StageData, checked: Checked) -> dict[str,
         "refusal": checked.refusal,
         "warnings": list(checked.warnings),
         "n_steps": checked.n_steps,
+        "max_steps_not_reached": unreached_steps(config.schedule, len(checked.lengths), config.batch.size),
         "packing": checked.packing,
     }
 
@@ -107,6 +109,8 @@ def print_report(console: Console, found: dict[str, Any]) -> None:
     _print_sources(console, found["sources"] | {f"held out: {name}": n for name, n in found["held_out"].items()})
     _print_findings(console, "What would be lost", found["problems"], KINDS, "red")
     _print_findings(console, "What is handled", found["notes"], NOTES, "yellow")
+    if unreached := found["max_steps_not_reached"]:
+        console.print(f"[bold yellow]Note:[/] {unreached}", highlight=False)
     _print_unread_keys(console, found["unread_keys"])
     for warning in found["warnings"]:
         console.print(f"[yellow]{escape(warning)}[/]", highlight=False)

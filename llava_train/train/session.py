@@ -28,7 +28,7 @@ class StartClock:
         """What ran since the mark before was `part`."""
         if self._parts is not None:
             now = time.monotonic()
-            self._parts[part] = now - self._last
+            self._parts[part] = self._parts.get(part, 0.0) + now - self._last
             self._last = now
 
     def line(self) -> str | None:

@@ -13,6 +13,7 @@ import deepspeed
 
 from llava_train.config import StageConfig
 from llava_train.data.chat_templates import unlike_own
+from llava_train.data.lengths import Longest, measure_longest
 from llava_train.data.loader import StepDataset, read_steps
 from llava_train.data.mixture import Mixture, open_mixture
 from llava_train.data.order import n_steps_of
@@ -30,6 +31,7 @@ from llava_train.run_files import RESULT_FOLDER
 from llava_train.train.assembly import (
     START_PATIENCE,
     build,
+    chat_encoder,
     prepare_modes,
     write_result,
 )
@@ -40,7 +42,7 @@ from llava_train.train.dry_run import dry_run
 from llava_train.train.engine import free_memory, gathered, start_engine, stop_engine, time_reduction
 from llava_train.train.evaluate import evaluate, open_held_out
 from llava_train.train.finished import written
-from llava_train.train.heaviest import most_images
+from llava_train.train.heaviest import PackShape
 from llava_train.train.interrupt import STOP_FILE
 from llava_train.train.loop import Loop
 from llava_train.train.memory import Estimator, budget_of
@@ -131,7 +133,10 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
 
     session.waiting.show("building the model")
     llava, came_from, new_dataset = build(config, world, mixture)
-    estimator = Estimator(llava.model.config, world.n_ranks, world.device.type, most_images(mixture))
+    clock.mark("model")
+    longest = _longest(config, session, llava, mixture)
+    clock.mark("lengths")
+    estimator = Estimator(llava.model.config, world.n_ranks, world.device.type, longest)
     budget = _budget(world, llava)
     choice = world.on_main(lambda: estimator.choose(config, budget))
     stack.enter_context(advised(world, choice))  # from here on the device fills
@@ -163,7 +168,9 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
         if resumption.checkpoint:
             window.restore(resumption.manifest["window"], world)
         dataset = new_dataset(mixture, seed=config.seed, features=features)
-        evaluate_after = _evaluation(config, world, engine, llava, new_dataset, held_out, n_steps, tracking)
+        evaluate_after = _evaluation(
+            config, world, engine, llava, new_dataset, held_out, estimator.pack(config), n_steps, tracking
+        )
         loop = Loop(session, config, engine, n_steps, tracking, window, checkpoints, evaluate_after)
         on_cuda = world.device.type == "cuda"
         with closing(read_steps(dataset, steps, config.loader.workers, on_cuda)) as batches:
@@ -182,6 +189,14 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
         trained = fold(llava.model, trained) if world.is_main else trained
     stop_engine(engine)
     return trained
+
+
+def _longest(config: StageConfig, session: Session, llava: Llava, mixture: Mixture) -> Longest | None:
+    """The greatest samples of the run, where they are few enough to measure all. Every rank must call it."""
+    session.world.beat("measuring the samples", patience=START_PATIENCE)
+    session.waiting.show("measuring the samples")
+    encoder = chat_encoder(config, llava)
+    return session.world.on_main(lambda: measure_longest(config, mixture, encoder))
 
 
 def _budget(world: World, llava: Llava) -> int:
@@ -248,6 +263,7 @@ def _evaluation(
     llava: Llava,
     new_dataset: Callable[..., StepDataset],
     held_out: Mixture | None,
+    heaviest: PackShape,
     n_steps: int,
     tracking: Tracking,
 ) -> Callable[[int], None]:
@@ -255,7 +271,10 @@ def _evaluation(
     section = config.eval
     if section is None or held_out is None:
         return lambda step: None
-    dataset = new_dataset(held_out, seed=None, batch_size=min(config.batch.size, section.max_samples))
+    # The estimate of memory is of the samples that train. Longer held-out ones make more packs, not heavier ones.
+    max_tokens = min(config.batch.max_tokens, max(heaviest.n_tokens, config.batch.max_sample_tokens))
+    batch_size = min(config.batch.size, section.max_samples)
+    dataset = new_dataset(held_out, seed=None, batch_size=batch_size, max_tokens=max_tokens)
     asked = open_held_out(world, dataset, section, config.run_dir)
 
     def evaluate_after(step: int) -> None:

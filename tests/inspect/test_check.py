@@ -488,6 +488,17 @@ def test_what_is_only_noted_is_no_failure(tmp_path: Path) -> None:
     assert "Every sample can be trained on." in done.stdout
 
 
+def test_steps_that_the_data_do_not_have_are_told(tmp_path: Path) -> None:
+    path = write_cases(tmp_path, {f"s{i}": CASES["good"] for i in range(14)})
+    batch = {"size": 6, "max_tokens": 400, "max_sample_tokens": 200}
+    note = "schedule.max_steps 40 is not reached: 1 epoch has 3 steps; raise schedule.epochs to 14"
+    done = command(path, batch=batch, schedule={"max_steps": 40})
+    assert done.exit_code == 0 and f"Note: {note}" in done.stdout
+    as_json = command(path, "--json", batch=batch, schedule={"max_steps": 40})
+    assert json.loads(as_json.stdout)["max_steps_not_reached"] == note
+    assert "Note:" not in command(path, batch=batch, schedule={"max_steps": 3}).stdout
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
