@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,13 +24,14 @@ from rich.progress import Progress
 
 from llava_train.config import StageConfig
 from llava_train.data.chat import IGNORED
+from llava_train.data.formats import picture_markup, record_id, unread_paths
 from llava_train.data.images import DAMAGED, decoded, open_image
 from llava_train.data.mixture import Mixture
 from llava_train.data.order import n_steps_of, step_samples
 from llava_train.data.packing import plan_packs
 from llava_train.data.pictures import Picture
-from llava_train.data.problems import SampleError
-from llava_train.data.samples import Sample, record_id
+from llava_train.data.problems import SampleError, shortened
+from llava_train.data.samples import Sample
 from llava_train.data.sources import Source
 from llava_train.errors import UserError
 from llava_train.inspect.opening import StageData
@@ -41,6 +43,7 @@ NOTES = {
     "animated": "animated pictures; the first frame is read",
     "unusual_mode": "pictures in CMYK, 16 bits, a palette or with transparency; converted to RGB",
     "rotated": "pictures that their EXIF tag turns; turned",
+    "picture_markup": "samples without a picture whose text has markup of one: it is trained on as letters",
     "extreme_shape": "pictures of one pixel, or more than 20 times as long as wide",
 }
 """What is handled, but noticed."""
@@ -74,10 +77,14 @@ class Examined:
     ids: list[int] = field(default_factory=list)
     """A hash of 64 bits of each id."""
     findings: list[Finding] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+    """Number of samples that hold a value under each key that nothing reads."""
 
     def add(self, other: Examined) -> None:
         for name, values in vars(self).items():
-            values.extend(getattr(other, name))
+            if isinstance(values, list):
+                values.extend(getattr(other, name))
+        self.unread.update(other.unread)
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,7 @@ class Examiner:
             try:
                 record = source.records[index]
                 name = record_id(record, name)
+                examined.unread.update(unread_paths(record))
                 counts = self._counts(source.parse(record, index), notes)
             except SampleError as error:
                 notes.append((error.kind, str(error)))
@@ -139,6 +147,8 @@ class Examiner:
     def _counts(self, sample: Sample, notes: list[tuple[str, str]]) -> tuple[int, int, int]:
         """Tokens, supervised tokens and images of a sample. Raises SampleError."""
         encoded = self.data.encoder.encode(sample)
+        if (markup := picture_markup(sample)) is not None:
+            notes.append(("picture_markup", f"the text holds {shortened(markup, 60)!r}"))
         if encoded.truncated:
             notes.append(("truncated", f"cut to {encoded.n_tokens} tokens"))
         for picture in sample.images[: encoded.n_images]:
