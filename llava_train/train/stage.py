@@ -143,7 +143,7 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
         pace, pack = expected_step_s(dataset, yardstick), estimator.pack(config)
         known = (mixture, held_out, n_steps, world.n_ranks, world.device, pack, choice.line, pace, resumption)
         show_overview(session.waiting.console, Overview(config, parts, came_from, *known))
-    _say_notes(config, world, llava)
+    _say_notes(config, world, llava, is_new=resumption.checkpoint is None)
     steps, features = range(resumption.step, n_steps), None
     if config.loader.cache_features:
         session.waiting.show("computing features")
@@ -197,9 +197,10 @@ def _yardstick(config: StageConfig, world: World, llava: Llava) -> Yardstick:
     return Yardstick(flops, peak, llava.n_image_tokens, llava.model.config.image_token_id, *limits)
 
 
-def _say_notes(config: StageConfig, world: World, llava: Llava) -> None:
-    """What a user may not have meant."""
-    if note := unlike_own(config.model.chat_template, llava.processor.chat_template, llava.tokenizer):
+def _say_notes(config: StageConfig, world: World, llava: Llava, is_new: bool) -> None:
+    """Says what a user may not have meant; about the chat template only when a run begins."""
+    template, tokenizer = llava.processor.chat_template, llava.tokenizer
+    if is_new and (note := world.on_main(lambda: unlike_own(config.model.chat_template, template, tokenizer))):
         world.say(note)
     if config.engine.precision == "bf16" and imitates_bf16(world.device):
         world.say("engine.precision: this CPU imitates bf16, tens of times slower than fp32; better set it to fp32")

@@ -231,7 +231,11 @@ def without_image_token(content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("tokenizer.json", without_image_token, "its tokenizer has no token <image>, where pictures go; copy the token"),
+        (
+            "tokenizer.json",
+            without_image_token,
+            "its tokenizer has no token <image>, where pictures go; copy the token",
+        ),
         ("config.json", {"vision_feature_layer": -9}, "config.json: vision_feature_layer: -9 is out of range"),
         ("config.json", {"vision_feature_select_strategy": "patch"}, "vision_feature_select_strategy"),
         ("config.json", {"text_config.vocab_size": 100}, r"is \[\d+, 32\] in the file, and would be \[100, 32\]"),
@@ -272,5 +276,7 @@ def test_a_model_with_fewer_embeddings_than_its_tokenizer_has_tokens_is_refused(
     export_model(llava.model, processor, encoder_of(llava).end_of_turn_id(), tmp_path)
     llava.model.resize_token_embeddings(n_tokens - n_missing)
     llava.model.save_pretrained(tmp_path)
-    with pytest.raises(ForeignError, match=f"has {n_tokens} tokens, but the model has embeddings for {n_tokens - n_missing}"):
+    with pytest.raises(
+        ForeignError, match=f"has {n_tokens} tokens, but the model has embeddings for {n_tokens - n_missing}"
+    ):
         load_llava(tmp_path)
