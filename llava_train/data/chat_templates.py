@@ -355,7 +355,7 @@ def _compared(ours: str, own: str, tokenizer: PreTrainedTokenizerBase) -> Iterat
 
 
 def _lost_text(ours: str, own: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what `own` writes and `ours` does not, quoted; empty for nothing, or where they are far from each other."""
+    """Return what `own` writes and `ours` does not, quoted; empty where they are far from each other."""
     if _share_of_own(ours, own, tokenizer) <= _NEAR:
         return ""
     pieces: list[str] = []

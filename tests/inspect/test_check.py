@@ -629,3 +629,31 @@ def test_the_headers_of_pictures_are_read_and_no_more(tmp_path: Path, monkeypatc
         opened = open_stage_data(config)
         assert not check.Examiner(opened, decode).examine(opened.mixture.sources[0], [0]).findings
         assert least <= n_read[0] <= most
+
+
+@pytest.mark.parametrize(("n_there", "asks"), [(0, True), (1, True), (2, False)])
+def test_a_wrong_place_of_pictures_is_asked_for(n_there: int, asks: bool, tmp_path: Path) -> None:
+    records = [{"id": i, "image": f"{i}.png", "conversations": turns("<image>\nWhat?")} for i in range(12)]
+    records.append({"id": "text", "conversations": turns()})
+    path, place = tmp_path / "data.json", tmp_path / "pictures"
+    path.write_text(json.dumps(records))
+    place.mkdir()
+    for i in range(n_there):
+        Image.new("RGB", (9, 9)).save(place / f"{i}.png")
+    done = command(path, data=[{"path": str(path), "images": str(place)}])
+    assert done.exit_code == 1
+    question = (
+        f"{path}: {12 - n_there} of 12 samples with pictures name some that are not where they are looked for. Is "
+        f"`images:` of this source right? {place}/{n_there}.png: the image file is missing (paths count from {Path.cwd()})"
+    )
+    assert (question in done.stdout) == asks
+    assert ("--write-clean" in done.stdout) != asks
+
+
+def test_nothing_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"id": 1, "image": "a.png", "conversations": turns("<image>\nWhat?")}]))
+    done = command(path)
+    assert "Everything would be lost." in done.stdout and "--write-clean" not in done.stdout
+    found = json.loads(command(path, "--json").stdout)
+    assert len(found["wrong_images"]) == 1

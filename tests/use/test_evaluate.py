@@ -338,3 +338,16 @@ def test_answers_never_replace_their_questions(model: Path, data: Path) -> None:
     done = run(model, data, "--answers", str(data), "--overwrite")
     assert done.exit_code == 2 and "holds the questions" in done.output
     assert data.read_bytes() == before
+
+
+def test_pictures_in_another_place_are_asked_for(model: Path, data: Path) -> None:
+    (data.parent / "empty").mkdir()
+    refused = run(model, data, "--images", str(data.parent / "empty"))
+    assert refused.exit_code == 2
+    assert f"the image file is missing; is --images {data.parent}/empty right?" in refused.stderr
+    refused = run(model, data, "--images", str(data.parent / "empty"), "--skip-bad")
+    assert refused.exit_code == 2 and not (data.parent / "a.scores.json").exists()
+    assert f"no question can be asked, so there is no score ({N} are left out)" in refused.stderr
+    assert f"is --images {data.parent}/empty right?" in refused.stderr
+    (data.parent / "images").rename(data.parent / "pictures")
+    assert "name the folder of the pictures (--images)" in run(model, data).stderr
