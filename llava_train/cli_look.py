@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +57,6 @@ def check(
         from llava_train.inspect.report import print_report, summary
 
         data = open_stage_data(stage)
-        _say_note(data.note)
         files = clean_files(data, write_clean) if write_clean else []
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
             checked = check_data(stage, data, not fast, workers or os.cpu_count() or 1, ranks, progress)
@@ -91,21 +91,20 @@ def preview(
     with user_errors():
         stage = load_stage(config, set_ or [])
         from llava_train.inspect.opening import open_stage_data
-        from llava_train.inspect.preview import first_seen, for_page, print_seen, write_page
+        from llava_train.inspect.preview import Seen, first_seen, for_page, print_seen, write_page
 
         data = open_stage_data(stage)
-        _say_note(data.note)
-        console, shown = Console(soft_wrap=True), []
-        for one in first_seen(stage, data, n):
-            if html:
-                shown.append(for_page(one, data.preprocessor))
+        seen: Iterable[Seen] = first_seen(stage, data, n)
+        if html:  # first, for the reader of what is printed may leave
+            seen = list(seen)
+            write_page(stage, data, [for_page(one, data.preprocessor) for one in seen], ranks, html)
+            print(f"wrote {html}", file=sys.stderr)
+        console = Console(soft_wrap=True)
+        for one in seen:
             if json_:
                 print(json.dumps(one.as_record(), ensure_ascii=False))
             else:
                 print_seen(console, one)
-        if html:
-            write_page(stage, data, shown, ranks, html)
-            print(f"wrote {html}", file=sys.stderr)
 
 
 @app.command(cls=Command, rich_help_panel=LOOK)
@@ -166,8 +165,3 @@ def schema() -> None:
       llava-train schema > stage.schema.json
     """
     print(json.dumps(stage_schema(), indent=2))
-
-
-def _say_note(note: str | None) -> None:
-    if note:
-        print(note, file=sys.stderr)

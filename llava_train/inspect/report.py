@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from llava_train.inspect.check import NOTES, Checked, Examined
 from llava_train.inspect.opening import StageData
 from llava_train.train.schedule import unreached_steps
 
+_NOT_THERE = ("image_missing", "path_outside_root")
+_NEARLY_ALL = 0.9
+"""Share of the samples with pictures from which on a wrong `images:` is the likely cause."""
 _BAR = 40
 _N_EXAMPLES = 5
 _N_UNREAD_KEYS = 20
@@ -57,10 +61,30 @@ def summary(config: StageConfig, data: StageData, checked: Checked) -> dict[str,
         },
         "refusal": checked.refusal,
         "warnings": list(checked.warnings),
+        "wrong_images": [*_wrong_images(data.mixture, checked.by_source), *_held_out_images(data, checked)],
         "n_steps": checked.n_steps,
         "max_steps_not_reached": unreached_steps(config.schedule, len(checked.lengths), config.batch.size),
         "packing": checked.packing,
     }
+
+
+def _held_out_images(data: StageData, checked: Checked) -> list[str]:
+    return _wrong_images(data.held_out, checked.held_out) if data.held_out else []
+
+
+def _wrong_images(mixture: Mixture, examined: Sequence[Examined]) -> list[str]:
+    """Return a question for each source nearly all of whose pictures are missing: it is the place that is wrong."""
+    questions = []
+    for source, found in zip(mixture.sources, examined, strict=True):
+        missing = [finding for finding in found.findings if finding.kind in _NOT_THERE]
+        n_pictured = len(missing) + sum(n > 0 for n in found.n_images)
+        if missing and len(missing) >= _NEARLY_ALL * n_pictured:
+            questions.append(
+                f"{source.path}: {len(missing):,} of {n_pictured:,} samples with pictures name some that are not where "
+                f"they are looked for. Is `images:` of this source right? {missing[0].reason} (paths count from "
+                f"{Path.cwd()})"
+            )
+    return questions
 
 
 def _by_source(mixture: Mixture, examined: Sequence[Examined]) -> dict[str, dict[str, int]]:
@@ -120,8 +144,12 @@ def print_report(console: Console, found: dict[str, Any]) -> None:
             console.print(escape(f"  - {json.dumps(section, ensure_ascii=False)}"), highlight=False)
     if found["refusal"]:
         console.print(f"[bold red]A run would be refused:[/] {escape(found['refusal'])}", highlight=False)
-    elif found["would_lose"]:
-        console.print("[bold red]Something would be lost.[/] --write-clean OUT.jsonl writes the rest.")
+    for question in found["wrong_images"]:
+        console.print(f"[bold red]{escape(printable(question))}[/]", highlight=False)
+    if found["would_lose"] and not found["refusal"]:
+        is_left = found["n_bad"] < found["n_samples"]
+        advice = " --write-clean OUT.jsonl writes the rest." if is_left and not found["wrong_images"] else ""
+        console.print(f"[bold red]{'Something' if is_left else 'Everything'} would be lost.[/]{advice}")
     else:
         console.print("[bold green]Every sample can be trained on.[/]")
 

@@ -150,7 +150,7 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
         pace, pack = expected_step_s(dataset, yardstick), estimator.pack(config)
         known = (mixture, held_out, n_steps, world.n_ranks, world.device, pack, choice.line, pace, resumption)
         show_overview(session.waiting.console, Overview(config, parts, came_from, *known))
-    _say_notes(config, world, llava, found)
+    _say_notes(config, world, llava, found, is_new=resumption.checkpoint is None)
     steps, features = range(resumption.step, n_steps), None
     if config.loader.cache_features:
         session.waiting.show("computing features")
@@ -221,11 +221,12 @@ def _surveyed(config: StageConfig, mixture: Mixture) -> Survey:
     return found
 
 
-def _say_notes(config: StageConfig, world: World, llava: Llava, found: Survey) -> None:
-    """What a user may not have meant."""
+def _say_notes(config: StageConfig, world: World, llava: Llava, found: Survey, is_new: bool) -> None:
+    """Says what a user may not have meant; about the chat template only when a run begins."""
     for warning in warnings_of(found, set(config.trainable.learning_rates())):
         world.say(warning)
-    if note := unlike_own(config.model.chat_template, llava.processor.chat_template, llava.tokenizer):
+    template, tokenizer = llava.processor.chat_template, llava.tokenizer
+    if is_new and (note := world.on_main(lambda: unlike_own(config.model.chat_template, template, tokenizer))):
         world.say(note)
     if config.engine.precision == "bf16" and imitates_bf16(world.device):
         world.say("engine.precision: this CPU imitates bf16, tens of times slower than fp32; better set it to fp32")

@@ -5,7 +5,8 @@ The shape of a record is told by its keys. As LLaVA's scripts ask, `{"question_i
     vqa, exact, anls   `answers` (texts, or VQA's `{"answer": text}`) or `answer`
     pope               `label` (as POPE's own files) or `answer`: yes or no
     caption            `captions`, `caption`, `answers` or `answer`
-    choice             `options`, and `answer`: the text of one, its number from 0, or its letter
+    choice             `options`, and `answer`: the text of one, its number from 0, or its letter; refused where it
+                       may mean two: 2 of the options "1", "2" and "3"
 
 or a training record with its conversation (`data.samples`): each question is asked on its own, and the assistant's text
 is the reference; `categories` has one for each question.
@@ -214,10 +215,54 @@ def _choice(options: Any, answer: Any) -> tuple[tuple[str, ...], tuple[str, ...]
         or len({*listed}) < len(listed)
     ):
         raise QuestionError("options: wanted two or more different texts")
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(listed):
-        return tuple(listed), (listed[answer],)
-    if answer in listed:
-        return tuple(listed), (answer,)
-    if answer in letters:
-        return tuple(listed), (listed[letters.index(answer)],)
-    raise QuestionError(f"answer: {answer!r} is none of the options: not a text, number from 0, or letter")
+    return tuple(listed), (listed[_right_option(listed, letters, answer)],)
+
+
+def _right_option(options: list[str], letters: list[str], answer: Any) -> int:
+    """Return the index of the option that an answer means. Raises QuestionError where that is none or several."""
+    meanings = _meanings(options, letters, answer)
+    possible = sorted({*meanings.values()})
+    if len(possible) == 1:
+        return possible[0]
+    if not possible:
+        raise QuestionError(f"answer: {answer!r} is none of the options: not a text, number from 0, or letter")
+    read_as = " or ".join(f"{options[index]!r} ({way})" for way, index in meanings.items())
+    names = [_name_of(options, letters, index) for index in possible]
+    advice = " or ".join(f"{name!r} for {options[index]!r}" for name, index in zip(names, possible, strict=True))
+    if None in names:
+        advice = "the options as an object whose letters are no texts of it"
+    raise QuestionError(f"answer: {answer!r} may mean {read_as}; write {advice}")
+
+
+def _meanings(options: list[str], letters: list[str], answer: Any) -> dict[str, int]:
+    """Return the index of the option that an answer means, by the way to read it.
+
+    What differs from an option in case, white space or as a number is written (`1.0`) makes another reading doubtful,
+    but is none by itself: 'A' of the options 'b' and 'a' may be a letter or a text.
+    """
+    is_number, found = isinstance(answer, int) and not isinstance(answer, bool), {}
+    if is_number and 0 <= answer < len(options):
+        found["by its number from 0"] = answer
+    if (letter := str(answer) if is_number else answer) in letters:
+        found["by its letter"] = letters.index(letter)
+    if answer in options:
+        found["by its text"] = options.index(answer)
+    elif is_number or found:
+        alike = [index for index, option in enumerate(options) if _is_like(option, answer)]
+        found |= {"by its text": alike[0]} if alike else {}
+    return found
+
+
+def _name_of(options: list[str], letters: list[str], index: int) -> str | int | None:
+    """Return what means an option and no other: its text, number or letter."""
+    names: tuple[str | int, ...] = options[index], index, letters[index]
+    return next((name for name in names if {*_meanings(options, letters, name).values()} == {index}), None)
+
+
+def _is_like(option: str, answer: Any) -> bool:
+    if option.strip().casefold() == str(answer).strip().casefold():
+        return True
+    try:
+        return float(option) == float(answer)
+    except (TypeError, ValueError):
+        return False

@@ -670,3 +670,31 @@ def test_a_projector_without_any_picture_is_refused_and_text_only_samples_are_co
     done = command(path, trainable={"projector": {"lr": 1e-3}})
     assert done.exit_code == 0
     assert "50.0% of 2 samples have no picture; a stage that trains only the projector learns nothing" in done.stdout
+
+
+@pytest.mark.parametrize(("n_there", "asks"), [(0, True), (1, True), (2, False)])
+def test_a_wrong_place_of_pictures_is_asked_for(n_there: int, asks: bool, tmp_path: Path) -> None:
+    records = [{"id": i, "image": f"{i}.png", "conversations": turns("<image>\nWhat?")} for i in range(12)]
+    records.append({"id": "text", "conversations": turns()})
+    path, place = tmp_path / "data.json", tmp_path / "pictures"
+    path.write_text(json.dumps(records))
+    place.mkdir()
+    for i in range(n_there):
+        Image.new("RGB", (9, 9)).save(place / f"{i}.png")
+    done = command(path, data=[{"path": str(path), "images": str(place)}])
+    assert done.exit_code == 1
+    question = (
+        f"{path}: {12 - n_there} of 12 samples with pictures name some that are not where they are looked for. Is "
+        f"`images:` of this source right? {place}/{n_there}.png: the image file is missing (paths count from {Path.cwd()})"
+    )
+    assert (question in done.stdout) == asks
+    assert ("--write-clean" in done.stdout) != asks
+
+
+def test_nothing_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"id": 1, "image": "a.png", "conversations": turns("<image>\nWhat?")}]))
+    done = command(path)
+    assert "Everything would be lost." in done.stdout and "--write-clean" not in done.stdout
+    found = json.loads(command(path, "--json").stdout)
+    assert len(found["wrong_images"]) == 1
