@@ -146,11 +146,11 @@ def print_report(console: Console, found: dict[str, Any]) -> None:
         console.print(f"[bold red]A run would be refused:[/] {escape(found['refusal'])}", highlight=False)
     for question in found["wrong_images"]:
         console.print(f"[bold red]{escape(printable(question))}[/]", highlight=False)
-    if found["would_lose"] and not found["refusal"]:
+    if found["would_lose"] and (found["problems"] or not found["refusal"]):
         is_left = found["n_bad"] < found["n_samples"]
         advice = " --write-clean OUT.jsonl writes the rest." if is_left and not found["wrong_images"] else ""
         console.print(f"[bold red]{'Something' if is_left else 'Everything'} would be lost.[/]{advice}")
-    else:
+    elif not found["would_lose"]:
         console.print("[bold green]Every sample can be trained on.[/]")
 
 
