@@ -20,7 +20,7 @@ from transformers import AutoProcessor, LlamaForCausalLM, LlavaForConditionalGen
 
 from llava_train import LLaVA
 from llava_train.data.samples import Turn
-from llava_train.errors import UserError
+from llava_train.errors import Note, UserError
 from llava_train.files import write_manifest
 from llava_train.model.foreign import load_transformers
 from llava_train.model.weights import export_model
@@ -253,7 +253,9 @@ def test_parts_are_joined_untrained(tmp_path: Path) -> None:
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     tokenizer.save_pretrained(tmp_path / "tongue")
-    llava = LLaVA(vision_model_path=tmp_path / "eye", language_model_path=tmp_path / "tongue", device="cpu")
+    with pytest.warns(Note, match="has learnt nothing: answers will be empty") as warned:
+        llava = LLaVA(vision_model_path=tmp_path / "eye", language_model_path=tmp_path / "tongue", device="cpu")
+    assert [Path(warning.filename) for warning in warned if warning.category is Note] == [Path(__file__)], "once, here"
     assert isinstance(llava.generate_from_image(RED, "What can you see in this image?", max_new_tokens=4), str)
     for name, tensor in causal.model.named_parameters():
         joined = llava.model.model.language_model.get_parameter(name)
