@@ -19,8 +19,8 @@ def contradictions(config: StageConfig) -> Iterator[str]:
         yield f"trainable: every part is frozen, nothing would train; list at least one of {parts}"
     if rates.keys() - {"projector"} and config.init_from is None:
         yield (
-            "init_from: missing, but the stage trains more than the projector; name the run folder of the stage "
-            "that trained the projector, or `random` to start from a new projector on purpose"
+            "init_from: missing, but the stage trains more than the projector; name the run of the stage that "
+            "trained the projector, or `random` to start from a new projector on purpose"
         )
     if batch.max_tokens < batch.max_sample_tokens:
         yield (
