@@ -124,8 +124,8 @@ def check_init(init_from: str, output: str | None = None) -> None:
             raise HandOffError(f"init_from: there is no run {init_from}; {remedy}")
         if "/" not in init_from:
             raise HandOffError(
-                f"init_from: there is no run {init_from} in {output}, and no such file or folder in {Path.cwd()}; {remedy}, "
-                "or name another run, a model, or a hub id (owner/name)"
+                f"init_from: there is no run {init_from} in {output}, and no such file or folder in {Path.cwd()}; "
+                f"{remedy}, or name another run, a model, or a hub id (owner/name)"
             )
     if (folder / RESULT_FOLDER).is_dir():
         reason = damage(folder / RESULT_FOLDER)
