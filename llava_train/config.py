@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import typing
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,11 +74,12 @@ UserPath = Annotated[str, AfterValidator(expand)]
 
 def _known_template(name: str) -> str:
     known = (*CHAT_TEMPLATES, "auto")
-    if name in known or Path(name).is_file():
-        return name
+    with suppress(OSError):  # a name that is too long
+        if name in known or Path(name).is_file():
+            return name
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"{name!r} is neither a template ({', '.join(known)}) nor a jinja file{hint}")
+    raise ValueError(f"{shown(name)} is neither a template ({', '.join(known)}) nor a jinja file{hint}")
 
 
 ChatTemplate = Annotated[

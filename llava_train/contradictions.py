@@ -65,7 +65,8 @@ def deepspeed_conflicts(config: StageConfig) -> Iterator[str]:
     try:
         user = user_deepspeed(config.engine)
     except (OSError, ValueError) as error:
-        yield f"engine.deepspeed: cannot read {config.engine.deepspeed}: {error}"
+        why = error.strerror if isinstance(error, OSError) else error
+        yield f"engine.deepspeed: cannot read {config.engine.deepspeed!s:.200}: {why}"
         return
     offload = {True: "cpu", False: "none"}
     owned: dict[str, tuple[str, Any]] = {

@@ -25,7 +25,6 @@ _WIDEST = 80
 _TYPES = {
     "string_type": "a text",
     "string_unicode": "a text",
-    "string_sub_type": "a text",
     "int_type": "a whole number",
     "int_parsing": "a whole number",
     "int_parsing_size": "a whole number",

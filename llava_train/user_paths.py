@@ -24,8 +24,10 @@ def expand(path: str) -> str:
     Addresses (`https://...`) and names of the hub are returned as they are.
 
     Raises:
-        PathError: a variable, an unknown user, or a folder that is really named `~`.
+        PathError: a variable, an unknown user, a folder that is really named `~`, or half of a character.
     """
+    if any("\ud800" <= character <= "\udfff" or character == "\0" for character in path):
+        raise PathError(f"{path[:200]!r} holds a character that no path can have; write the path in UTF-8")
     if "://" in path or path.startswith("data:"):
         return path
     if (variable := _VARIABLE.search(path)) and not _exists(path):
@@ -54,5 +56,5 @@ def expand(path: str) -> str:
 def _exists(path: str) -> bool:
     try:
         return Path(path).exists()
-    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+    except OSError:  # a name that is too long
         return False

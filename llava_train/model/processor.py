@@ -97,10 +97,8 @@ def _refuse_missing_folder(key: str, name: str) -> None:
     """Raises BuildError for a folder that is not there: transformers would take it for a hub id."""
     if "/" in name and not is_hub_id(name) and not Path(name).exists():
         counts = "" if Path(name).is_absolute() else f"; its path counts from {Path.cwd()}"
-        made = (
-            "; `python data/build_small_parts.py` makes the parts of configs/small" if name.startswith("parts/") else ""
-        )
-        raise BuildError(f"{key}: there is no folder {name}{counts}{made}")
+        made = "; `python data/build_small_parts.py` makes those of configs/small" if name.startswith("parts/") else ""
+        raise BuildError(f"{key}: cannot load {name}: there is no such folder{counts}{made}")
 
 
 def _hidden_size(part: str | RandomLanguageModel) -> int:
