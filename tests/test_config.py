@@ -47,6 +47,12 @@ def test_all_recipes_are_there() -> None:
     assert recipes == {"llava-v1-7b", "llava-1.5-7b", "llava-1.5-13b", "small", "smoke"}
 
 
+def test_recipes_name_the_runs_that_they_start_from() -> None:
+    """So that `--set output=X` holds for all stages of a recipe."""
+    starts = {path: load_stage(path).init_from for path in STAGE_FILES if path.stem != "stage1"}
+    assert starts == {path: f"{path.parent.name}-stage1" for path in starts} and len(starts) == 10
+
+
 def test_the_published_recipe_of_llava_15() -> None:
     stage1, stage2, lora = (
         load_stage(ROOT / f"configs/llava-1.5-7b/{n}.yaml") for n in ("stage1", "stage2", "stage2-lora")
