@@ -12,6 +12,7 @@ from llava_train.data.images import decode_image, decoded
 from llava_train.data.pictures import EmbeddedPicture, data_url_content
 from llava_train.errors import UserError
 from llava_train.use.fetch import fetch, is_url
+from llava_train.user_paths import expand
 
 ImageLike: TypeAlias = str | Path | bytes | IO[bytes] | Image.Image
 """A picture: a path, an open file, its bytes, a decoded picture, a data: URL, or (where allowed) an http(s) address."""
@@ -40,7 +41,7 @@ def read_image(image: ImageLike, allow_urls: bool = False) -> Image.Image:
     if isinstance(image, str) and image.startswith("data:"):
         return decode_image(EmbeddedPicture(data_url_content(image), "the picture"))
     if isinstance(image, str | Path):
-        return decode_image(Path(image))
+        return decode_image(Path(expand(str(image))))
     raise UserError(f"a picture is a path, bytes, a PIL image or an address, not {type(image).__name__}")
 
 
