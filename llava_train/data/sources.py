@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pyarrow as pa
 
 from llava_train.data.archives import PictureArchive
+from llava_train.data.formats import parse_record, record_id
 from llava_train.data.pictures import PictureFolder, Pictures, PictureStore, PrefixedStores
 from llava_train.data.problems import DataError, SampleError
 from llava_train.data.records import GZIP_MAGIC, JsonRecords
-from llava_train.data.samples import Sample, parse_record, record_id
+from llava_train.data.samples import Sample
 from llava_train.failures import explain
 from llava_train.failures.words import Context
 from llava_train.files import is_hub_id

@@ -19,7 +19,9 @@ import torch
 from transformers import LlavaConfig
 
 from llava_train.config import StageConfig
+from llava_train.data.lengths import Longest
 from llava_train.data.loader import filler_lengths
+from llava_train.data.packing import attention_cost_of
 from llava_train.devices import DTYPES
 from llava_train.model.recompute import RECOMPUTES, Recompute
 from llava_train.model.skeleton import skeleton
@@ -123,18 +125,19 @@ class Estimator:
     Args:
         llava: the model's configuration.
         device_type: on a CPU, what is offloaded lies in the same memory.
-        images_a_sample: the most images that a sample has.
+        longest: the greatest samples of the run, where all were measured; see `heaviest_pack`.
     """
 
-    def __init__(self, llava: LlavaConfig, n_ranks: int, device_type: str, images_a_sample: int = 1) -> None:
+    def __init__(self, llava: LlavaConfig, n_ranks: int, device_type: str, longest: Longest | None = None) -> None:
         self.llava, self.n_ranks, self.on_cuda = llava, n_ranks, device_type == "cuda"
-        self.images_a_sample = images_a_sample
+        self.longest = longest
         self._activations: dict[Any, int] = {}
 
     def pack(self, config: StageConfig) -> PackShape:
         """The heaviest pack of a rank, filled up where the run's packs are."""
         size = config.image.size or self.llava.vision_config.image_size
-        pack = heaviest_pack(config.batch, self.n_ranks, self.llava.image_seq_length, size, self.images_a_sample)
+        cost = attention_cost_of(self.llava.text_config.hidden_size)
+        pack = heaviest_pack(config.batch, self.n_ranks, self.llava.image_seq_length, size, cost, self.longest)
         if not self._compiles_each_shape(config):
             return pack
         return replace(pack, lengths=(*pack.lengths, *filler_lengths(pack.lengths, config.batch.max_tokens)))
@@ -201,5 +204,6 @@ def budget_of(device: torch.device, n_ranks_on_node: int, loaded: int = 0) -> in
 
 
 def gib(n_bytes: float) -> str:
-    """Bytes for people: `12.3 GiB`, `45.6 MiB`."""
-    return f"{n_bytes / GIB:,.1f} GiB" if n_bytes >= GIB else f"{n_bytes / 2**20:,.1f} MiB"
+    """Bytes for people: `12.3 GiB`, `45.6 MiB`, `7.8 KiB`."""
+    unit, name = next((pair for pair in ((GIB, "GiB"), (2**20, "MiB")) if n_bytes >= pair[0]), (2**10, "KiB"))
+    return f"{n_bytes / unit:,.1f} {name}"

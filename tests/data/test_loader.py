@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_train.data.chat import IGNORED, EncodedSample
+from llava_train.data.formats import parse_record
 from llava_train.data.loader import first_pictures, pack_documents, read_steps
 from llava_train.data.pictures import PictureFolder, Pictures
-from llava_train.data.samples import parse_record
 from llava_train.onednn import next_size
 from tests.tiny import dataset_of, tiny_llava, write_data
 

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from llava_train.data.samples import Turn
+from llava_train.train import stage as train_stage
 from llava_train.train.evaluate import generating
+from llava_train.train.heaviest import PackShape
 from llava_train.use.generation import Prompt, Sampling, answers_of
 from llava_train.use.metrics import vqa_accuracy
 from llava_train.use.prompts import Prompts
-from tests.tiny import model_section, tiny_llava
+from tests.tiny import model_section, stage, tiny_llava
 from tests.train.helpers import read_lines, run_many, write_samples, write_stage
 
 
@@ -41,6 +43,21 @@ def test_an_answer_ends_with_the_text_that_ends_turns_in_training(template: str,
     with generating(llava.model):
         assert answers_of(llava, known, [prompt], Sampling(max_new_tokens=30)) == ["A # cat"]
     assert llava.tokenizer.decode(llava.model.lm_head.rest) == "Human: more"
+
+
+@pytest.mark.parametrize(("n_tokens", "max_tokens"), [(1740, 1740), (300, 512), (4096, 4096), (5000, 4096)])
+def test_held_out_samples_make_no_heavier_packs_than_those_that_train(
+    n_tokens: int, max_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {}
+    monkeypatch.setattr(train_stage, "open_held_out", lambda *_: None)
+    batch = {"size": 12, "max_tokens": 4096, "max_sample_tokens": 512}
+    config = stage(Path("x"), batch=batch, eval={"every": 1, "data": [{"path": "x"}]})
+    pack = PackShape((n_tokens,), 1, 4, 28)
+    new_dataset = lambda mixture, **given: settings.update(given)  # noqa: E731
+    unused: Any = object()
+    train_stage._evaluation(config, unused, unused, unused, new_dataset, unused, pack, 2, unused)
+    assert settings == {"seed": None, "batch_size": 12, "max_tokens": max_tokens}
 
 
 @pytest.fixture(scope="module")
