@@ -30,9 +30,10 @@ from llava_train.data.mixture import Mixture
 from llava_train.data.order import n_steps_of, step_samples
 from llava_train.data.packing import plan_packs
 from llava_train.data.pictures import Picture
-from llava_train.data.problems import SampleError, shortened
+from llava_train.data.problems import DataError, SampleError, shortened
 from llava_train.data.samples import Sample
 from llava_train.data.sources import Source
+from llava_train.data.survey import Survey, refuse_without_pictures, warnings_of
 from llava_train.errors import UserError
 from llava_train.inspect.opening import StageData
 
@@ -97,6 +98,9 @@ class Checked:
     lengths: np.ndarray  # int64 [samples of an epoch]; 0 where a sample cannot be trained on
     n_steps: int
     packing: dict[str, float]
+    refusal: str | None = None
+    """Why a run on these data would be refused, although samples are good."""
+    warnings: tuple[str, ...] = ()
 
     @property
     def findings(self) -> list[Finding]:
@@ -105,7 +109,8 @@ class Checked:
     @property
     def would_lose(self) -> bool:
         """Whether a run would not train on every token of every sample."""
-        return any(finding.kind not in NOTES or finding.kind in LOSSES for finding in self.findings)
+        kinds = {finding.kind for finding in self.findings}
+        return self.refusal is not None or any(kind not in NOTES or kind in LOSSES for kind in kinds)
 
 
 class Examiner:
@@ -222,7 +227,21 @@ def check_data(
     lengths = _epoch_lengths(data, found[0])
     n_steps = n_steps_of(len(lengths), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
     packing = _expected_packing(config, lengths, n_steps, n_ranks, data.attention_cost)
-    return Checked(found[0], found[1] if data.held_out else (), lengths, n_steps, packing)
+    trained, counts = set(config.trainable.learning_rates()), _counted(found[0])
+    refusal = None
+    try:
+        refuse_without_pictures(counts, trained)
+    except DataError as error:
+        refusal = str(error)
+    warnings = tuple(warnings_of(counts, trained))
+    return Checked(found[0], found[1] if data.held_out else (), lengths, n_steps, packing, refusal, warnings)
+
+
+def _counted(by_source: Iterable[Examined]) -> Survey:
+    """A survey of all samples that can be trained on."""
+    n_images = [n for each in by_source for n, n_tokens in zip(each.n_images, each.n_tokens, strict=True) if n_tokens]
+    n_with_markup = sum(finding.kind == "picture_markup" for each in by_source for finding in each.findings)
+    return Survey(len(n_images), sum(map(bool, n_images)), n_with_markup)
 
 
 @dataclass(frozen=True)

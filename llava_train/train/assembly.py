@@ -32,6 +32,7 @@ from llava_train.model.weights import (
     load_init,
     save_projector,
 )
+from llava_train.onednn import compiles_each_shape
 from llava_train.train.world import World
 
 _STATISTICS_PICTURES, _STATISTICS_STEPS = 64, 16
@@ -88,6 +89,7 @@ def dataset_maker(config: StageConfig, world: World, llava: Llava) -> Callable[.
         n_ranks=world.n_ranks,
         packing=config.batch.packing,
         attention_cost=attention_cost_of(llava.model.config.text_config.hidden_size),
+        few_sizes=compiles_each_shape(world.device, DTYPES[config.engine.precision]),
     )
 
 

@@ -22,6 +22,7 @@ from llava_train.devices import keep_freed_memory, training_device
 from llava_train.errors import OtherRankFailed, UserError
 from llava_train.failures import file_trouble
 from llava_train.launch import check_gpus, launch_environment, note_on_launch
+from llava_train.onednn import limit_kernels
 from llava_train.train.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -140,6 +141,7 @@ def start_distributed(timeout_s: float = 600.0) -> World:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+        limit_kernels()
     # On CPUs DeepSpeed would compile a collective of its own. That takes a compiler, and a build that was killed
     # leaves a lock on which every later run waits for ever. Gloo does the work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

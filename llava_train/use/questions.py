@@ -14,12 +14,12 @@ is the reference; `categories` has one for each question.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llava_train.data.formats import images_beside, is_conversation, system_turn
 from llava_train.data.pictures import EmbeddedPicture, Picture
 from llava_train.data.samples import IMAGE_PLACEHOLDER, Sample, Turn, check_placeholders, check_unicode
 from llava_train.data.sources import Source, open_source
@@ -34,7 +34,9 @@ _REFERENCES: dict[Metric, tuple[str, ...]] = {
     "caption": ("captions", "caption", "answers", "answer"),
     "choice": ("answer",),
 }
-_CONVERSATIONS = ("conversations", "messages", "texts")
+_QUESTION_KEYS = {"question_id", "text", "question", "category", "categories", "options"} | {
+    key for keys in _REFERENCES.values() for key in keys
+}
 
 
 class QuestionError(UserError):
@@ -101,6 +103,8 @@ def first_question(sample: Sample, where: str, metric: Metric | None) -> Item:
     """The first question of a training sample. Raises QuestionError where the metric cannot measure its answer."""
     try:
         return replace(next(_of_sample(sample, metric, "", where, [None])), id=sample.id)
+    except StopIteration:
+        raise QuestionError(f"{where}: every answer is marked as not trained on, so nothing measures by it") from None
     except QuestionError as error:
         raise QuestionError(f"{where}: {error}") from error
 
@@ -109,7 +113,7 @@ def _items_of(source: Source, index: int, metric: Metric, suffix: str, where: st
     record = source.records[index]
     if not isinstance(record, dict):
         raise QuestionError(f"a question is a JSON object, not {type(record).__name__}")
-    if any(record.get(key) is not None for key in _CONVERSATIONS):
+    if is_conversation(record):
         categories = record.get("categories")
         categories = categories if categories and isinstance(categories, list) else [record.get("category")]
         return list(_of_sample(source.parse(record, index), metric, suffix, where, categories))
@@ -131,6 +135,9 @@ def _of_sample(
     system = tuple(turn for turn in sample.turns if turn.role == "system")
     spoken, n_shown = sample.turns[len(system) :], 0
     for number, (asked, answered) in enumerate(zip(spoken[::2], spoken[1::2], strict=True)):
+        if not answered.supervised:
+            n_shown += asked.text.count(IMAGE_PLACEHOLDER)
+            continue
         options, references = _measured_by({"answer": answered.text}, metric) if metric else ((), (answered.text,))
         n_shown += asked.text.count(IMAGE_PLACEHOLDER)
         yield Item(
@@ -148,12 +155,9 @@ def _of_question(record: dict[str, Any], source: Source, index: int, metric: Met
     text = next((record[key] for key in ("text", "question") if isinstance(record.get(key), str)), None)
     if text is None:
         raise QuestionError('no question: wanted "text", or the "conversations" of a training record')
-    listed = record.get("image") or []
-    misnamed = [key for key in record if key != "image" and re.search("im(age|g)|pic|photo", key, re.IGNORECASE)]
-    if not listed and misnamed:
-        raise QuestionError(f'no "image", but {misnamed[0]!r}: name the key "image", or drop it for no picture')
-    pictures = tuple(map(source.pictures.picture, listed if isinstance(listed, list) else [listed]))
-    turns = (Turn("user", _asked(text, len(pictures), suffix)),)
+    listed = images_beside(record, _QUESTION_KEYS)
+    pictures = tuple(map(source.pictures.picture, listed))
+    turns = (*system_turn(record), Turn("user", _asked(text, len(pictures), suffix)))
     check_placeholders(turns, len(pictures))
     options, references = _measured_by(record, metric)
     ids = [record[key] for key in ("question_id", "id") if record.get(key) is not None]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm import Cluster, ClusterUnavailable, start_cluster
-from tests.train.helpers import ROOT, environment
+from tests.train.helpers import ROOT, TIMEOUT_S, environment
 
 
 @pytest.fixture(scope="session")
@@ -28,5 +28,5 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
     counts = ["--captions", "48", "--conversations", "48", "--held-out", "9"]
     draw = [sys.executable, str(ROOT / "data/draw_scenes.py"), "--out", "data/smoke", "--seed", "0", *counts]
-    subprocess.run(draw, cwd=folder, env=environment(), check=True, timeout=120)
+    subprocess.run(draw, cwd=folder, env=environment(), check=True, timeout=TIMEOUT_S)
     return folder / "data"

@@ -11,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +28,10 @@ from llava_train.model.weights import export_model
 from llava_train.use.examples import examples_for
 from llava_train.use.llava import LLaVA, Question
 from tests import tiny
-from tests.train.helpers import environment
+from tests.train.helpers import TIMEOUT_S, environment, free_port
 
 httpx = pytest.importorskip("httpx")
+client = httpx.Client(timeout=TIMEOUT_S)
 gradio = pytest.importorskip("gradio")
 
 from llava_train.use import demo  # noqa: E402
@@ -94,7 +94,7 @@ def served(folder: Path) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=TIMEOUT_S) == 0
 
 
 @pytest.fixture
@@ -102,18 +102,13 @@ def page(chromium: Any, served: str) -> Iterator[Any]:
     """The page, opened; it may talk to its own server only."""
     page, asked = chromium.new_page(viewport={"width": 1280, "height": 800}), []
     page.on("request", lambda request: asked.append(request.url))
+    page.set_default_timeout(1000 * TIMEOUT_S)
     page.goto(served)
     page.get_by_role("button", name="Ask").wait_for()
     page.evaluate(SEEN)
     yield page
     page.close()
     assert [url for url in asked if not url.startswith((served, "data:", "blob:"))] == []
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def upload(page: Any, file: Path) -> None:
@@ -147,7 +142,7 @@ def wait_for_answers(page: Any, n_answers: int) -> str:
 
 def handler(served: str, event: str, n_inputs: int) -> int:
     """The number under which a client calls what an event calls."""
-    for each in httpx.get(f"{served}/config").json()["dependencies"]:
+    for each in client.get(f"{served}/config").json()["dependencies"]:
         if [name for _, name in each["targets"]] == [event] and len(each["inputs"]) == n_inputs:
             return int(each["id"])
     raise AssertionError(f"no {event} with {n_inputs} inputs")
@@ -158,16 +153,16 @@ def post(served: str, number: int, data: list[Any]) -> tuple[list[str], Any]:
     session = uuid.uuid4().hex
     body = json.dumps({"data": data, "fn_index": number, "session_hash": session})  # NaN too, which httpx refuses
     sent = {"headers": {"content-type": "application/json"}, "content": body}
-    httpx.post(f"{served}/gradio_api/queue/join", **sent).raise_for_status()
-    said, end = list[str](), time.monotonic() + 60
-    with httpx.stream("GET", f"{served}/gradio_api/queue/data?session_hash={session}", timeout=20) as events:
+    client.post(f"{served}/gradio_api/queue/join", **sent).raise_for_status()
+    said = list[str]()
+    with client.stream("GET", f"{served}/gradio_api/queue/data?session_hash={session}") as events:
         for message in (json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: ")):
             if message["msg"] == "log":
                 said.append(message["log"])
             if message["msg"] == "process_completed":
                 output = message["output"]
                 return [*said, *filter(None, [output.get("error")])], output.get("data")
-            assert message["msg"] != "unexpected_error" and time.monotonic() < end, message  # gradio's heart beats on
+            assert message["msg"] != "unexpected_error", message
     raise AssertionError("no answer")
 
 
@@ -256,7 +251,7 @@ def test_an_example_fills_in_its_question(page: Any) -> None:
 
 def test_the_server_takes_no_larger_file(served: str, folder: Path) -> None:
     content = (folder / "heavy.png").read_bytes()
-    answer = httpx.post(f"{served}/gradio_api/upload", files={"files": ("a.png", content)})
+    answer = client.post(f"{served}/gradio_api/upload", files={"files": ("a.png", content)})
     assert answer.status_code == 413
 
 
@@ -266,9 +261,9 @@ def test_the_server_reads_no_larger_request(served: str) -> None:
     chunks = (chunk for chunk in [json.dumps(question).encode()])  # of unsaid length
     join = f"{served}/gradio_api/queue/join"
     sent = {"headers": {"content-type": "application/json"}}
-    assert httpx.post(join, json=question).status_code == httpx.post(join, content=chunks, **sent).status_code == 413
+    assert client.post(join, json=question).status_code == client.post(join, content=chunks, **sent).status_code == 413
     uploads = [("files", (f"{number}.png", bytes(900_000))) for number in range(3)]
-    assert httpx.post(f"{served}/gradio_api/upload", files=uploads).status_code == 413
+    assert client.post(f"{served}/gradio_api/upload", files=uploads).status_code == 413
 
 
 MARKS: list[dict[str, Any]] = [{}, {"meta": {"_type": "gradio.FileData"}}, {"meta": {"_type": "something"}}]
@@ -278,9 +273,9 @@ MARKS: list[dict[str, Any]] = [{}, {"meta": {"_type": "gradio.FileData"}}, {"met
 @pytest.mark.parametrize("mark", MARKS)
 def test_an_upload_is_read(served: str, folder: Path, mark: dict[str, Any]) -> None:
     content = (folder / "picture.png").read_bytes()
-    (path,) = httpx.post(f"{served}/gradio_api/upload", files={"files": ("a.png", content)}).json()
+    (path,) = client.post(f"{served}/gradio_api/upload", files={"files": ("a.png", content)}).json()
     _, (shown, _) = post(served, handler(served, "upload", 2), [{"path": path, **mark}, None])
-    assert Image.open(io.BytesIO(httpx.get(shown["url"]).content)).size == (60, 40)
+    assert Image.open(io.BytesIO(client.get(shown["url"]).content)).size == (60, 40)
 
 
 @pytest.mark.parametrize("mark", MARKS)
@@ -290,7 +285,7 @@ def test_only_uploads_are_read(served: str, folder: Path, path: str, mark: dict[
     if path == "pipe" and not (folder / path).exists():
         os.mkfifo(folder / path)
     content = (folder / "picture.png").read_bytes()
-    (known,) = httpx.post(f"{served}/gradio_api/upload", files={"files": ("a.png", content)}).json()
+    (known,) = client.post(f"{served}/gradio_api/upload", files={"files": ("a.png", content)}).json()
     uploads = Path(known).parent.parent
     if path == "link" and not (uploads / path).is_symlink():
         (uploads / path).symlink_to(folder / "picture.png")
@@ -369,7 +364,7 @@ def test_an_example_that_is_not_there_is_refused_in_words(served: str, number: A
 
 
 def test_there_is_no_api_beside_the_page(served: str) -> None:
-    assert httpx.get(f"{served}/gradio_api/info").json()["named_endpoints"] == {}
+    assert client.get(f"{served}/gradio_api/info").json()["named_endpoints"] == {}
 
 
 def test_an_answer_does_not_come_back_into_another_conversation() -> None:

@@ -330,7 +330,7 @@ def test_a_misnamed_picture_is_not_left_out_in_silence(model: Path, tmp_path: Pa
     data = write(tmp_path / "q.jsonl", [{"question_id": 1, "img": "a.png", "text": "What?", "answer": "x"}])
     done = run(model, data, metric="exact")
     assert done.exit_code == 2
-    assert f"{data}:1: no \"image\", but 'img'" in done.output
+    assert f'{data}:1: key "img" names a picture, but is not read' in done.output
 
 
 def test_answers_never_replace_their_questions(model: Path, data: Path) -> None:

@@ -158,32 +158,35 @@ def refuse_unread_pictures(unread: Sequence[Unread], images: Sequence[Any]) -> N
     """
     for each in unread:
         named = list(picture_values(each.value))
-        by_key = is_picture_key(each.key, each.value)
-        if images and all(_is_known(name, images) for name in named):
+        if images and _are_known(named, images, each.is_of_record):
             continue
-        if named or by_key:
-            advice = (
-                "write it as a part of the content, or in the record's" if not each.is_of_record else "name the key"
-            )
+        if named or is_picture_key(each.key, each.value):
+            advice = "name the key" if each.is_of_record else "write it as a part of the content, or in the record's"
             raise SampleError(
                 "unread_picture",
                 f'{each} names a picture, but is not read; {advice} "image" (a list for several), or remove the key',
             )
 
 
-def _is_known(name: str | bytes, images: Sequence[Any]) -> bool:
-    """True if a name may be that of a stated picture: the same file name, an address, or any where bytes are stated."""
-    if isinstance(name, bytes):
-        return False
-    stems, has_unnamed = set(), False
+def _are_known(named: Sequence[str | bytes], images: Sequence[Any], of_record: bool) -> bool:
+    """True if names may all be those of stated pictures: the same file names, or addresses.
+
+    A picture that the record holds as bytes has no name to compare, so a name of the record may be its name.
+    """
+    stems, n_unnamed = set(), 0
     for image in images:
         if isinstance(image, dict):
             image = image.get("path")
-        if isinstance(image, str) and not image.startswith("data:") and len(image) < 4096:
-            stems.add(PurePosixPath(image).stem.lower())
+        if isinstance(image, str) and len(image) < 4096 and not image.startswith("data:"):
+            stems.add(_stem(image))
         else:
-            has_unnamed = True
-    return has_unnamed or "://" in name or PurePosixPath(name.replace("\\", "/")).stem.lower() in stems
+            n_unnamed += of_record
+    others = [name for name in named if isinstance(name, bytes) or not ("://" in name or _stem(name) in stems)]
+    return len(others) <= n_unnamed and not any(isinstance(name, bytes) for name in others)
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name.replace("\\", "/")).stem.lower()
 
 
 def _plain(key: str) -> str:

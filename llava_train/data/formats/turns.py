@@ -19,7 +19,7 @@ def checked_text(text: Any, number: int) -> str:
 
 
 def is_supervised(turn: dict[str, Any], role: Role, number: int) -> bool:
-    """False where a flag of the turn, such as `"loss": false` or `"weight": 0`, leaves it out of training.
+    """False where a flag of an assistant turn, such as `"loss": false` or `"weight": 0`, leaves it out of training.
 
     Raises:
         SampleError: a flag that is neither on nor off, flags that disagree, or a flag that is on for another role.
@@ -39,7 +39,7 @@ def is_supervised(turn: dict[str, Any], role: Role, number: int) -> bool:
             "unsupported_key",
             f'turn {number}: "{next(iter(flags))}" asks to train on a {role} turn; only assistant turns are trained on',
         )
-    return all(flags.values())
+    return role != "assistant" or all(flags.values())
 
 
 def first_stated(holder: dict[str, Any], *keys: str) -> Any:
