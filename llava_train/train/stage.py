@@ -32,6 +32,7 @@ from llava_train.train.assembly import (
     START_PATIENCE,
     build,
     chat_encoder,
+    check_devices,
     prepare_modes,
     write_result,
 )
@@ -129,6 +130,7 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
     """
     world, clock = session.world, session.clock
     clock.start()
+    check_devices(config, world)
     world.beat("opening the data", patience=START_PATIENCE)
     session.waiting.show("opening the data")
     mixture = open_mixture(config.data, config.seed, config.cache_dir)
