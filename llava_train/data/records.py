@@ -18,7 +18,9 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from llava_train.data.built_once import built_once
+from llava_train.data.other_formats import not_records
 from llava_train.data.problems import DataError, SampleError
+from llava_train.file_kinds import N_LOOKED_AT
 from llava_train.files import sha256
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -96,9 +98,7 @@ def _cut_text(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int]]:
     elif first == b"{":
         yield from _cut_lines(file, path)
     elif first:
-        raise DataError(
-            f"{path}: begins with {first!r}; wanted a JSON list of records, or JSONL with one JSON object a line"
-        )
+        raise DataError(not_records(path, file.read(N_LOOKED_AT)))
 
 
 def _first_character(file: BinaryIO) -> bytes:

@@ -24,8 +24,11 @@ from llava_train.model.trainable import part_module
 
 _DECISIVE_PACKAGES = ("torch", "transformers", "pillow", "numpy")
 """What decodes, scales and computes: another version may round otherwise."""
-_VERSION = 1
-"""Of the way `encode` computes."""
+_VERSION = 2
+"""Raise it when `encode` computes otherwise, or `decode_image` gives other pixels: old caches are not read then.
+
+2: transparent parts of pictures are laid on white.
+"""
 
 
 def vision_tower_of(model: LlavaForConditionalGeneration) -> PreTrainedModel:

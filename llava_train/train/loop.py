@@ -289,8 +289,9 @@ def refuse_bad(batch: StepBatch, config: StageConfig) -> None:
         )
         if policy == "error":
             remedy = "drop or truncate" if bad.over_long else "skip"
+            question = " Is `images:` of that source right?" if bad.kind == "image_missing" else ""
             error = BadSampleError(
-                f"{bad.source}: sample {bad.id!r} ({bad.place}): {bad.reason}. Mend it, or set {key}: "
+                f"{bad.source}: sample {bad.id!r} ({bad.place}): {bad.reason}.{question} Mend it, or set {key}: "
                 f"{remedy} to go on without it"
             )
             error.on_every_rank = bad.on_every_rank

@@ -34,7 +34,7 @@ class Window:
     yardstick: Yardstick = field(default_factory=Yardstick)
     watch: Stopwatch = field(default_factory=Stopwatch)
     """Times the parts of each step."""
-    started: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=lambda: time.perf_counter())
     data_wait_s: float = 0.0
     paused_s: dict[str, float] = field(default_factory=lambda: {"evaluation": 0.0, "checkpoint": 0.0})
     """What is no training time."""

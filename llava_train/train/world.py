@@ -23,6 +23,7 @@ from llava_train.devices import keep_freed_memory, training_device
 from llava_train.errors import OtherRankFailed, UserError
 from llava_train.failures import file_trouble
 from llava_train.launch import check_gpus, launch_environment, note_on_launch, set_for_libraries
+from llava_train.onednn import limit_kernels
 from llava_train.train.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -143,6 +144,7 @@ def start_distributed(timeout_s: float = 600.0) -> World:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+        limit_kernels()
         # On CPUs DeepSpeed would compile a collective of its own. That takes a compiler, and a build that was killed
         # leaves a lock on which every later run waits for ever. Gloo does the work. The whole table is set: DeepSpeed
         # fills it when it is first read, for which it runs a compiler and asks the GPUs about each of its operators.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from llava_train.train.world import World, start_distributed
+from tests.benchmarks.parts_that_die import dies
 from tests.scripts import ROOT, load_script
 from tests.train.helpers import environment
 
@@ -40,23 +40,10 @@ def test_every_part_that_needs_no_gpu_runs(tmp_path: Path) -> None:
     assert "within bounds" in done.stdout and found["versions"]["torch"]
 
 
-def _dies(pipe: Any, wanted: Any, names: list[str] | None, results: dict[str, Any]) -> None:
-    """A process whose parts end in every way."""
-    names = names or ["good", "ends", "hangs", "last"]
-    pipe.send(("plan", (names, {"device": "d", "date": "2026-01-01"})))
-    for name in names:
-        pipe.send(("begins", 1.0))
-        if name == "ends":
-            os._exit(9)
-        if name == "hangs":
-            time.sleep(60)
-        pipe.send(("done", {"found": name, "before": sorted(results)}))
-
-
 def test_a_part_that_ends_its_process_or_hangs_loses_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu, "work", _dies)
+    monkeypatch.setattr(gpu, "work", dies)
     record = gpu.Record(tmp_path / "found.json")
-    gpu.supervise(gpu.Wanted("cpu", None, None), record, time.monotonic() + 120)
+    gpu.supervise(gpu.Wanted("cpu", None, None), record, time.monotonic() + 9999)
     assert json.loads((tmp_path / "found.json").read_text())["parts"] == {
         "good": {"found": "good", "before": []},
         "ends": {"error": "its process ended with 9"},

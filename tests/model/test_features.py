@@ -116,6 +116,13 @@ def test_the_hash_knows_all_that_decides_the_features() -> None:
     assert len(set(hashes)) == len(hashes) == 11
 
 
+def test_features_of_pictures_that_were_decoded_otherwise_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of version 1 hold pictures whose transparency was dropped."""
+    now = encoder_hash(tiny_llava(), "cpu")
+    monkeypatch.setattr("llava_train.model.features._VERSION", 1)
+    assert encoder_hash(tiny_llava(), "cpu") != now
+
+
 def test_the_hash_knows_nothing_else() -> None:
     """Projector, chat template and the folder that the tower came from may change."""
     other = tiny_llava(model_section(projector="linear", chat_template="chatml"))

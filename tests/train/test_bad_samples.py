@@ -139,7 +139,7 @@ def test_error_ends_a_run_whose_workers_read_ahead(folder: Path) -> None:
     data = [{"path": "missing.json"}]
     stage(folder, "workers", on_bad_sample="error", data=data, loader=loader, schedule={"epochs": 50})
     started = start_ranks([TRAIN, "--config", "workers.yaml"], folder)
-    ended = wait(started, folder, timeout_s=100)
+    ended = wait(started, folder)
     assert ended.codes == [2], ended.stderr
 
 
