@@ -69,10 +69,7 @@ class NothingTrainedError(BadSampleError):
             bad_steps = config.run_dir / BAD_STEPS_FILE
             reasons.append(f"{n_skipped} steps had a loss or gradient that is not finite ({bad_steps} has them all)")
         if n_bad < n_samples and not n_skipped:
-            reasons.append(
-                "no token of the others is supervised (batch.over_long: truncate cuts off what comes after "
-                "batch.max_sample_tokens)"
-            )
+            reasons.append("no token of the others is supervised")
         super().__init__(
             f"nothing was trained in {step} steps ({n_samples} samples): {'; '.join(reasons)}. No result is written. "
             "`llava-train check` looks through the data before a run; fix the data, and start again under another name"

@@ -191,7 +191,7 @@ def test_a_run_that_trained_on_nothing_writes_no_result_and_says_why(
     assert "nothing was trained in " in line and "fix the data" in line
     reasons = ["2 x an image that is missing", "2 x user and assistant do not take turns"]
     if name == "cut-off":
-        reasons = ["no token of the others is supervised (batch.over_long: truncate cuts off"]
+        reasons = ["4 samples were left out (4 x more tokens than batch.max_sample_tokens"]
     elif name == "all-bad-many":
         reasons = ["1000 samples were left out (1000 x "]
     assert all(reason in line for reason in reasons), line
