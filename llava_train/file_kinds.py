@@ -122,10 +122,11 @@ def _kind_of_text(path: Path, head: bytes) -> FileKind | None:
         return FileKind("a stage file")
     if start[0] in "[{" or _is_json(start):
         return FileKind("a JSON file" + encoded)
+    is_table = path.suffix in (".csv", ".tsv")
+    if not is_table and (path.suffix in (".yaml", ".yml") or re.match(r"---|-\s+\S|[\w.-]+:(\s|$)", start)):
+        return FileKind("a YAML file" + encoded)
     if delimiter := _delimiter_of(path, text):
         return FileKind(("a TSV table" if delimiter == "\t" else "a CSV table") + encoded, delimiter)
-    if path.suffix in (".yaml", ".yml") or re.match(r"(---|-\s+\S|[\w.-]+:(\s|$))", start):
-        return FileKind("a YAML file" + encoded)
     return FileKind("a text" + encoded)
 
 

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "preview": ["preview", "--config", good, "--html", folder / "preview.html"],
         "preview --json": ["preview", "--config", good, "--json"],
         "plan": ["plan", "--config", good],
-        "plan of too little": ["plan", "--config", good, "--memory", "1M"],
+        "plan of too little": ["plan", "--config", good, "--memory", "0.001G"],
         "schema": ["schema"],
         "report": ["report", run, "--out", folder / "report.html"],
         "evaluate": command(model, data),

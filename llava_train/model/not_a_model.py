@@ -14,7 +14,8 @@ from llava_train.run_files import METRICS_FILE, RESULT_FOLDER
 
 _N_LOOKED_AT = 50
 """Files of a folder."""
-_DATA = ("a JSON file", "a CSV table", "a TSV table", "a Parquet file", "an Arrow file", "a text", "a gzip file")
+_DATA = ("a JSON file", "a CSV table", "a TSV table", "a Parquet file", "an Arrow file")
+_BESIDE_DATA = ("a text", "a gzip file", "a ZIP archive", "a TAR archive")
 _CHECKPOINT = re.compile(r"step-\d+")
 
 
@@ -50,8 +51,11 @@ def not_a_model(folder: Path, understood: str) -> str:
         return f"{holds}: runs; name one of them, such as {folder / runs[0]}"
     if alone := _part_alone(folder):
         return f"{holds}: {alone}, not a LLaVA; train a projector for it, or name a run; understood are: {understood}"
-    kinds = [kind for file in files[:_N_LOOKED_AT] if file.is_file() and (kind := _kind_of(file))]
-    if kinds and all(kind.is_picture or kind.words in _DATA for kind in kinds):
+    shown = [file for file in files if not file.name.startswith(".")][:_N_LOOKED_AT]
+    kinds = [kind for file in shown if file.is_file() and (kind := _kind_of(file))]
+    if any(kind.is_picture or kind.words in _DATA for kind in kinds) and all(
+        kind.is_picture or kind.words in (*_DATA, *_BESIDE_DATA) for kind in kinds
+    ):
         return f"{holds}: data, no model; name a run, a folder with a model, or a hub id"
     return f"{holds}; understood are: {understood}"
 

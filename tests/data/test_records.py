@@ -76,7 +76,7 @@ def test_any_list_is_cut_into_its_values_whatever_the_chunks(rows, chunk, indent
         ('[{"id": "1}]', "not valid JSON: Unterminated string"),
         ('{\n"id": 1}', "line 1 is not valid JSON"),
         ("hello", "this is a text; wanted a JSON list of records, or JSONL"),
-        (b"\xff\xfe", "begins with b'..xff..xfe'; wanted"),
+        (b"\xff\xfe", "begins with b'.xff.xfe'; wanted"),
         (b"\x1f\x8b1234567890", "the gzip file is damaged"),
         (gzip.compress(b"[1, 2]" * 99, mtime=0)[:30], "the gzip file is damaged"),
     ],

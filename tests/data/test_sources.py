@@ -210,7 +210,7 @@ def test_a_table_is_named_with_a_conversion_that_works(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv.gz", gzip.compress(b"id,text\n1,x\n2,y\n"), "a.csv.gz: this is a CSV table"),
+        ("a.csv.gz", gzip.compress(b"id,text\n1,x\n2,y\n", mtime=0), "a.csv.gz: this is a CSV table"),
         ("a.json", json.dumps([{"id": 1}]).encode("utf-16"), "a JSON file in UTF-16; .* iconv -f UTF-16 -t UTF-8"),
         ("a.json", b"<!doctype html><html></html>", "an HTML page, .* Download the file again"),
         ("a.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9", "a Git LFS pointer, .*git lfs"),

@@ -66,7 +66,7 @@ def test_it_is_said_what_it_is(name: str, message: str, folder: Path) -> None:
 def test_a_pickle_with_code_is_named_without_advice_to_run_it(tmp_path: Path) -> None:
     torch.save({"x": print}, tmp_path / "a.bin")
     with pytest.raises(
-        ForeignError, match=r"a.bin holds more than tensors \(builtins.print\), which could run"
+        ForeignError, match=r"a.bin holds more than tensors \((builtins\.)?print\), which could run"
     ) as raised:
         kind_of(tmp_path / "a.bin")
     assert "weights_only" not in str(raised.value) and "option" not in str(raised.value)

@@ -94,9 +94,9 @@ def test_answers_of_another_evaluation_are_refused_with_what_differs(
 def test_answers_of_another_model_or_program_are_refused(model: Path, data: Path, tmp_path: Path) -> None:
     run(model, data)
     other = export_tiny(tmp_path / "other", "vicuna_v1")
-    assert "\n  model: model there, other here\n" in run(other, data).stderr
-    export_tiny(tmp_path / "model", "vicuna_v1")
-    assert "\n  model: its files have changed\n" in run(tmp_path / "model", data).stderr
+    assert f"\n  model: {model.parent.name} there, other here\n" in run(other, data).stderr
+    changed = export_tiny(tmp_path / model.parent.name / "model", "vicuna_v1")
+    assert "\n  model: its files have changed\n" in run(changed, data).stderr
     write(data.parent / "a.jsonl", [{"question_id": 100, "text": "yes"}])
     assert "a.jsonl:1: not an answer of" in run(model, data).stderr
 

@@ -9,7 +9,7 @@ A key that nothing reads must not hold what the sample needs. Refused are
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -22,7 +22,7 @@ from llava_train.data.samples import Turn
 
 IMAGE_KEYS = ("image", "images")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
-LOSS_KEYS = ("loss", "train", "weight", "loss_weight", "loss_scale", "trainable", "supervised")
+LOSS_KEYS = frozenset({"loss", "train", "weight", "loss_weight", "loss_scale", "trainable", "supervised"})
 """Flags of a turn: whether it is trained on."""
 
 RECORD_KEYS = frozenset({"id", *IMAGE_KEYS, *SYSTEM_KEYS})
@@ -67,7 +67,7 @@ class Unread:
 
 
 def unread_keys(
-    record: dict[str, Any], read: Collection[str], turns_key: str | None, turn_keys: Collection[str]
+    record: dict[str, Any], read: Collection[str], turns_key: str | None, turn_keys: Set[str]
 ) -> Iterator[Unread]:
     """Yields the keys with a value that are not read, of the record, of its turns and of the parts of their content.
 
@@ -82,7 +82,7 @@ def unread_keys(
     for number, turn in enumerate(turns if isinstance(turns, list) else [], start=1):
         if not isinstance(turn, dict):
             continue
-        for key, value in _not_read(turn, turn_keys):
+        for key, value in _not_read(turn, turn_keys) if turn.keys() - turn_keys else ():
             yield Unread(key, value, f"{turns_key}[].{key}", f"turn {number}: ", is_of_record=False)
         for name in ("value", "content"):
             parts = turn.get(name)
@@ -121,7 +121,7 @@ def _change_of_meaning(each: Unread, read: Collection[str]) -> str | None:
     if not each.is_of_record:
         if name in _MASKS:
             return 'is not read; to leave a turn out of training, write "loss": false'
-        near = next((key for key in LOSS_KEYS if name == _plain(key)), None)
+        near = next((key for key in sorted(LOSS_KEYS) if name == _plain(key)), None)
         return f'is not read; name it "{near}"' if near else _MEANING.get(name)
     if name == "label" and each.value is False:
         return "marks the answer as a bad one, and preferences are not trained; remove the record or the key"
