@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from llava_train.errors import UserError
 from llava_train.failures import reason
 from llava_train.files import is_hub_id
+from llava_train.git_lfs import lfs_problem_of_model
 
 State = dict[str, torch.Tensor]
 
@@ -81,6 +82,9 @@ def kind_of(path: Path) -> Kind:
     Raises:
         ForeignError: nothing that is understood; the message says what was found.
     """
+    for place in (path, path / ADAPTER_FOLDER):
+        if problem := lfs_problem_of_model(place):
+            raise ForeignError(problem)
     if path.is_file():
         if any("mm_projector." in name for name in tensor_names([path])):
             return Kind.MM_PROJECTOR
