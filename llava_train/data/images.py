@@ -12,8 +12,10 @@ import torch
 from PIL import ExifTags, Image
 from transformers.image_processing_utils import BaseImageProcessor
 
+from llava_train.data.paths import unencodable
 from llava_train.data.pictures import Picture
 from llava_train.data.problems import SampleError
+from llava_train.git_lfs import LFS_ADVICE, is_lfs_pointer
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What may be opened. Pillow knows formats that start other programs (EPS starts Ghostscript)."""
@@ -67,8 +69,11 @@ def open_image(picture: Picture) -> Iterator[Image.Image]:
         file = picture.open("rb")
     with file:
         with _problems_of(picture):
-            if not file.read(1):
+            head = file.read(64)
+            if not head:
                 raise SampleError("image_empty", f"{picture}: the image file is empty (zero bytes)")
+            if is_lfs_pointer(head):
+                raise SampleError("not_an_image", f"{picture}: a Git LFS pointer, {LFS_ADVICE}")
             file.seek(0)
             image = Image.open(file, formats=FORMATS)
             if image.mode in ("I", "F"):
@@ -89,6 +94,9 @@ def _problems_of(picture: Picture) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise SampleError("image_missing", f"{picture}: the image file is missing") from error
+    except UnicodeEncodeError as error:
+        reason = unencodable(error.object) or str(error)
+        raise SampleError("image_unreadable", f"{picture}: cannot be opened: {reason}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SampleError("decompression_bomb", f"{picture}: too large to decode: {error}") from error
     except Image.UnidentifiedImageError as error:

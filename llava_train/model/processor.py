@@ -125,7 +125,7 @@ def load_vision_config(part: str | RandomVisionTower) -> tuple[PreTrainedConfig,
 
 
 def refuse_lfs_pointers(part: str, name: str, *read: str) -> None:
-    """Refuses a part of the model whose files were not fetched; `read` as in `lfs_problem_of_model`. Raises BuildError."""
+    """Refuses a part whose files Git LFS has not fetched; `read` as in `lfs_problem_of_model`. Raises BuildError."""
     if problem := lfs_problem_of_model(name, read):
         raise BuildError(f"model.{part}: {problem}")
 
