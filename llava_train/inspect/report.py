@@ -103,6 +103,8 @@ def print_report(console: Console, found: dict[str, Any]) -> None:
         console.print("What can be trained on was written; in the stage file it is", highlight=False)
         for section in found["clean"]:
             console.print(escape(f"  - {json.dumps(section, ensure_ascii=False)}"), highlight=False)
+    for note in found["clean_notes"]:
+        console.print(f"[yellow]{escape(printable(note))}[/]", highlight=False)
     if found["would_lose"]:
         console.print("[bold red]Something would be lost.[/] --write-clean OUT.jsonl writes the rest.")
     else:
