@@ -93,9 +93,9 @@ def _unread_format(head: bytes) -> str | None:
     """Name a format of phones and the web that is not read here, by the first 12 bytes of a file."""
     if head[4:8] != b"ftyp":
         return None
-    if head[8:] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"):
+    if head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"):
         return "a HEIC picture, which Pillow cannot read"
-    if head[8:] in (b"avif", b"avis") and not HAS_AVIF:
+    if head[8:12] in (b"avif", b"avis") and not HAS_AVIF:
         return "an AVIF picture, which needs Pillow 11.3 or later (pip install -U pillow)"
     return None
 
