@@ -142,7 +142,8 @@ def test_other_names_of_a_stated_picture_are_no_other_picture() -> None:
         assert len(parse({**known, **more}).images) == 1
     assert kind_of({**known, "image2": "b.jpg"}) == "unread_picture"
     assert kind_of({**known, "mask": "coco/a_mask.jpg"}) == "unread_picture"
-    assert kind_of({**known, "thumbnail": png()}) == "unread_picture"
+    assert len(parse({**known, "thumbnail": {"bytes": png(), "path": "t.png"}}).images) == 1
+    assert kind_of({**known, "picture2": png()}) == "unread_picture"
     embedded = {"image": {"bytes": png(), "path": None}, "file_name": "a.png", "conversations": SHOWN}
     assert len(parse(embedded).images) == 1
     assert kind_of({**known, "images": ["b.jpg"]}) == "unread_picture"
@@ -491,7 +492,7 @@ MUTATIONS_OF_RECORDS: list[Mutation] = [
     ("unread picture", at_record(image_path=["z.png", "y.png", "x.png"]), "unread_picture"),
     ("unread spelling", at_record(Picture=["z.png", "x.png", "y.png"]), "unread_picture"),
     ("unread nested picture", at_record(meta={"files": ["z.webp", "y.webp"], "more": ["x.gif"]}), "unread_picture"),
-    ("unread bytes", at_record(thumb=png()), "unread_picture"),
+    ("unread bytes", at_record(picture2=png()), "unread_picture"),
     ("video", at_record(video="v.mp4"), "video_or_sound"),
     ("sound", at_record(audio_path="v.wav"), "video_or_sound"),
     ("tools", at_record(tools=[{"name": "f"}]), "unsupported_key"),
