@@ -28,6 +28,8 @@ _CHECKSUM = "xxh128"
 """Key of a manifest's own checksum: a flipped bit in it could send a run to another step in silence."""
 _CHUNK_BYTES = 1 << 20
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_OWN_FOLDERS = ("data", "parts", "runs")
+"""Folders of our recipes: below them nobody means the hub, also where they were not made yet."""
 
 FileFacts = dict[str, Any]
 """Size (`n_bytes`) and checksum (`xxh128`) of a file."""
@@ -36,7 +38,8 @@ FileFacts = dict[str, Any]
 def is_hub_id(name: str | Path) -> bool:
     """Whether a name means a repository of the hub: `owner/name`, and there is no folder `owner` that lacks it."""
     path = Path(name)
-    return bool(_HUB_ID.fullmatch(str(name))) and not path.exists() and not path.parent.is_dir()
+    is_ours = path.parent.name in _OWN_FOLDERS
+    return bool(_HUB_ID.fullmatch(str(name))) and not is_ours and not path.exists() and not path.parent.is_dir()
 
 
 def write_manifest(folder: Path, files: dict[str, FileFacts] | None = None, **facts: Any) -> None:

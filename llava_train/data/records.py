@@ -12,14 +12,17 @@ import json
 import re
 import zlib
 from codecs import BOM_UTF8, getincrementaldecoder
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
 from llava_train.data.built_once import built_once
-from llava_train.data.problems import DataError, SampleError
+from llava_train.data.other_formats import not_records
+from llava_train.data.problems import DataError, SampleError, shortened
+from llava_train.file_kinds import N_LOOKED_AT
 from llava_train.files import sha256
 from llava_train.git_lfs import LFS_ADVICE, is_lfs_pointer
 
@@ -27,6 +30,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 _SCHEMA = pa.schema({"record": pa.large_binary(), "line": pa.int64()})
 _VERSION = 1
 _CHUNK = 4 << 20
+_FIRST_KEY = re.compile(rb'\{\s*"([^"\n]*)"\s*:')
 _BLANK = " \t\r\n"
 _N_SHOWN = 30
 """Characters that are shown of both sides of an error."""
@@ -101,9 +105,7 @@ def _cut_text(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int]]:
     elif first == b"{":
         yield from _cut_lines(file, path)
     elif first:
-        raise DataError(
-            f"{path}: begins with {first!r}; wanted a JSON list of records, or JSONL with one JSON object a line"
-        )
+        raise DataError(not_records(path, file.read(N_LOOKED_AT)))
 
 
 def _refuse_other_text(file: BinaryIO, path: Path) -> None:
@@ -137,16 +139,28 @@ def _cut_lines(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int]]:
         if not record:
             continue
         if number == 1:
-            _check_first_line(record, path)
+            _check_first_line(record, path, file)
         yield record, number
 
 
-def _check_first_line(record: bytes, path: Path) -> None:
+def _check_first_line(record: bytes, path: Path, rest: Iterable[bytes]) -> None:
+    """Refuses a first line that is no JSON. Raises DataError.
+
+    Args:
+        rest: the lines that follow it.
+    """
     try:
         json.loads(record)
     except UnicodeDecodeError:
         pass
     except ValueError as error:
+        beginning = record + b"".join(islice(rest, 20))
+        if (key := _FIRST_KEY.match(beginning)) and b"\n" in beginning:
+            name = shortened(key.group(1).decode("utf-8", "replace"), 40)
+            raise DataError(
+                f'{path}: one JSON object over several lines, whose first key is "{name}"; wanted a JSON list of '
+                f'records, or JSONL with one JSON object a line. If the records are under "{name}", save that list alone'
+            ) from error
         raise DataError(
             f"{path}: line 1 is not valid JSON: {error}; wanted a JSON list of records, or JSONL with one JSON "
             "object a line"

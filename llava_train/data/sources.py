@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from llava_train.data.archives import PictureArchive
 from llava_train.data.formats import parse_record, record_id
+from llava_train.data.other_formats import not_records
 from llava_train.data.paths import advice_on_path
 from llava_train.data.pictures import PictureFolder, Pictures, PictureStore, PrefixedStores
 from llava_train.data.problems import DataError, SampleError, shortened
@@ -199,7 +200,7 @@ def _kind_of_file(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(4)
     if head == b"PK\x03\x04":
-        raise DataError(f"{path}: a ZIP archive; name the file of samples as `path:` and the archive as `images:`")
+        raise DataError(not_records(path, head))
     return _BINARY_MAGIC.get(head, "json") if not head.startswith(GZIP_MAGIC) else "json"
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -41,7 +42,7 @@ from llava_train.model.processor import (
 )
 
 VOCABULARY_MULTIPLE = 64
-NOT_LOADED = (OSError, ValueError, RuntimeError, SafetensorError)
+NOT_LOADED = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError, TypeError, LookupError)
 """What transformers raises about a model that it cannot load, or whose weights do not fit its configuration."""
 
 

@@ -3,7 +3,8 @@
 TASKS/NAME/NAME.yaml         what lmms-eval reads
            lmms_functions.py   what it calls
            questions.jsonl     a question a line, its pictures by path
-           images/             pictures that lie in an archive or in the records
+           images/             pictures that lie in an archive or in the records, and those that Pillow's own
+                               conversion would show otherwise than training does, as PNG
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 
 import yaml
 
-from llava_train.data.images import open_image
+from llava_train.data.images import decode_image, open_image
 from llava_train.data.pictures import Picture, PictureFile
+from llava_train.data.rgb import has_transparency
 from llava_train.errors import UserError
 from llava_train.files import folder_written_aside
 from llava_train.use import lmms_functions
@@ -70,19 +72,26 @@ def _question_of(item: Item, images: Path, later: Path) -> dict[str, Any]:
 
 
 def _path_of(picture: Picture, folder: Path, later: Path) -> str:
-    """A path of the picture, after a look at its header; one that is no file is written into a folder.
+    """Return a path of the picture, after a look at its header.
+
+    One that is no file is written into a folder, and so is, decoded, one that `lmms_functions` would show otherwise
+    than training does: with transparency, 16 bits, or in a format that the environment of lmms-eval may not read.
 
     Args:
         folder: where it is written now.
         later: where that folder will be.
     """
-    with open_image(picture):
-        if isinstance(picture, PictureFile):
-            return str(picture.path.absolute())
+    with open_image(picture) as image:
+        is_plain = image.mode in ("RGB", "L", "1") and not has_transparency(image) and image.format != "AVIF"
+    if is_plain and isinstance(picture, PictureFile):
+        return str(picture.path.absolute())
     folder.mkdir(exist_ok=True)
     path = folder / str(len(list(folder.iterdir())))
-    with picture.open("rb") as file:
-        path.write_bytes(file.read())
+    if is_plain:
+        with picture.open("rb") as file:
+            path.write_bytes(file.read())
+    else:
+        decode_image(picture).save(path, "PNG")
     return str(later.absolute() / path.name)
 
 

@@ -83,7 +83,7 @@ def test_any_list_is_cut_into_its_values_whatever_the_chunks(rows, chunk, indent
         ('[1, "a" "b"]', "wanted ',', found '\"' .line 1, column 9, after record 2., at"),
         ('[{"id": "1}]', "not valid JSON: Unterminated string"),
         ('{\n"id": 1}', "line 1 is not valid JSON"),
-        ("hello", "begins with b'h'; wanted a JSON list of records, or JSONL"),
+        ("hello", "this is a text; wanted a JSON list of records, or JSONL"),
         (b"\xff\xfe", "text in UTF-16"),
         ('[{"id": 1}]'.encode("utf-16"), "text in UTF-16, not in UTF-8; convert it: iconv -f UTF-16 -t UTF-8"),
         (b"\xfe\xff" + '{"id": 1}'.encode("utf-16-be"), "text in UTF-16, not in UTF-8"),

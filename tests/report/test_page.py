@@ -16,6 +16,7 @@ from llava_train.cli import app
 from llava_train.report import page
 from llava_train.report.page import report_after_run, write_report
 from tests.report.runs import HOSTILE, evaluation, line, write_run
+from tests.train.helpers import TIMEOUT_S
 
 FIGURES = [
     "Loss",
@@ -156,7 +157,12 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> Non
 def test_the_comparison_is_written_here_by_default(runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert report(runs / "a", *runs.glob("b-*")).stdout == "wrote compare.html\n"
-    assert (tmp_path / "compare.html").is_file()
+    first = (tmp_path / "compare.html").read_bytes()
+    assert report(*runs.glob("b-*"), runs / "a").stdout == "wrote compare-2.html\n"
+    assert report(*runs.glob("b-*"), runs / "a").stdout == "wrote compare-3.html\n"
+    assert (tmp_path / "compare.html").read_bytes() == first, "an earlier comparison stays"
+    assert report(runs / "a", "--out", "compare.html").stdout == "wrote compare.html\n"
+    assert (tmp_path / "compare.html").read_bytes() != first, "a name that was asked for is written"
 
 
 def test_what_cannot_be_reported_is_one_line_and_exit_code_2(runs: Path, tmp_path: Path) -> None:
@@ -211,6 +217,7 @@ def opened(request: pytest.FixtureRequest, chromium: Any) -> Iterator[Any]:
     """A tab on a phone or a desk, in the light or in the dark; it must ask for nothing and complain of nothing."""
     width, scheme = request.param
     tab, said, asked = chromium.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme), [], []
+    tab.set_default_timeout(1000 * TIMEOUT_S)
     tab.on("console", lambda message: said.append(message.text))
     tab.on("pageerror", lambda error: said.append(str(error)))
     tab.on("request", lambda request: asked.append(request.url))

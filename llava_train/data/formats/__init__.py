@@ -8,18 +8,17 @@ leaves it out of training. A key that is not read is harmless or refused: see `k
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llava_train.data.formats import keys
 from llava_train.data.formats.conversations import parse_conversations, parse_messages
 from llava_train.data.formats.pairs import parse_instruction, parse_query, parse_texts
-from llava_train.data.formats.turns import checked_text
 from llava_train.data.formats.values import is_missing, names_media
 from llava_train.data.pictures import Pictures
 from llava_train.data.problems import SampleError, shortened
-from llava_train.data.samples import Sample, Turn, check_placeholders, check_turns
+from llava_train.data.samples import Sample, Turn, check_placeholders, check_turns, check_unicode
 
 _MARKUP = re.compile(
     r"!\[[^\]\n]*\]\([^)\n]+\)|<img\b[^>\n]*>|\[IMG\]|<image[ _-]?\d+>|<\|image(_\d+|_pad|_start)?\|>|<ImageHere>",
@@ -69,13 +68,9 @@ def parse_record(record: Any, pictures: Pictures, default_id: str) -> Sample:
     unread = list(keys.unread_keys(record, read, shape.turns_key, shape.turn_keys))
     keys.refuse_unsupported(unread, read)
     turns, images = shape.parse(record, keys.listed_images(record))
-    images = [image for image in images if not is_missing(image)]
-    if any(map(names_media, images)):
-        raise SampleError(
-            "video_or_sound", "an image is a video or a sound; llava_train trains on pictures and text only"
-        )
+    images = _stated_images(images)
     keys.refuse_unread_pictures(unread, images)
-    turns = [replace(turn, text=turn.text.strip()) for turn in turns]
+    turns = [Turn(turn.role, turn.text.strip(), turn.supervised) for turn in turns]
     check_turns(turns)
     turns = _with_system(turns, record)
     keys.refuse_unused_texts(unread, turns)
@@ -126,19 +121,63 @@ def picture_markup(sample: Sample) -> str | None:
     return next((found.group() for turn in sample.turns if (found := _MARKUP.search(turn.text))), None)
 
 
-def _with_system(turns: list[Turn], record: dict[str, Any]) -> list[Turn]:
-    """The turns after the system turn that the record states by a key. Raises SampleError."""
+def is_conversation(record: dict[str, Any]) -> bool:
+    """True if a record has the shape of a training record; a question of an evaluation has not."""
+    if any(record.get(key) is not None for key in ("conversations", "messages", "texts")):
+        return True
+    try:
+        return bool(format_of(record))
+    except SampleError:
+        return False
+
+
+def images_beside(record: dict[str, Any], read: Collection[str]) -> list[Any]:
+    """The values of the images of a record that is no conversation.
+
+    Args:
+        read: its keys that are read, besides those of every format.
+
+    Raises:
+        SampleError: another key holds a picture, a video or a sound, or changes the meaning.
+    """
+    read = keys.RECORD_KEYS | set(read)
+    unread = list(keys.unread_keys(record, read, None, frozenset()))
+    keys.refuse_unsupported(unread, read)
+    images = _stated_images(keys.listed_images(record))
+    keys.refuse_unread_pictures(unread, images)
+    return images
+
+
+def system_turn(record: dict[str, Any]) -> tuple[Turn, ...]:
+    """The system turn that a record states by a key, or nothing. Raises SampleError."""
     stated = [(key, record[key]) for key in keys.SYSTEM_KEYS if not is_missing(record.get(key))]
     for key, value in stated:
         if not isinstance(value, str):
             raise SampleError("not_text", f'"{key}" is {value!r:.60}, not a string')
-        text = checked_text(value, 0).strip()
-        if turns and turns[0].role == "system":
-            if turns[0].text != text:
-                raise SampleError("unsupported_key", f'"{key}" and the first turn are different system texts; keep one')
-        else:
-            turns = [Turn("system", text), *turns]
+        check_unicode(value, f'"{key}"')
+    if len({value.strip() for _, value in stated}) > 1:
+        raise SampleError("unsupported_key", f"{' and '.join(key for key, _ in stated)} differ; keep one of them")
+    return (Turn("system", stated[0][1].strip()),) if stated else ()
+
+
+def _with_system(turns: list[Turn], record: dict[str, Any]) -> list[Turn]:
+    """The turns after the system turn that the record states by a key. Raises SampleError."""
+    system = system_turn(record)
+    if not system or turns[0].role != "system":
+        return [*system, *turns]
+    if turns[0].text != system[0].text:
+        raise SampleError("unsupported_key", '"system" and the first turn are different system texts; keep one of them')
     return turns
+
+
+def _stated_images(images: list[Any]) -> list[Any]:
+    """The values that name an image. Raises SampleError for a video or a sound."""
+    images = [image for image in images if not is_missing(image)]
+    if any(map(names_media, images)):
+        raise SampleError(
+            "video_or_sound", "an image is a video or a sound; llava_train trains on pictures and text only"
+        )
+    return images
 
 
 def _no_conversation(record: dict[str, Any]) -> str:
@@ -155,6 +194,10 @@ def _no_conversation(record: dict[str, Any]) -> str:
 
 def _advice(record: dict[str, Any]) -> str:
     """How to turn a record of an unknown format into a known one, where that can be told."""
+    by_name = {str(key).lower(): key for key in record}
+    for name in ("conversations", "messages", "texts", "conversation", "dialog", "dialogue", "chat"):
+        if name in by_name and by_name[name] not in ("conversations", "messages", "texts"):
+            return f'. Name the key "{by_name[name]}" "conversations" or "messages"'
     lists = [key for key, value in record.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if len(lists) == 1:
         return f'. If the records are the list under "{shortened(lists[0], 40)}", save that list alone'
@@ -165,10 +208,6 @@ def _advice(record: dict[str, Any]) -> str:
         ):
             return '. These are columns of a table: write one record a row (pandas: to_json(orient="records"))'
         return ". If each value is a record, save the values as a list"
-    by_name = {str(key).lower(): key for key in record}
-    for name in ("conversations", "messages", "texts", "conversation", "dialog", "dialogue", "chat"):
-        if name in by_name and by_name[name] not in ("conversations", "messages", "texts"):
-            return f'. Name the key "{by_name[name]}" "conversations" or "messages"'
     question = next((by_name[name] for name in _QUESTION_KEYS if name in by_name), None)
     answer = next((by_name[name] for name in _ANSWER_KEYS if name in by_name and by_name[name] != question), None)
     if question and answer:

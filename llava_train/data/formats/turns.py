@@ -19,12 +19,12 @@ def checked_text(text: Any, number: int) -> str:
 
 
 def is_supervised(turn: dict[str, Any], role: Role, number: int) -> bool:
-    """False where a flag of the turn, such as `"loss": false` or `"weight": 0`, leaves it out of training.
+    """False where a flag of an assistant turn, such as `"loss": false` or `"weight": 0`, leaves it out of training.
 
     Raises:
         SampleError: a flag that is neither on nor off, flags that disagree, or a flag that is on for another role.
     """
-    flags = {key: turn[key] for key in LOSS_KEYS if not is_missing(turn.get(key))}
+    flags = {key: turn[key] for key in turn.keys() & LOSS_KEYS if not is_missing(turn[key])}
     for key, value in flags.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise SampleError(
@@ -33,13 +33,13 @@ def is_supervised(turn: dict[str, Any], role: Role, number: int) -> bool:
                 "false or 0 to leave it out",
             )
     if len({bool(value) for value in flags.values()}) > 1:
-        raise SampleError("unsupported_key", f"turn {number}: {' and '.join(flags)} disagree; keep one of them")
+        raise SampleError("unsupported_key", f"turn {number}: {' and '.join(sorted(flags))} disagree; keep one of them")
     if role != "assistant" and any(flags.values()):
         raise SampleError(
             "unsupported_key",
             f'turn {number}: "{next(iter(flags))}" asks to train on a {role} turn; only assistant turns are trained on',
         )
-    return all(flags.values())
+    return role != "assistant" or all(flags.values())
 
 
 def first_stated(holder: dict[str, Any], *keys: str) -> Any:
