@@ -51,15 +51,11 @@ class Records(Protocol):
 
 
 class HubRecords:
-    """The rows of a Hugging Face data set, pictures as bytes.
+    """The rows of a Hugging Face data set, pictures as bytes."""
 
-    Args:
-        folder: holds the files that the rows are mapped from, and is deleted with them.
-    """
-
-    def __init__(self, rows: datasets.Dataset, folder: TemporaryDirectory[str] | None = None) -> None:
+    def __init__(self, rows: datasets.Dataset) -> None:
         self._rows = rows.with_format("arrow")  # pictures stay bytes: they are decoded by us, where they are needed
-        self._fingerprint, self._folder = rows._fingerprint, folder
+        self._fingerprint = rows._fingerprint
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -170,30 +166,34 @@ def _open_records(stated: str, subset: str | None, split: str | None, cache: Pat
         return JsonRecords(path, cache)
     if is_folder and (problem := _lfs_problem_in(path)):
         raise DataError(problem)
-    import datasets  # an eighth of all that a start imports, and JSON does not need it
+    if not (kind or is_folder or _looks_like_hub_id(path)):
+        raise _unreadable(stated, "No such file or directory")
     from datasets.exceptions import DatasetsError
 
-    split = split or "train"
-    temporary = None
     try:
-        if cache is None and (kind == "parquet" or is_folder):
-            temporary = TemporaryDirectory(prefix="llava_train-")
-        kept = str(cache or (temporary.name if temporary else ""))  # never in the home folder, which may be small
-        if kind == "parquet":
-            return HubRecords(datasets.Dataset.from_parquet(stated, cache_dir=kept), temporary)
-        if kind == "arrow":
-            return HubRecords(datasets.Dataset.from_file(stated))
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return HubRecords(_split_of(datasets.load_from_disk(stated), split))
-        if is_folder:
-            return HubRecords(datasets.load_dataset(stated, subset, split=split, cache_dir=kept), temporary)
-        if _looks_like_hub_id(path):
-            return HubRecords(datasets.load_dataset(stated, subset, split=split))
+        if cache is not None:
+            return _load_rows(path, kind, subset, split or "train", cache)
+        with TemporaryDirectory(prefix="llava_train-") as folder:  # rows stay mapped from files that are deleted
+            return _load_rows(path, kind, subset, split or "train", Path(folder))
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         told = explain(error, Context(subject=stated))
         unknown = str(error) if path.exists() else f"{error} There is no such file either."
         raise DataError(f"{path}: the data set cannot be loaded: {told or unknown}") from error
-    raise _unreadable(stated, "No such file or directory")
+
+
+def _load_rows(path: Path, kind: str | None, subset: str | None, split: str, cache: Path) -> HubRecords:
+    """The rows of a file, a folder or a hub id. Copies are kept in `cache`: a home folder may be small or read-only."""
+    import datasets  # an eighth of all that a start imports, and JSON does not need it
+
+    if kind == "parquet":
+        return HubRecords(datasets.Dataset.from_parquet(str(path), cache_dir=str(cache)))
+    if kind == "arrow":
+        return HubRecords(datasets.Dataset.from_file(str(path)))
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return HubRecords(_split_of(datasets.load_from_disk(str(path)), split))
+    if path.is_dir():
+        return HubRecords(datasets.load_dataset(str(path), subset, split=split, cache_dir=str(cache)))
+    return HubRecords(datasets.load_dataset(str(path), subset, split=split))
 
 
 def _kind_of_file(path: Path) -> str:
