@@ -25,11 +25,13 @@ from llava_train.config import StageConfig
 from llava_train.data.chat import IGNORED, EncodedSample
 from llava_train.data.loader import PackedBatch, StepBatch, pack_documents
 from llava_train.data.packing import attention_cost_of, plan_packs
+from llava_train.devices import DTYPES
 from llava_train.model.build import Llava
 from llava_train.model.kernels import use_kernels
 from llava_train.model.loss import PackedLoss
 from llava_train.model.recompute import Recompute
 from llava_train.model.trainable import parameter_groups, set_trainable
+from llava_train.onednn import compiles_each_shape
 from llava_train.train.assembly import prepare_modes
 from llava_train.train.device_peaks import peak_flops_of
 from llava_train.train.engine import start_engine
@@ -103,7 +105,9 @@ def draw_steps(rig: Rig, n_steps: int, seed: int = 0, n_samples: int | None = No
     shape = SHAPES[rig.config.name.split("-")[0]]
     captions = rig.config.name.endswith("stage1")
     limit = rig.config.batch.max_sample_tokens
-    make = _Documents(rig.llava.model, rig.llava.n_image_tokens, seed)
+    few_sizes = compiles_each_shape(rig.world.device, DTYPES[rig.config.engine.precision])
+    fill_up_to = rig.config.batch.max_tokens if few_sizes else None
+    make = _Documents(rig.llava.model, rig.llava.n_image_tokens, seed, fill_up_to)
     drawn = (
         _captions(n_steps * n_samples, seed, shape.n_image_tokens)
         if captions
@@ -137,8 +141,10 @@ def _step(rig: Rig, step: int, drawn: Sequence[DrawnSample], make: _Documents) -
 class _Documents:
     """Random documents of given lengths, with pictures."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, n_image_tokens: int, seed: int) -> None:
-        self.random = np.random.default_rng(seed)
+    def __init__(
+        self, model: LlavaForConditionalGeneration, n_image_tokens: int, seed: int, fill_up_to: int | None = None
+    ) -> None:
+        self.random, self.fill_up_to = np.random.default_rng(seed), fill_up_to
         config = model.config
         self.image_token, self.n_image_tokens = config.image_token_id, n_image_tokens
         self.n_words = min(config.text_config.vocab_size, config.image_token_id)
@@ -150,7 +156,8 @@ class _Documents:
         documents = [self.document(sample) for sample in drawn]
         n_images = sum(document.n_images for document in documents)
         pixels = [self.pictures[number % _N_PICTURES] for number in range(n_images)]
-        return pack_documents(documents, pixels, self.pictures[0], documents[0], [0] * len(documents))
+        filler = EncodedSample(np.zeros(2, dtype=np.int64), np.full(2, IGNORED), n_images=0)
+        return pack_documents(documents, pixels, self.pictures[0], filler, [0] * len(documents), self.fill_up_to)
 
     def document(self, sample: DrawnSample) -> EncodedSample:
         """Template and picture first, then questions and answers; each answer and what follows it is supervised."""

@@ -31,9 +31,9 @@ from transformers import PreTrainedTokenizerBase
 
 from llava_train.config import StageConfig
 from llava_train.data.chat import IGNORED, ChatEncoder, EncodedSample
+from llava_train.data.formats import parse_record
 from llava_train.data.order import step_samples
 from llava_train.data.pictures import PictureFolder, Pictures
-from llava_train.data.samples import parse_record
 from llava_train.devices import DTYPES
 from llava_train.model.build import Llava
 from llava_train.model.weights import export_model

@@ -22,7 +22,7 @@ from llava_train.last_words import goes_on_from, tell
 from llava_train.slurm import SCRIPT, Job, Launcher, prepare, submit, what_to_know
 from llava_train.stage_file import ConfigError, load_stage, with_suffix
 from llava_train.train.chatter import turn_down, turn_up
-from llava_train.train.terminal import Waiting, drop_unread, write_anything
+from llava_train.train.terminal import Waiting, allow_readers_to_leave, drop_unread, write_anything
 from llava_train.user_paths import expand
 
 app = typer.Typer(
@@ -55,6 +55,8 @@ def main(
 ) -> None:
     """`--local_rank` comes from `deepspeed --module llava_train train ...`; ranks read the environment."""
     write_anything()
+    if context.invoked_subcommand != "train":  # a run says why it ends
+        allow_readers_to_leave()
     # One asks first, one shows another program, one hands its environment on to a job.
     if context.invoked_subcommand not in ("train", "lmms-eval", "slurm"):
         turn_down(of_run().rank == 0)

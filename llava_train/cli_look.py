@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -56,12 +57,13 @@ def check(
         from llava_train.inspect.report import print_report, summary
 
         data = open_stage_data(stage)
-        _say_note(data.note)
-        files = clean_files(data, write_clean) if write_clean else []
+        files = clean_files(stage, data, write_clean) if write_clean else []
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
             checked = check_data(stage, data, not fast, workers or os.cpu_count() or 1, ranks, progress)
         found = summary(stage, data, checked)
-        found["clean"] = write_clean_records(stage, data, checked, files) if files else []
+        cleaned = write_clean_records(stage, data, checked, files) if files else []
+        found["clean"] = [each.section for each in cleaned if each.section]
+        found["clean_notes"] = [note for each in cleaned for note in each.notes()]
         if json_:
             print(json.dumps(found, ensure_ascii=False))
         else:
@@ -91,21 +93,20 @@ def preview(
     with user_errors():
         stage = load_stage(config, set_ or [])
         from llava_train.inspect.opening import open_stage_data
-        from llava_train.inspect.preview import first_seen, for_page, print_seen, write_page
+        from llava_train.inspect.preview import Seen, first_seen, for_page, print_seen, write_page
 
         data = open_stage_data(stage)
-        _say_note(data.note)
-        console, shown = Console(soft_wrap=True), []
-        for one in first_seen(stage, data, n):
-            if html:
-                shown.append(for_page(one, data.preprocessor))
+        seen: Iterable[Seen] = first_seen(stage, data, n)
+        if html:  # first, for the reader of what is printed may leave
+            seen = list(seen)
+            write_page(stage, data, [for_page(one, data.preprocessor) for one in seen], ranks, html)
+            print(f"wrote {html}", file=sys.stderr)
+        console = Console(soft_wrap=True)
+        for one in seen:
             if json_:
                 print(json.dumps(one.as_record(), ensure_ascii=False))
             else:
                 print_seen(console, one)
-        if html:
-            write_page(stage, data, shown, ranks, html)
-            print(f"wrote {html}", file=sys.stderr)
 
 
 @app.command(cls=Command, rich_help_panel=LOOK)
@@ -113,30 +114,42 @@ def plan(
     config: ConfigFile,
     set_: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, metavar="N", help="GPUs, over all nodes.")] = 1,
-    memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of one GPU.")] = "80G",
-    device: Annotated[str, typer.Option(metavar="NAME", help="Which GPU, for the hours.")] = "H100",
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory of one GPU. Default: 80G; this machine's for --measure and a CPU."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which GPU, or CPU, for the hours. Default: H100.")
+    ] = None,
     tflops: Annotated[
-        float | None, typer.Option(min=0, metavar="TFLOP/S", help="Its peak in bf16, in place of the datasheet's.")
+        float | None,
+        typer.Option(min=0, metavar="TFLOP/S", help="Its peak in engine.precision, in place of the datasheet's."),
     ] = None,
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1, metavar="SHARE", help="Part of the peak that a run uses.")
     ] = 0.4,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Train a few steps on this machine, to no effect, for the hours.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Tell what a stage will take: memory, packs, steps, hours.
 
-    Needs no GPU and no weights. Where it does not fit, the exit code is 1 and the
-    keys to change are named.
+    Needs no GPU and no weights, but for --measure, which trains a few steps with
+    them. Where it does not fit, the exit code is 1 and the keys to change are named.
 
     Example:
       llava-train plan --config stage2.yaml --gpus 8 --memory 80G
+      llava-train plan --config stage2.yaml --measure
     """
     with user_errors():
         stage = load_stage(config, set_ or [])
-        from llava_train.inspect.plan import as_record, bytes_of, make_plan
+        from llava_train.inspect.plan import as_record, make_plan
+        from llava_train.inspect.plan_machine import machine_of
         from llava_train.inspect.plan_table import print_plan
 
-        made = make_plan(stage, gpus, bytes_of(memory), device, tflops, mfu)
+        machine = machine_of(stage, gpus, memory, device, tflops, measure)
+        made = make_plan(stage, gpus, machine.memory, machine.device, tflops, mfu, machine.speed)
         if json_:
             print(json.dumps(as_record(made)))
         else:
@@ -154,8 +167,3 @@ def schema() -> None:
       llava-train schema > stage.schema.json
     """
     print(json.dumps(stage_schema(), indent=2))
-
-
-def _say_note(note: str | None) -> None:
-    if note:
-        print(note, file=sys.stderr)

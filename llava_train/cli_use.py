@@ -12,6 +12,7 @@ import typer
 
 from llava_train.cli_help import USE, Command, expanded
 from llava_train.errors import UserError, user_errors
+from llava_train.train.terminal import is_read
 
 app = typer.Typer()
 
@@ -97,6 +98,8 @@ def ask(
         llava = _load(model, device, dtype, quantize, chat_template, trust_remote_code)
         for piece in llava.chat(system).stream(question, pictures, sampling=chosen):
             _say(piece)
+            if not is_read():
+                break
         _say("\n")
 
 

@@ -22,6 +22,10 @@ class UserError(ValueError):
     """Whether a library or the machine failed, so that the traceback is worth a file."""
 
 
+class Note(UserWarning):
+    """Something that is handled, but that the user may not have meant. Commands print it as one line."""
+
+
 class OtherRankFailed(RuntimeError):
     """This rank can't go on, for another one failed, which says why."""
 

@@ -8,4 +8,4 @@ make_venv dev
 ruff check .
 ruff format --check .
 mypy
-pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"  # most of the time a test waits for imports, on one core
+pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"  # in the order of tests/conftest.py

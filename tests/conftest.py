@@ -4,17 +4,43 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # The models are tiny: threads that wait for each other on a busy machine made these tests ten times as slow.
 torch.set_num_threads(1)
 
-settings.register_profile("busy machine", deadline=None)
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
+
+
+ROOT = Path(__file__).parents[1]
+LONGEST_FIRST = (
+    "tests/train/test_faults.py",
+    "tests/cluster/test_slurm.py",
+    "tests/docs/test_commands.py",
+    "tests/train/test_preemption.py",
+    "tests/train/test_resume.py",
+    "tests/train/test_precompute.py",
+    "tests/use/test_lmms_eval.py",
+    "tests/use/test_export_elsewhere.py",
+    "notebooks/1-train-a-small-llava.ipynb",
+    "notebooks/3-your-own-data.ipynb",
+    "notebooks/2-look-inside.ipynb",
+    "tests/use/test_demo.py",
+    "tests/train/test_watchdog.py",
+)
+"""Files that take longest: they begin first, so that no process is left alone with one at the end."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {ROOT / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

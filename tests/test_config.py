@@ -67,6 +67,12 @@ def test_the_published_recipe_of_llava_15() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("path", [path for path in STAGE_FILES if "lora" in path.stem], ids=str)
+def test_a_recipe_of_lora_keeps_the_frozen_weights_on_each_gpu(path: Path) -> None:
+    """ZeRO 3 would send them to every GPU in every micro-step."""
+    assert load_stage(path).engine.zero == 2
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -139,7 +139,8 @@ def bound() -> socket.socket:
 
 
 def store(port: int, is_server: bool) -> distributed.TCPStore:
-    return distributed.TCPStore("127.0.0.1", port, 2, is_server, timeout=timedelta(seconds=0.2))
+    wait_s = 1.0 if is_server else 0.2  # it has to reach itself
+    return distributed.TCPStore("127.0.0.1", port, 2, is_server, timeout=timedelta(seconds=wait_s))
 
 
 def test_a_port_in_use_is_told_with_its_number() -> None:

@@ -20,7 +20,7 @@ import yaml
 
 from llava_train import __version__
 from llava_train.doctor.trial import write_stage
-from tests.train.helpers import ROOT
+from tests.train.helpers import ROOT, TIMEOUT_S
 
 FOLDERS = ("llava_train", "configs", "docs", "notebooks", "scripts", "tests", ".ci")
 
@@ -72,7 +72,12 @@ def run(installed: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProc
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["PATH"] = f"{installed}{os.pathsep}{environment['PATH']}"
     return subprocess.run(
-        [installed / "llava-train", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        [installed / "llava-train", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
     )
 
 

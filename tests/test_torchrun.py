@@ -12,17 +12,17 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from tests.scripts import ROOT, load_script
-from tests.train.helpers import environment, free_port
+from tests.train.helpers import TIMEOUT_S, environment, free_port
 
 torchrun = load_script("scripts/torchrun.py")
 
 RANKS = {
     "all ranks finish": ("0", 0),
     "all ranks were preempted": ("85", 85),
-    "one was preempted first, the other is slow to end": ("85 if rank == 1 else time.sleep(60)", 85),
-    "torchrun itself gets SIGUSR1": ("os.kill(os.getppid(), 10) or time.sleep(1) or 85", 85),
-    "one failed": ("3 if rank == 1 else time.sleep(60)", 3),
-    "one was killed": ("os.kill(os.getpid(), 9) if rank == 1 else time.sleep(60)", 137),
+    "one was preempted first, the other is slow to end": ("85 if rank == 1 else time.sleep(9999)", 85),
+    "torchrun itself gets SIGUSR1": ("os.kill(os.getppid(), 10) or 85", 85),
+    "one failed": ("3 if rank == 1 else time.sleep(9999)", 3),
+    "one was killed": ("os.kill(os.getpid(), 9) if rank == 1 else time.sleep(9999)", 137),
 }
 
 
@@ -37,7 +37,7 @@ def test_torchrun_ends_with_the_exit_code_of_its_ranks(story: str, tmp_path: Pat
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=TIMEOUT_S,
     )
     assert done.returncode == expected, done.stderr
     assert "Traceback" not in done.stderr
@@ -66,8 +66,8 @@ def test_torchrun_does_not_outlive_its_ranks_when_it_hangs() -> None:
     """As when the host of the rendezvous has vanished: torchrun then waits for it, and nothing ends that."""
     hangs = (
         "import subprocess, sys, threading, time; sys.path.insert(0, 'scripts'); import torchrun;"
-        "torchrun.OUTLIVES_RANKS_S = 1; threading.Thread(target=torchrun.leave_with_ranks, daemon=True).start();"
-        "rank = subprocess.Popen(['sleep', '2']); time.sleep(60)"
+        "torchrun.OUTLIVES_RANKS_S = 0; threading.Thread(target=torchrun.leave_with_ranks, daemon=True).start();"
+        "rank = subprocess.Popen(['sleep', '1.5']); time.sleep(9999)"
     )
     done = subprocess.run(
         [sys.executable, "-c", hangs], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
@@ -82,7 +82,9 @@ def test_a_port_that_is_taken_is_told_in_a_few_lines(tmp_path: Path) -> None:
         listener.listen()
         port = listener.getsockname()[1]
         command = [sys.executable, ROOT / "scripts/torchrun.py", "--nproc-per-node=2", f"--master-port={port}", "no.py"]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+        )
     assert done.returncode == 2
     lines = done.stderr[done.stderr.index("error: ") :].splitlines()
     assert f"the port {port} is in use" in lines[0] and len(lines) <= 8 and "Traceback" not in done.stderr

@@ -23,7 +23,8 @@ import pyarrow as pa
 
 from llava_train.data.built_once import built_once
 from llava_train.data.pictures import Picture
-from llava_train.data.problems import DataError, SampleError
+from llava_train.data.problems import DataError, SampleError, shortened
+from llava_train.git_lfs import lfs_problem
 
 _SCHEMA = pa.schema(
     {
@@ -53,6 +54,8 @@ class PictureArchive:
     @classmethod
     def open(cls, path: Path, cache: Path | None = None) -> PictureArchive:
         """An archive, told by its content. Raises DataError."""
+        if problem := lfs_problem(path):
+            raise DataError(problem)
         if zipfile.is_zipfile(path):
             contents = _zip_contents
         elif _is_tar(path):
@@ -72,11 +75,11 @@ class PictureArchive:
         """The member of that name. Raises SampleError."""
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
-            raise SampleError("path_outside_root", f"image path {name!r} leaves the archive {self.path}")
+            raise SampleError("path_outside_root", f"image path {shortened(name)!r} leaves the archive {self.path}")
         row = bisect.bisect_right(range(len(self._names)), str(path), key=lambda i: self._names[i].as_py()) - 1
         if row < 0 or self._names[row].as_py() != str(path):
             example = f", only such as {self._names[0].as_py()!r}" if len(self._names) else ""
-            raise SampleError("image_missing", f"{self.path}: the archive holds no {name!r}{example}")
+            raise SampleError("image_missing", f"{self.path}: the archive holds no {shortened(name)!r}{example}")
         return ArchivedPicture(self.path, **self._index.slice(row, 1).to_pylist()[0])
 
 
@@ -115,7 +118,7 @@ class ArchivedPicture:
         return content
 
     def __str__(self) -> str:
-        return f"{self.archive}:{self.name}"
+        return f"{self.archive}:{shortened(self.name)}"
 
     def _read(self, offset: int, n_bytes: int) -> bytes:
         content = os.pread(_descriptor(self.archive), n_bytes, offset)

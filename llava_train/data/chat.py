@@ -102,11 +102,13 @@ class ChatEncoder:
         if encoded.n_tokens > self.max_tokens:
             encoded = self._shorten(encoded)
         if not (encoded.labels != IGNORED).any():
-            raise SampleError("nothing_supervised", "no supervised token: every answer is empty or cut off")
+            raise SampleError(
+                "nothing_supervised", "no supervised token: every answer is cut off, or marked as not trained on"
+            )
         return encoded
 
     def _rendered(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
-        """Text and spans of a sample, an answer a span. Raises SampleError."""
+        """Text of a sample, and the span of each answer that is trained on. Raises SampleError."""
         try:
             text, spans = self.render(sample.turns)
         except Exception as error:  # jinja passes on whatever the expressions of a template raise
@@ -116,7 +118,8 @@ class ChatEncoder:
         n_answers = sum(turn.role == "assistant" for turn in sample.turns)
         if len(spans) != n_answers:
             raise SampleError("template_refuses", f"the chat template marks {len(spans)} of {n_answers} answers")
-        return text, spans
+        answers = [turn for turn in sample.turns if turn.role == "assistant"]
+        return text, [span for span, turn in zip(spans, answers, strict=True) if turn.supervised]
 
     def render(self, turns: tuple[Turn, ...], prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation and the character spans `[start, end)` of what the assistant says.

@@ -23,7 +23,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from importlib import resources
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llava_train.config import CHAT_TEMPLATES
+from llava_train.data.problems import shortened
 from llava_train.data.samples import IMAGE_PLACEHOLDER, Turn
 from llava_train.errors import UserError
 from llava_train.template_marks import show_marks
@@ -89,6 +92,10 @@ _TRIAL = (
 _ANSWERS = [number for number, turn in enumerate(_TRIAL) if turn.role == "assistant"]
 _TRIAL_TEXT = "".join(turn.text for turn in _TRIAL)
 _SYSTEM_MARKER = "SYSTEM-TEXT"
+_WORD = re.compile(r"<[^<>\s]+>|\w+|\s|[^\w\s]")
+_NEAR = 0.8
+"""A template is near to another one that writes more than this share of its words."""
+_N_PIECES = 2
 _CHOICE = f"name one of {', '.join(CHAT_TEMPLATES)}, or a jinja file of your own"
 
 
@@ -143,7 +150,7 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def unlike_own(name: str, template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A line to show when a format by name writes another text than the language model's own template, else None.
 
-    A model that was trained with a default system turn, or with another format, does better with its own. `plain` and
+    It says what the model's own template writes in addition, what follows from that, and what keeps it. `plain` and
     `llava_v0` are never a model's own.
     """
     own = _own_template(tokenizer)
@@ -152,9 +159,24 @@ def unlike_own(name: str, template: str, tokenizer: PreTrainedTokenizerBase) -> 
     for bos in ("bos_token", "''"):  # a tokenizer may add what its template leaves out
         if _render_alike(re.sub(r"set bos = \S+", f"set bos = {bos}", template, count=1), own, tokenizer):
             return None
+    lost = _lost_text(template, own, tokenizer)
     return (
-        f"model.chat_template: {name} writes another text than the language model's own template; auto follows that one"
+        f"model.chat_template: {name} differs from the language model's own template"
+        f"{f', which also writes {lost}' if lost else ''}. Training and use both follow {name}, so nothing breaks, but "
+        "the language model starts further from what it was trained on. "
+        f"{_how_to_keep(name, own, tokenizer)}"
     )
+
+
+def _how_to_keep(name: str, own: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what to set so that the text of a language model's own template stays, as far as anything does that."""
+    try:
+        load_template("auto", tokenizer)
+    except TemplateError:
+        nearest, _ = _nearest(own, tokenizer)
+        near = f"{nearest} is nearer to it; " if nearest and nearest != name else ""
+        return f"auto cannot follow the model's own template; {near}only a jinja file of your own can keep all of it."
+    return "chat_template: auto keeps it."
 
 
 def render(
@@ -264,18 +286,88 @@ def _same_as_own(tokenizer: PreTrainedTokenizerBase) -> tuple[str, _Settings]:
     """The format of ours that renders what the tokenizer's own template does. Raises TemplateError."""
     own = _own_template(tokenizer)
     if own is None:
-        raise TemplateError(f"auto finds no chat template in the tokenizer of the language model; {_CHOICE}")
+        raise TemplateError(
+            f"auto finds no chat template in the tokenizer of the language model; {_choice_for(tokenizer)}"
+        )
     if "strftime_now" in own:
         raise TemplateError(
             "auto refuses the language model's own chat template, which writes the date of today, so that training "
-            f"would change from day to day; {_CHOICE} (llama3 for Llama 3.2)"
+            f"would change from day to day; {_choice_near(own, tokenizer)}"
         )
     for name in CHAT_TEMPLATES:
         for bos in (False, True):
             settings = _settings_of(own, name, bos, tokenizer)
             if name not in _NEVER_PICKED and _render_alike(_assembled(name, settings), own, tokenizer):
                 return name, replace(settings, bos=bos or _adds_bos(tokenizer))
-    raise TemplateError(f"auto knows no template that renders as the language model's own does; {_CHOICE}")
+    raise TemplateError(
+        f"auto knows no template that renders as the language model's own does; {_choice_near(own, tokenizer)}"
+    )
+
+
+def _choice_for(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return which templates a tokenizer can be used with, in words."""
+    return f"name one that fits the tokenizer ({', '.join(_fitting(tokenizer))}), or a jinja file of your own"
+
+
+def _choice_near(own: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return which template is the nearest to a language model's own and what it loses, in words."""
+    name, template = _nearest(own, tokenizer)
+    if not name:
+        return _choice_for(tokenizer)
+    lost = _lost_text(template, own, tokenizer)
+    without = f", but leaves out {lost}" if lost else ""
+    return f"{name} is the nearest to it{without}; name {name}, or a jinja file of your own"
+
+
+def _fitting(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Return the templates of ours that a tokenizer can be used with, by name."""
+    found = {}
+    for name in _FORMATS:
+        with suppress(TemplateError):
+            found[name] = load_template(name, tokenizer)
+    return found
+
+
+def _nearest(own: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return name and text of the template that is nearest to `own`; both empty where none is near."""
+    shares = {each: _share_of_own(each[1], own, tokenizer) for each in _fitting(tokenizer).items()}
+    shares = {each: share for each, share in shares.items() if each[0] not in _NEVER_PICKED and share > _NEAR}
+    return max(shares, key=lambda each: shares[each], default=("", ""))
+
+
+def _share_of_own(ours: str, own: str, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Return the share of the words written by `ours` that `own` writes too, in the same order."""
+    n_written = n_alike = 0
+    for matcher, written, _ in _compared(ours, own, tokenizer):
+        n_written += len(written)
+        n_alike += sum(block.size for block in matcher.get_matching_blocks())
+    return n_alike / max(1, n_written)
+
+
+def _compared(
+    ours: str, own: str, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[SequenceMatcher[str], list[str], list[str]]]:
+    """Yields a comparison and the words that both templates write, for each conversation that `own` renders."""
+    conversation = tuple(turn for turn in _TRIAL if turn.role != "system")
+    for turns, prompt in ((conversation[:1], True), (conversation[:2], False), (conversation, False), (_TRIAL, False)):
+        theirs = _render_own(own, tokenizer, turns, prompt)
+        if theirs:
+            words: list[str] = _WORD.findall(render(ours, tokenizer, turns, prompt)[0])
+            own_words: list[str] = _WORD.findall(theirs)
+            yield SequenceMatcher(a=words, b=own_words, autojunk=False), words, own_words
+
+
+def _lost_text(ours: str, own: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what `own` writes and `ours` does not, quoted; empty where they are far from each other."""
+    if _share_of_own(ours, own, tokenizer) <= _NEAR:
+        return ""
+    pieces: list[str] = []
+    for matcher, _, own_words in _compared(ours, own, tokenizer):
+        for tag, _, _, start, end in matcher.get_opcodes():
+            piece = "".join(own_words[start:end])
+            if tag != "equal" and piece.strip() and not any(piece in each for each in pieces):
+                pieces.append(piece)
+    return " and ".join(repr(shortened(piece)) for piece in pieces[:_N_PIECES])
 
 
 def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -27,6 +27,7 @@ from llava_train.data.packing import plan_packs
 from llava_train.data.pictures import Picture
 from llava_train.data.problems import SampleError
 from llava_train.data.samples import Sample
+from llava_train.onednn import next_size
 
 T = TypeVar("T")
 
@@ -153,6 +154,7 @@ class StepDataset(Dataset[StepBatch]):
         seed: decides the order; None keeps the order of the sources (evaluation).
         attention_cost: see `packing.sample_cost`.
         features: where the features of all pictures are; pictures are then not decoded.
+        few_sizes: fill packs up to one of a few sizes, see `onednn`.
     """
 
     def __init__(
@@ -169,8 +171,9 @@ class StepDataset(Dataset[StepBatch]):
         packing: bool = True,
         attention_cost: float = 0.0,
         features: FeatureCache | None = None,
+        few_sizes: bool = False,
     ) -> None:
-        self.features = features
+        self.features, self.few_sizes = features, few_sizes
         self.mixture, self.encoder, self.preprocessor = mixture, encoder, preprocessor
         self.batch_size, self.max_tokens, self.packing = batch_size, max_tokens, packing
         self.seed, self.rank, self.n_ranks, self.attention_cost = seed, rank, n_ranks, attention_cost
@@ -225,7 +228,8 @@ class StepDataset(Dataset[StepBatch]):
             documents.append(tokens)
             pixels += images
         numbers = [item.place.source_number for item in items]
-        batch = pack_documents(documents, pixels, blank, self._filler(), numbers)
+        fill_up_to = self.max_tokens if self.few_sizes else None
+        batch = pack_documents(documents, pixels, blank, self._filler(), numbers, fill_up_to)
         if self.features is not None:
             batch = replace(batch, pixel_values=None, features=batch.pixel_values)
         return batch, bad
@@ -249,16 +253,38 @@ def bad_sample(step: int, place: Place, error: SampleError, on_every_rank: bool)
     return BadSample(step, *known, error.kind, str(error), on_every_rank)
 
 
+def filler_lengths(lengths: Sequence[int], max_tokens: int) -> list[int]:
+    """Return the lengths of the documents that fill a pack up to one of a few sizes (`onednn`).
+
+    None is longer than the longest of the pack, whose positions the language model is known to have.
+
+    Args:
+        lengths: tokens of each document of the pack, at least one.
+        max_tokens: most tokens in a pack, fillers included.
+    """
+    n_missing, longest = next_size(sum(lengths), max_tokens) - sum(lengths), max(lengths)
+    return [min(longest, n_missing - start) for start in range(0, n_missing, longest)]
+
+
 def pack_documents(
     documents: Sequence[EncodedSample],
     pixels: Sequence[torch.Tensor],
     blank: torch.Tensor,
     filler: EncodedSample,
     source_numbers: Sequence[int],
+    fill_up_to: int | None = None,
 ) -> PackedBatch:
-    """Joins documents into one pack; `filler` stands in when there is none, `blank` when there is no image."""
+    """Joins documents into one pack; `filler` stands in when there is none, `blank` when there is no image.
+
+    Args:
+        fill_up_to: most tokens in a pack. It is filled, with documents that teach nothing, up to one of a few sizes.
+    """
     if not documents:
         documents, source_numbers = [filler], [0]
+    elif fill_up_to is not None:
+        fillers = filler_lengths([document.n_tokens for document in documents], fill_up_to)
+        documents = [*documents, *(_of_length(filler, n_tokens) for n_tokens in fillers)]
+        source_numbers = [*source_numbers, *[0] * len(fillers)]
     lengths = tuple(document.n_tokens for document in documents)
     labels = torch.from_numpy(np.concatenate([document.labels for document in documents]))
     predictors = (labels[1:] != IGNORED).nonzero().squeeze(1)
@@ -274,6 +300,11 @@ def pack_documents(
         targets=labels[predictors + 1],
         sources=torch.from_numpy(np.repeat(source_numbers, lengths))[predictors],
     )
+
+
+def _of_length(filler: EncodedSample, n_tokens: int) -> EncodedSample:
+    """The filler's tokens again and again."""
+    return replace(filler, input_ids=np.resize(filler.input_ids, n_tokens), labels=np.resize(filler.labels, n_tokens))
 
 
 def first_pictures(dataset: StepDataset, n_pictures: int, n_steps: int) -> list[torch.Tensor]:

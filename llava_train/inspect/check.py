@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,14 +24,17 @@ from rich.progress import Progress
 
 from llava_train.config import StageConfig
 from llava_train.data.chat import IGNORED
+from llava_train.data.formats import picture_markup, record_id, unread_paths
 from llava_train.data.images import DAMAGED, decoded, open_image
 from llava_train.data.mixture import Mixture
 from llava_train.data.order import n_steps_of, step_samples
 from llava_train.data.packing import plan_packs
 from llava_train.data.pictures import Picture
-from llava_train.data.problems import SampleError
-from llava_train.data.samples import Sample, record_id
+from llava_train.data.problems import DataError, SampleError, shortened
+from llava_train.data.rgb import has_transparency
+from llava_train.data.samples import Sample
 from llava_train.data.sources import Source
+from llava_train.data.survey import Survey, refuse_without_pictures, warnings_of
 from llava_train.errors import UserError
 from llava_train.inspect.opening import StageData
 
@@ -39,8 +43,12 @@ NOTES = {
     "duplicate_id": "samples whose id another sample of the source has; all are trained on",
     "wrong_extension": "pictures whose name says another format; read by their content",
     "animated": "animated pictures; the first frame is read",
-    "unusual_mode": "pictures in CMYK, 16 bits, a palette or with transparency; converted to RGB",
+    "several_pages": "TIFF files of several pages; the first is read",
+    "unusual_mode": "pictures in CMYK, 16 bits or a palette; converted to RGB",
+    "transparent": "pictures with an alpha channel or a transparent colour; laid on white",
+    "white_on_white": "transparent pictures that are white all over once laid on white",
     "rotated": "pictures that their EXIF tag turns; turned",
+    "picture_markup": "samples without a picture whose text has markup of one: it is trained on as letters",
     "extreme_shape": "pictures of one pixel, or more than 20 times as long as wide",
 }
 """What is handled, but noticed."""
@@ -74,10 +82,14 @@ class Examined:
     ids: list[int] = field(default_factory=list)
     """A hash of 64 bits of each id."""
     findings: list[Finding] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+    """Number of samples that hold a value under each key that nothing reads."""
 
     def add(self, other: Examined) -> None:
         for name, values in vars(self).items():
-            values.extend(getattr(other, name))
+            if isinstance(values, list):
+                values.extend(getattr(other, name))
+        self.unread.update(other.unread)
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,9 @@ class Checked:
     lengths: np.ndarray  # int64 [samples of an epoch]; 0 where a sample cannot be trained on
     n_steps: int
     packing: dict[str, float]
+    refusal: str | None = None
+    """Why a run on these data would be refused, although samples are good."""
+    warnings: tuple[str, ...] = ()
 
     @property
     def findings(self) -> list[Finding]:
@@ -98,7 +113,8 @@ class Checked:
     @property
     def would_lose(self) -> bool:
         """Whether a run would not train on every token of every sample."""
-        return any(finding.kind not in NOTES or finding.kind in LOSSES for finding in self.findings)
+        kinds = {finding.kind for finding in self.findings}
+        return self.refusal is not None or any(kind not in NOTES or kind in LOSSES for kind in kinds)
 
 
 class Examiner:
@@ -120,6 +136,7 @@ class Examiner:
             try:
                 record = source.records[index]
                 name = record_id(record, name)
+                examined.unread.update(unread_paths(record))
                 counts = self._counts(source.parse(record, index), notes)
             except SampleError as error:
                 notes.append((error.kind, str(error)))
@@ -139,6 +156,8 @@ class Examiner:
     def _counts(self, sample: Sample, notes: list[tuple[str, str]]) -> tuple[int, int, int]:
         """Tokens, supervised tokens and images of a sample. Raises SampleError."""
         encoded = self.data.encoder.encode(sample)
+        if (markup := picture_markup(sample)) is not None:
+            notes.append(("picture_markup", f"the text holds {shortened(markup, 60)!r}"))
         if encoded.truncated:
             notes.append(("truncated", f"cut to {encoded.n_tokens} tokens"))
         for picture in sample.images[: encoded.n_images]:
@@ -149,7 +168,10 @@ class Examiner:
         with open_image(picture) as image:
             yield from picture_notes(image, str(picture))
             if self.decode:
-                self.data.preprocessor(decoded(image, picture))
+                is_transparent, rgb = has_transparency(image), decoded(image, picture)
+                if is_transparent and rgb.getextrema() == ((255, 255),) * 3:
+                    yield "white_on_white", f"{picture}: nothing is left to see"
+                self.data.preprocessor(rgb)
 
 
 def picture_notes(image: Image.Image, name: str) -> Iterator[tuple[str, str]]:
@@ -158,14 +180,20 @@ def picture_notes(image: Image.Image, name: str) -> Iterator[tuple[str, str]]:
     stated = extensions.get(PurePath(name).suffix.lower())
     if stated is not None and stated != image.format and {stated, image.format} != {"JPEG", "MPO"}:
         yield "wrong_extension", f"{name} is a {image.format}"
-    if image.mode not in ("RGB", "L", "1"):
+    if image.mode not in ("RGB", "L", "1", "RGBA", "LA"):
         yield "unusual_mode", f"{name} is of mode {image.mode}"
+    if has_transparency(image):
+        how = "an alpha channel" if "A" in image.getbands() else "a transparent colour"
+        yield "transparent", f"{name} has {how}"
     if (orientation := _orientation(image)) not in (0, 1):
         yield "rotated", f"{name} has orientation {orientation}"
     short, long = sorted(image.size)
     if long == 1 or long > 20 * short:
         yield "extreme_shape", f"{name} has {image.width} x {image.height} pixels"
-    if (n_frames := _n_frames(image)) > 1:
+    n_frames = 1 if image.format == "MPO" else _n_frames(image)  # a phone's MPO: its depth, gain map or preview
+    if n_frames > 1 and image.format == "TIFF":
+        yield "several_pages", f"{name} has {n_frames} pages"
+    elif n_frames > 1:
         yield "animated", f"{name} has {n_frames} frames"
 
 
@@ -180,7 +208,7 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def _n_frames(image: Image.Image) -> int:
-    """Frames of an animation; 1 where they cannot be counted, for the first may be whole all the same."""
+    """Frames or pages of a file; 1 where they cannot be counted, for the first may be whole all the same."""
     try:
         return int(getattr(image, "n_frames", 1))
     except DAMAGED:
@@ -212,7 +240,21 @@ def check_data(
     lengths = _epoch_lengths(data, found[0])
     n_steps = n_steps_of(len(lengths), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
     packing = _expected_packing(config, lengths, n_steps, n_ranks, data.attention_cost)
-    return Checked(found[0], found[1] if data.held_out else (), lengths, n_steps, packing)
+    trained, counts = set(config.trainable.learning_rates()), _counted(found[0])
+    refusal = None
+    try:
+        refuse_without_pictures(counts, trained)
+    except DataError as error:
+        refusal = str(error)
+    warnings = tuple(warnings_of(counts, trained))
+    return Checked(found[0], found[1] if data.held_out else (), lengths, n_steps, packing, refusal, warnings)
+
+
+def _counted(by_source: Iterable[Examined]) -> Survey:
+    """A survey of all samples that can be trained on."""
+    n_images = [n for each in by_source for n, n_tokens in zip(each.n_images, each.n_tokens, strict=True) if n_tokens]
+    n_with_markup = sum(finding.kind == "picture_markup" for each in by_source for finding in each.findings)
+    return Survey(len(n_images), sum(map(bool, n_images)), n_with_markup)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llava_train.config import StageConfig
 from llava_train.data.chat import ChatEncoder
-from llava_train.data.chat_templates import load_template, unlike_own
+from llava_train.data.chat_templates import load_template
 from llava_train.data.images import ImagePreprocessor
 from llava_train.data.mixture import Mixture, open_mixture
 from llava_train.data.packing import attention_cost_of
@@ -24,8 +24,6 @@ class StageData:
     preprocessor: ImagePreprocessor
     attention_cost: float
     """See `packing.sample_cost`."""
-    note: str | None
-    """See `chat_templates.unlike_own`."""
 
 
 def open_stage_data(config: StageConfig) -> StageData:
@@ -38,5 +36,4 @@ def open_stage_data(config: StageConfig) -> StageData:
     batch = config.batch
     encoder = ChatEncoder(front.tokenizer, template, front.n_image_tokens, batch.max_sample_tokens, batch.over_long)
     preprocessor = ImagePreprocessor(front.processor.image_processor)
-    note = unlike_own(config.model.chat_template, template, front.tokenizer)
-    return StageData(mixture, held_out, encoder, preprocessor, attention_cost_of(front.hidden_size), note)
+    return StageData(mixture, held_out, encoder, preprocessor, attention_cost_of(front.hidden_size))

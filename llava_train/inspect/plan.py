@@ -3,14 +3,15 @@
     lengths of the data (measured, or assumed where there is none) -> packs of some steps -> micro-steps, FLOPs
     the parts' config.json -> a model without weights -> memory on each GPU, and what to change if it does not fit
 
-Hours are the FLOPs that the mathematics needs, over a share of what the GPU can do by its datasheet.
+Hours are the FLOPs that the mathematics needs, over a share of what the GPU can do by its datasheet, or over what a few
+steps on this machine reached (`plan_measure`).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from transformers import LlavaConfig
@@ -23,11 +24,12 @@ from llava_train.inspect.plan_lengths import Lengths, PlanError, find_lengths
 from llava_train.model.processor import build_processor
 from llava_train.model.skeleton import config_without_weights, skeleton
 from llava_train.train.activations import NotImitatedError
-from llava_train.train.device_peaks import peak_flops
+from llava_train.train.device_peaks import multiplied_in, peak_flops
 from llava_train.train.memory import GIB, MARGIN, Estimate, Estimator, ways
 from llava_train.train.metrics import ModelFlops, model_flops
-from llava_train.train.pace import ASSUMED_MFU
+from llava_train.train.pace import ASSUMED_MFU, figure
 from llava_train.train.remedies import Remedy, find_remedy
+from llava_train.train.schedule import unreached_steps
 
 DEVICES = {
     "A100": "NVIDIA A100-SXM4-80GB",
@@ -41,7 +43,20 @@ DEVICES = {
     "RTX5090": "NVIDIA GeForce RTX 5090",
 }
 """Short names of GPUs whose peak is known, see `train.device_peaks`."""
+CPU = "CPU"
+"""The name of a device that has no peak by a datasheet."""
 _N_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast one device trains."""
+
+    words: str
+    """What it is known from, or why it is not known."""
+    flops_per_s: float | None = None
+    step_s: float | None = None
+    """Of one device alone, where it was measured."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +81,10 @@ class Plan:
 
     config: StageConfig
     n_ranks: int
+    on_cuda: bool
+    """Whether it is planned for GPUs, or for CPUs."""
     memory: int
-    """Of each GPU, in bytes."""
+    """Of each GPU, or of each process on CPUs, in bytes."""
     estimates: tuple[Estimate, ...]
     """By way of activation checkpointing; the last is the one that the run takes."""
     remedy: Remedy | None
@@ -78,6 +95,8 @@ class Plan:
     hours: float | None
     speed: str
     """What the hours are computed from, or why they are not known, in words."""
+    notes: tuple[str, ...] = ()
+    """What the user may not have meant."""
 
     @property
     def estimate(self) -> Estimate:
@@ -100,39 +119,50 @@ def make_plan(
     device: str = "H100",
     tflops: float | None = None,
     mfu: float = ASSUMED_MFU,
+    measured: Speed | None = None,
 ) -> Plan:
     """Plans a stage. Raises UserError.
 
     Args:
-        memory: bytes of each GPU.
-        device: a GPU of `DEVICES`, or its full name.
-        tflops: the peak of each GPU, in place of that of `device`.
+        memory: bytes of each GPU, or of each process on CPUs.
+        device: a GPU of `DEVICES`, or its full name, or `CPU`.
+        tflops: the peak of each device in the stage's precision, in place of that of `device`.
         mfu: share of the peak that a run uses.
+        measured: the speed of the stage on `device`, in place of a share of its peak.
     """
-    peak = _peak(device, tflops, config.engine.precision)
+    speed = measured or _by_datasheet(config.engine.precision, device, tflops, mfu)
     front = build_processor(config.model, config.image)
     llava = config_without_weights(config.model, front)
     lengths = find_lengths(config, front)
-    estimator = Estimator(llava, n_ranks, "cuda", max(1, int(lengths.n_images.max(initial=0))))
+    on_cuda = device.upper() != CPU
+    estimator = Estimator(llava, n_ranks, "cuda" if on_cuda else "cpu", lengths.longest)
     estimates = _estimates(estimator, config, usable(memory))
     remedy = None
     if estimates[-1].total_bytes > usable(memory):
         remedy = find_remedy(estimator, config, estimates[-1].recompute, usable(memory))
-    flops = _flops(config, llava)
-    packing = pack_some(config, lengths, n_ranks, llava.text_config.hidden_size, flops)
-    schedule = config.schedule
-    n_steps = schedule.max_steps
+    packing = pack_some(config, lengths, n_ranks, llava.text_config.hidden_size, _flops(config, llava))
+    n_steps, notes = config.schedule.max_steps, list[str]()
     if lengths.n_samples is not None:
-        n_steps = n_steps_of(lengths.n_samples, config.batch.size, schedule.epochs, schedule.max_steps)
-    hours, speed = None, "the number of samples is not known"
-    if peak is None:
-        speed = f"no datasheet's peak of {device} in {config.engine.precision} is known; give --tflops"
-    elif packing.critical_flops is None:
-        speed = "the model's FLOPs are not known"
-    elif n_steps is not None:
-        hours = n_steps * packing.critical_flops / (peak * mfu) / 3600
-        speed = f"{mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s ({'--tflops' if tflops else device}), assumed"
-    return Plan(config, n_ranks, memory, estimates, remedy, lengths, packing, n_steps, hours, speed)
+        n_steps = n_steps_of(lengths.n_samples, config.batch.size, config.schedule.epochs, n_steps)
+        unreached = unreached_steps(config.schedule, lengths.n_samples, config.batch.size)
+        notes += [unreached] if unreached else []
+    hours, words = _hours(speed, packing, n_steps, n_ranks)
+    return Plan(
+        config, n_ranks, on_cuda, memory, estimates, remedy, lengths, packing, n_steps, hours, words, tuple(notes)
+    )
+
+
+def _hours(speed: Speed, packing: Packing, n_steps: int | None, n_ranks: int) -> tuple[float | None, str]:
+    """Hours of all steps, and what they are computed from; None and why they are not known."""
+    flops = packing.critical_flops
+    if n_steps is None:
+        return None, "the number of samples is not known"
+    if flops and speed.flops_per_s:
+        return n_steps * flops / speed.flops_per_s / 3600, speed.words
+    if speed.step_s:
+        return n_steps * speed.step_s / n_ranks / 3600, speed.words
+    unknown = "the model's FLOPs are not known; --measure runs a few steps on this machine"
+    return None, unknown if speed.flops_per_s else speed.words
 
 
 def bytes_of(text: str) -> int:
@@ -150,17 +180,17 @@ def bytes_of(text: str) -> int:
 def pack_some(
     config: StageConfig, lengths: Lengths, n_ranks: int, hidden_size: int, flops: ModelFlops | None
 ) -> Packing:
-    """Packs the first steps of the run where all lengths are known, else steps drawn from those that are."""
+    """Packs the first steps of the run where the lengths of all its samples are known, else steps drawn from some."""
     rng, batch = np.random.default_rng(config.seed), config.batch
     n_micro, loads, worst_loads, critical, n_packs = 0, 0, 0, 0.0, 0
-    n_steps = _N_STEPS if not lengths.complete else min(_N_STEPS, -(-len(lengths.n_tokens) // batch.size))
     n_planned = 0
-    for step in range(n_steps):
-        n_known = len(lengths.n_tokens)
-        if lengths.complete:
-            chosen = step_samples(step, config.seed, n_known, batch.size)
+    for step in range(_N_STEPS):
+        if lengths.numbers is None:
+            chosen = rng.integers(0, len(lengths.n_tokens), batch.size)
+        elif step * batch.size < len(lengths.numbers) and lengths.n_samples:
+            chosen = np.searchsorted(lengths.numbers, step_samples(step, config.seed, lengths.n_samples, batch.size))
         else:
-            chosen = rng.integers(0, n_known, batch.size)
+            break
         chosen = chosen[lengths.n_tokens[chosen] > 0]
         if not len(chosen):
             continue
@@ -209,16 +239,19 @@ def _flops(config: StageConfig, llava: LlavaConfig) -> ModelFlops | None:
     return model_flops(model, llava.image_seq_length, config.loader.cache_features)
 
 
-def _peak(device: str, tflops: float | None, precision: str) -> float | None:
-    """FLOP/s of a GPU; None by datasheet in another precision than bf16. Raises PlanError."""
-    if tflops is not None:
-        if not 0 < tflops < math.inf:
-            raise PlanError(f"--tflops {tflops:g}: write the peak of one GPU in TFLOP/s, as 989")
-        return tflops * 1e12
-    peak = peak_flops(DEVICES.get(device.upper(), device))
-    if peak is None:
-        raise PlanError(f"--device {device}: its peak is not known; choose {', '.join(DEVICES)}, or give --tflops")
-    return peak if precision == "bf16" else None
+def _by_datasheet(precision: Literal["bf16", "fp32"], device: str, tflops: float | None, mfu: float) -> Speed:
+    """A share of the peak of a device. Raises PlanError."""
+    if tflops is not None and not 0 < tflops < math.inf:
+        raise PlanError(f"--tflops {tflops:g}: write the peak of one device in TFLOP/s, as 989")
+    multiplied = multiplied_in(precision)
+    peak = tflops * 1e12 if tflops else peak_flops(DEVICES.get(device.upper(), device), multiplied)
+    if peak:
+        named = "--tflops" if tflops else f"{device} in {multiplied}"
+        return Speed(f"{figure(100 * mfu)}% of {figure(peak / 1e12)} TFLOP/s ({named}), assumed", peak * mfu)
+    if device.upper() == CPU:
+        return Speed("a CPU has no peak by a datasheet; --measure runs a few steps on this machine, or give --tflops")
+    known = ", ".join([*DEVICES, CPU])
+    raise PlanError(f"--device {device}: its peak is not known; choose {known}, or give --tflops")
 
 
 def as_record(plan: Plan) -> dict[str, Any]:
@@ -228,6 +261,7 @@ def as_record(plan: Plan) -> dict[str, Any]:
         "name": plan.config.name,
         "fits": plan.fits,
         "gpus": plan.n_ranks,
+        "device": "cuda" if plan.on_cuda else "cpu",
         "memory_bytes": plan.memory,
         "usable_bytes": usable(plan.memory),
         "estimate": plan.estimate.as_record(),
@@ -248,4 +282,5 @@ def as_record(plan: Plan) -> dict[str, Any]:
         "n_steps": plan.n_steps,
         "hours": plan.hours,
         "speed": plan.speed,
+        "notes": list(plan.notes),
     }

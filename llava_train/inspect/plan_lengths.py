@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from llava_train.config import SourceSection, StageConfig
-from llava_train.data.chat import IGNORED, ChatEncoder
+from llava_train.data.chat import ChatEncoder
 from llava_train.data.chat_templates import load_template
+from llava_train.data.lengths import MOST_MEASURED, Longest, SampleLengths, longest_of, measure, samples_of_run
 from llava_train.data.mixture import Mixture, open_mixture, taken
-from llava_train.data.problems import DataError, SampleError
+from llava_train.data.problems import DataError
 from llava_train.errors import UserError
 from llava_train.model.processor import Front
 
@@ -34,24 +35,21 @@ class PlanError(UserError):
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """Samples of a stage: arrays by sample."""
+class Lengths(SampleLengths):
+    """Samples of a stage: some of them, or all."""
 
-    n_tokens: np.ndarray  # image tokens included
-    n_supervised: np.ndarray
-    n_images: np.ndarray
     n_samples: int | None
     """Of an epoch; None where it is not known."""
     origin: str
     """Where the numbers come from, in words."""
-
-    @property
-    def complete(self) -> bool:
-        return self.n_samples == len(self.n_tokens)
+    longest: Longest | None = None
+    """Where all samples of the run were measured."""
+    numbers: np.ndarray | None = None
+    """Which samples these are, ascending, where they are all of the run."""
 
 
 def find_lengths(config: StageConfig, front: Front) -> Lengths:
-    """Lengths of the samples of a stage: of up to 2,000 of them, or assumed where some data are not there yet.
+    """Lengths of the samples of a stage, measured on all or some of them; assumed where some data are not there yet.
 
     Raises DataError as the run would, where data are there and cannot be used.
     """
@@ -69,7 +67,7 @@ def find_lengths(config: StageConfig, front: Front) -> Lengths:
         raise PlanError("data: holds no sample")
     template, batch = load_template(config.model.chat_template, front.tokenizer), config.batch
     encoder = ChatEncoder(front.tokenizer, template, front.n_image_tokens, batch.max_sample_tokens, batch.over_long)
-    return measure_lengths(mixture, encoder)
+    return measure_lengths(config, mixture, encoder)
 
 
 def _with_what_is_there(source: SourceSection) -> SourceSection:
@@ -79,21 +77,22 @@ def _with_what_is_there(source: SourceSection) -> SourceSection:
     return source.model_copy(update={"images": None}) if missing else source
 
 
-def measure_lengths(mixture: Mixture, encoder: ChatEncoder) -> Lengths:
-    """Encodes up to 2,000 samples over the whole of the data. Those that cannot be read count 0 tokens."""
-    numbers = np.unique(np.linspace(0, len(mixture) - 1, _N_MEASURED).round().astype(int))
-    rows = [_measure(mixture, encoder, number) for number in numbers.tolist()]
-    n_tokens, n_supervised, n_images = np.array(rows, dtype=np.int64).T
-    origin = f"measured on {'all' if len(rows) == len(mixture) else f'{len(rows):,} of'} {len(mixture):,} samples"
-    return Lengths(n_tokens, n_supervised, n_images, len(mixture), origin)
+def measure_lengths(config: StageConfig, mixture: Mixture, encoder: ChatEncoder) -> Lengths:
+    """Encodes all samples that the run trains on, if they are few, else 2,000 over the whole of the data.
 
-
-def _measure(mixture: Mixture, encoder: ChatEncoder, number: int) -> tuple[int, int, int]:
-    try:
-        encoded = encoder.encode(mixture[number])
-    except SampleError:
-        return 0, 0, 0
-    return encoded.n_tokens, int((encoded.labels != IGNORED).sum()), encoded.n_images
+    Those that cannot be read have 0 tokens.
+    """
+    n_samples, numbers = len(mixture), samples_of_run(config, len(mixture))
+    if len(numbers) > MOST_MEASURED:
+        some = np.linspace(0, n_samples - 1, _N_MEASURED).round().astype(int)
+        found = measure(mixture, encoder, some.tolist())
+        return Lengths(**vars(found), n_samples=n_samples, origin=f"measured on {len(some):,} of {n_samples:,} samples")
+    found = measure(mixture, encoder, numbers.tolist())
+    of_all = "all" if len(numbers) == n_samples else f"the {len(numbers):,} that it trains on, of"
+    origin = f"measured on {of_all} {n_samples:,} samples"
+    return Lengths(
+        **vars(found), n_samples=n_samples, origin=origin, longest=longest_of(found, config.batch.size), numbers=numbers
+    )
 
 
 def assume_lengths(config: StageConfig, n_image_tokens: int, why: str) -> Lengths:

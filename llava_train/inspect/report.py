@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,14 @@ from llava_train.data.mixture import Mixture
 from llava_train.data.problems import KINDS
 from llava_train.inspect.check import NOTES, Checked, Examined
 from llava_train.inspect.opening import StageData
+from llava_train.train.schedule import unreached_steps
 
+_NOT_THERE = ("image_missing", "path_outside_root")
+_NEARLY_ALL = 0.9
+"""Share of the samples with pictures from which on a wrong `images:` is the likely cause."""
 _BAR = 40
 _N_EXAMPLES = 5
+_N_UNREAD_KEYS = 20
 
 
 def summary(config: StageConfig, data: StageData, checked: Checked) -> dict[str, Any]:
@@ -48,9 +54,37 @@ def summary(config: StageConfig, data: StageData, checked: Checked) -> dict[str,
         "held_out": _by_source(data.held_out, checked.held_out) if data.held_out else {},
         "problems": {kind: found for kind, found in of_kinds.items() if kind not in NOTES},
         "notes": {kind: found for kind, found in of_kinds.items() if kind in NOTES},
+        "unread_keys": {
+            source.name: dict(e.unread.most_common())
+            for source, e in zip(data.mixture.sources, checked.by_source, strict=True)
+            if e.unread
+        },
+        "refusal": checked.refusal,
+        "warnings": list(checked.warnings),
+        "wrong_images": [*_wrong_images(data.mixture, checked.by_source), *_held_out_images(data, checked)],
         "n_steps": checked.n_steps,
+        "max_steps_not_reached": unreached_steps(config.schedule, len(checked.lengths), config.batch.size),
         "packing": checked.packing,
     }
+
+
+def _held_out_images(data: StageData, checked: Checked) -> list[str]:
+    return _wrong_images(data.held_out, checked.held_out) if data.held_out else []
+
+
+def _wrong_images(mixture: Mixture, examined: Sequence[Examined]) -> list[str]:
+    """Return a question for each source nearly all of whose pictures are missing: it is the place that is wrong."""
+    questions = []
+    for source, found in zip(mixture.sources, examined, strict=True):
+        missing = [finding for finding in found.findings if finding.kind in _NOT_THERE]
+        n_pictured = len(missing) + sum(n > 0 for n in found.n_images)
+        if missing and len(missing) >= _NEARLY_ALL * n_pictured:
+            questions.append(
+                f"{source.path}: {len(missing):,} of {n_pictured:,} samples with pictures name some that are not where "
+                f"they are looked for. Is `images:` of this source right? {missing[0].reason} (paths count from "
+                f"{Path.cwd()})"
+            )
+    return questions
 
 
 def _by_source(mixture: Mixture, examined: Sequence[Examined]) -> dict[str, dict[str, int]]:
@@ -99,13 +133,26 @@ def print_report(console: Console, found: dict[str, Any]) -> None:
     _print_sources(console, found["sources"] | {f"held out: {name}": n for name, n in found["held_out"].items()})
     _print_findings(console, "What would be lost", found["problems"], KINDS, "red")
     _print_findings(console, "What is handled", found["notes"], NOTES, "yellow")
+    if unreached := found["max_steps_not_reached"]:
+        console.print(f"[bold yellow]Note:[/] {unreached}", highlight=False)
+    _print_unread_keys(console, found["unread_keys"])
+    for warning in found["warnings"]:
+        console.print(f"[yellow]{escape(warning)}[/]", highlight=False)
     if found["clean"]:
         console.print("What can be trained on was written; in the stage file it is", highlight=False)
         for section in found["clean"]:
             console.print(escape(f"  - {json.dumps(section, ensure_ascii=False)}"), highlight=False)
-    if found["would_lose"]:
-        console.print("[bold red]Something would be lost.[/] --write-clean OUT.jsonl writes the rest.")
-    else:
+    for note in found["clean_notes"]:
+        console.print(f"[yellow]{escape(printable(note))}[/]", highlight=False)
+    if found["refusal"]:
+        console.print(f"[bold red]A run would be refused:[/] {escape(found['refusal'])}", highlight=False)
+    for question in found["wrong_images"]:
+        console.print(f"[bold red]{escape(printable(question))}[/]", highlight=False)
+    if found["would_lose"] and (found["problems"] or not found["refusal"]):
+        is_left = found["n_bad"] < found["n_samples"]
+        advice = " --write-clean OUT.jsonl writes the rest." if is_left and not found["wrong_images"] else ""
+        console.print(f"[bold red]{'Something' if is_left else 'Everything'} would be lost.[/]{advice}")
+    elif not found["would_lose"]:
         console.print("[bold green]Every sample can be trained on.[/]")
 
 
@@ -120,6 +167,16 @@ def _print_sources(console: Console, sources: dict[str, dict[str, int]]) -> None
     for name, counts in sources.items():
         table.add_row(escape(name), *(f"{counts[key]:,}" for key in ("n_samples", "n_bad", "n_tokens")))
     console.print(table)
+
+
+def _print_unread_keys(console: Console, unread: dict[str, dict[str, int]]) -> None:
+    """Prints the keys of records that nothing reads, with the number of records that have a value there."""
+    if unread:
+        console.print("[bold]Keys that nothing reads[/]")
+    for name, counts in unread.items():
+        listed = ", ".join(f"{key} ({n:,})" for key, n in list(counts.items())[:_N_UNREAD_KEYS])
+        more = f" and {len(counts) - _N_UNREAD_KEYS:,} more" if len(counts) > _N_UNREAD_KEYS else ""
+        console.print(escape(printable(f"  {name}: {listed}{more}")), highlight=False)
 
 
 def _print_findings(console: Console, title: str, findings: dict[str, Any], words: dict[str, str], colour: str) -> None:

@@ -12,6 +12,9 @@ import math
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
+
+from llava_train.onednn import compiles_each_shape, next_size
 
 LONGEST = 1024
 """Tokens of a document from which the kept weights would cost too much memory: half its square for each head."""
@@ -69,9 +72,12 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
         scale: of the scores; None for 1 / sqrt(d).
     """
     _, n_heads, length, size = query.shape
-    grouped = query.view(key.shape[1], -1, length, size)
+    if compiles_each_shape(query.device, query.dtype):
+        # Tokens behind the last: no token of the document sees them, and what they give is dropped.
+        query, key, value = (pad(one, (0, 0, 0, next_size(length) - length)) for one in (query, key, value))
+    grouped = query.view(key.shape[1], -1, query.shape[2], size)
     output = BlockAttention.apply(grouped, key[0], value[0], size**-0.5 if scale is None else scale)
-    return output.view(1, n_heads, length, -1)
+    return output.view(1, n_heads, query.shape[2], -1)[:, :, :length]
 
 
 def _rows(tensor: torch.Tensor, start: int, end: int) -> torch.Tensor:

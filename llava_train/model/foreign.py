@@ -9,6 +9,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import Any
+from warnings import warn
 
 import torch
 from peft import PeftModel
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_train.config import ImageSection, ModelSection
+from llava_train.errors import Note
 from llava_train.failures import reason
 from llava_train.model.build import NOT_LOADED, Llava, join, load_vision_tower, widen
 from llava_train.model.compatibility import BuildError
@@ -31,7 +33,7 @@ from llava_train.model.foreign_files import (
 )
 from llava_train.model.mm_projector import feature_settings
 from llava_train.model.original import Original, named_like, read_original
-from llava_train.model.processor import Front, build_processor, count_encoder_tokens
+from llava_train.model.processor import IMAGE_TOKEN, INTERPOLATING, Front, build_processor, count_encoder_tokens
 from llava_train.model.trainable import part_module
 from llava_train.refusals import SectionError, validated
 
@@ -71,8 +73,13 @@ def load_transformers(folder: Path, dtype: torch.dtype | None = None, **settings
         raise ForeignError(f"{folder} has an adapter beside it; quantize `llava-train export --merge-lora` of its run")
     try:
         model, loaded = LlavaForConditionalGeneration.from_pretrained(
-            str(folder), dtype=dtype or "auto", output_loading_info=True, **settings
+            str(folder), dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **settings
         )
+        for name, theirs, ours in sorted(loaded["mismatched_keys"]):
+            raise ForeignError(
+                f"{folder}: config.json does not fit the weights: {name} is {list(theirs)} in the file, and would be "
+                f"{list(ours)}; copy config.json and the weights again from the same model"
+            )
         if missing := loaded["missing_keys"]:
             raise ForeignError(f"{folder} lacks {len(missing)} of its tensors, such as {min(missing)}; copy it again")
         if has_adapter:
@@ -143,16 +150,66 @@ def _of_transformers(folder: Path, dtype: torch.dtype | None, settings: dict[str
     trusted = {"trust_remote_code": settings.get("trust_remote_code", False)}
     try:
         processor = AutoProcessor.from_pretrained(str(folder), **trusted)
-    except (OSError, ValueError) as error:
+    except NOT_LOADED as error:
         raise ForeignError(f"{folder} has no processor that transformers loads: {reason(error)}") from error
     if not isinstance(processor, LlavaProcessor):
         raise ForeignError(f"{folder} has a {type(processor).__name__}, not a LlavaProcessor")
-    config = model.config
-    vision, strategy = config.vision_config, config.vision_feature_select_strategy
-    image_processor = processor.image_processor
-    size = (getattr(image_processor, "crop_size", None) or image_processor.size)["height"]
-    n_tokens = count_encoder_tokens(deepcopy(vision), size, config.vision_feature_layer)
-    processor.patch_size, processor.vision_feature_select_strategy = vision.patch_size, strategy
-    processor.num_additional_image_tokens = n_tokens - (size // vision.patch_size) ** 2
+    n_image_tokens = _match_image_tokens(folder, model, processor)
+    _match_image_token_id(folder, model, processor)
     model.set_attn_implementation("sdpa")
-    return Llava(model, processor, n_tokens - (strategy == "default"))
+    return Llava(model, processor, n_image_tokens)
+
+
+def _match_image_tokens(folder: Path, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> int:
+    """Makes the processor and the config count the tokens that the vision tower gives for an image.
+
+    Returns:
+        The number of tokens of an image.
+
+    Raises:
+        ForeignError: pictures of a size that the tower does not take, or a layer that it does not have.
+    """
+    config, vision = model.config, model.config.vision_config
+    square = getattr(processor.image_processor, "crop_size", None) or processor.image_processor.size
+    size, patch, own = square["height"], vision.patch_size, vision.image_size
+    fits = size % patch == 0 if size and vision.model_type in INTERPOLATING else size == own
+    if not fits or square["width"] != size:
+        sides = "no square" if size is None or square["width"] != size else f"pictures of {size} x {size} pixels"
+        raise ForeignError(
+            f"{folder}: its image processor makes {sides}, but its vision tower takes {own} x {own} pixels in patches "
+            f"of {patch}; correct crop_size in preprocessor_config.json (and in processor_config.json, where there is "
+            "one), or image_size in config.json"
+        )
+    try:
+        n_tokens = count_encoder_tokens(deepcopy(vision), size, config.vision_feature_layer)
+    except BuildError as error:
+        raise ForeignError(f"{folder}: config.json: {str(error).removeprefix('model.')}") from error
+    processor.patch_size, processor.vision_feature_select_strategy = patch, config.vision_feature_select_strategy
+    processor.num_additional_image_tokens = n_tokens - (size // patch) ** 2
+    config.image_seq_length = n_tokens - (config.vision_feature_select_strategy == "default")
+    return int(config.image_seq_length)
+
+
+def _match_image_token_id(folder: Path, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+    """Makes the model look for the token that the tokenizer writes for `<image>`; its embedding is never used.
+
+    Raises:
+        ForeignError: no such token, or tokens that the model has no embedding for.
+    """
+    tokenizer, config = processor.tokenizer, model.config
+    token_id, n_rows = tokenizer.get_vocab().get(IMAGE_TOKEN), model.get_input_embeddings().num_embeddings
+    again = "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) again from the model's origin"
+    if token_id is None or tokenizer(IMAGE_TOKEN, add_special_tokens=False).input_ids != [token_id]:
+        raise ForeignError(f"{folder}: its tokenizer has no token {IMAGE_TOKEN}, where pictures go; {again}")
+    if (n_tokens := max(tokenizer.get_vocab().values()) + 1) > n_rows:
+        raise ForeignError(
+            f"{folder}: its tokenizer has {n_tokens} tokens, but the model has embeddings for {n_rows}; {again}"
+        )
+    if config.image_token_id != token_id:
+        warn(
+            f"{folder}: config.json says that {IMAGE_TOKEN} is token {config.image_token_id} (image_token_index), its "
+            f"tokenizer says {token_id}; the tokenizer's is used",
+            Note,
+            stacklevel=2,
+        )
+    config.image_token_id, processor.image_token_id, processor.image_token = token_id, token_id, IMAGE_TOKEN

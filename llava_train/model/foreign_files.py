@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from enum import Enum
 from pathlib import Path
@@ -20,7 +21,10 @@ from safetensors.torch import load_file
 
 from llava_train.errors import UserError
 from llava_train.failures import reason
+from llava_train.file_kinds import kind_of_file
 from llava_train.files import is_hub_id
+from llava_train.git_lfs import lfs_problem_of_model
+from llava_train.model.not_a_model import not_a_model, what_to_name
 
 State = dict[str, torch.Tensor]
 
@@ -33,6 +37,9 @@ ADAPTER_FOLDER = "adapter"
 _SMALL_BINS = (MM_PROJECTOR_FILE, NON_LORA_FILE, "adapter_model.bin")
 _FROM_THE_HUB = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", *_SMALL_BINS)
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_OF_WEIGHTS = ("a file of PyTorch", "a pickle", "a safetensors file")
+_DAMAGED = ("a damaged ZIP archive", "an empty file", "a file of blanks")
+"""Kinds of files that may have held tensors: what reads tensors says what is wrong."""
 _UNDERSTOOD = (
     f"{MM_PROJECTOR_FILE}; an original LLaVA checkpoint (config.json, weights with model.mm_projector.*); its LoRA "
     f"form ({ADAPTER_CONFIG}, adapter_model, {NON_LORA_FILE}); a LLaVA model of transformers (config.json, weights "
@@ -81,6 +88,9 @@ def kind_of(path: Path) -> Kind:
     Raises:
         ForeignError: nothing that is understood; the message says what was found.
     """
+    for place in (path, path / ADAPTER_FOLDER):
+        if problem := lfs_problem_of_model(place):
+            raise ForeignError(problem)
     if path.is_file():
         if any("mm_projector." in name for name in tensor_names([path])):
             return Kind.MM_PROJECTOR
@@ -96,9 +106,7 @@ def kind_of(path: Path) -> Kind:
         return Kind.TRANSFORMERS
     if (path / MM_PROJECTOR_FILE).is_file():
         return kind_of(path / MM_PROJECTOR_FILE)
-    found = sorted(file.name for file in path.iterdir())
-    listed = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
-    raise NothingUnderstood(f"{path} holds {listed or 'nothing'}; understood are: {_UNDERSTOOD}")
+    raise NothingUnderstood(not_a_model(path, _UNDERSTOOD))
 
 
 def has_projector(folder: Path) -> bool:
@@ -123,6 +131,7 @@ def tensor_names(files: list[Path]) -> set[str]:
     """Names of the tensors in files, without reading them where the format allows it. Raises ForeignError."""
     names: set[str] = set()
     for file in files:
+        _refuse_no_weights(file)
         if file.suffix == ".safetensors":
             try:
                 with safe_open(file, "pt") as opened:
@@ -134,6 +143,16 @@ def tensor_names(files: list[Path]) -> set[str]:
     return names
 
 
+def _refuse_no_weights(file: Path) -> None:
+    """Refuses a file that is plainly something else, before PyTorch takes it for a dangerous pickle."""
+    try:
+        kind = kind_of_file(file)
+    except OSError as error:
+        raise ForeignError(f"{file} cannot be read: {error.strerror}") from error
+    if kind is not None and kind.words not in (*_OF_WEIGHTS, *_DAMAGED):
+        raise ForeignError(f"{file} is {kind.words}, no model; {what_to_name(file, kind)}")
+
+
 def read_tensors(files: list[Path]) -> State:
     """The tensors of `.safetensors` and `.bin` files, on the CPU, mapped into memory where the format allows it.
 
@@ -142,15 +161,17 @@ def read_tensors(files: list[Path]) -> State:
     """
     state: State = {}
     for file in files:
+        _refuse_no_weights(file)
         try:
             if file.suffix == ".safetensors":
                 content: Any = load_file(file)
             else:
                 content = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+) was not an allowed", str(error))  # else PyTorch's advice to load it anyway
             raise ForeignError(
-                f"{file} holds more than tensors, which could run code when it is read: it is not opened; save its "
-                f"tensors as .safetensors where you trust it ({str(error).splitlines()[0]})"
+                f"{file} holds more than tensors{f' ({found[1]})' if found else ''}, which could run code when it is "
+                "read: it is not opened; save its tensors as .safetensors where you trust it"
             ) from error
         except (SafetensorError, RuntimeError, EOFError, OSError) as error:
             raise ForeignError(f"{file} cannot be read: {error}; copy it again") from error

@@ -113,7 +113,7 @@ def _measured(
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         with LiveBytes(model) as live:
             batch = imitate(pack, llava.image_token_id, torch.device("cpu"))
-            loss, _ = PackedLoss(model)(**batch.model_inputs())
+            loss, _ = PackedLoss(model, like_cuda)(**batch.model_inputs())
             loss.backward()
     return live.peak
 

@@ -15,7 +15,7 @@ from llava_train.data.images import ImagePreprocessor
 from llava_train.data.loader import StepDataset, first_pictures
 from llava_train.data.mixture import Mixture
 from llava_train.data.packing import attention_cost_of
-from llava_train.devices import DTYPES
+from llava_train.devices import DTYPES, without_bf16_attention
 from llava_train.errors import UserError
 from llava_train.files import write_manifest
 from llava_train.model.build import Llava, build_llava
@@ -31,12 +31,27 @@ from llava_train.model.weights import (
     load_init,
     save_projector,
 )
+from llava_train.onednn import compiles_each_shape
 from llava_train.train.world import World
 
 _STATISTICS_PICTURES, _STATISTICS_STEPS = 64, 16
 """How many pictures decide the mean and deviation of the features, and in how many steps they are looked for."""
 START_PATIENCE = 6.0
 """How many times `engine.hang_timeout_s` a part of the start may take: downloads and large models do."""
+
+
+def check_devices(config: StageConfig, world: World) -> None:
+    """Refuses a precision that the GPU of some rank cannot train in. Every rank must call it. Raises UserError."""
+    if config.engine.precision != "bf16":
+        return
+    if old := [gpu for gpu in world.gather(without_bf16_attention(world.device)) if gpu]:
+        remedy = "set it to fp32"
+        if is_quantized(config.trainable):
+            remedy += ", and remove trainable.language_model.lora.quantize_base, which needs bf16"
+        raise UserError(
+            "engine.precision: bf16 needs a GPU of compute capability 8.0 (Ampere: A100, RTX 30) or newer, and here is "
+            f"{old[0]}; {remedy}, or train on a newer GPU"
+        )
 
 
 def build(config: StageConfig, world: World, mixture: Mixture) -> tuple[Llava, str, Callable[..., StepDataset]]:
@@ -85,6 +100,7 @@ def dataset_maker(config: StageConfig, world: World, llava: Llava) -> Callable[.
         n_ranks=world.n_ranks,
         packing=config.batch.packing,
         attention_cost=attention_cost_of(llava.model.config.text_config.hidden_size),
+        few_sizes=compiles_each_shape(world.device, DTYPES[config.engine.precision]),
     )
 
 

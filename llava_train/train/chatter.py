@@ -19,6 +19,9 @@ import logging
 import os
 import sys
 import warnings
+from typing import Any
+
+from llava_train.errors import Note
 
 _NO_BARS = "TQDM_DISABLE"
 """Read when tqdm is imported; huggingface_hub overrides it for downloads on a terminal."""
@@ -37,6 +40,7 @@ def turn_down(is_main: bool = True) -> None:
     os.environ.setdefault(_NO_BARS, "1")
     for log in _NO_NEWS:
         logging.getLogger(log).addFilter(_is_news)
+    warnings.formatwarning = _formatted
     if not is_main:
         logging.disable(logging.WARNING)
     if sys.warnoptions:
@@ -54,6 +58,16 @@ def turn_up() -> None:
     log.setLevel(logging.INFO)
     for handler in log.handlers:
         handler.setLevel(logging.INFO)
+
+
+_of_python = warnings.formatwarning
+
+
+def _formatted(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+    """The text of a warning: a note of ours as one line, without the line of code that it comes from."""
+    if issubclass(category, Note):
+        return f"note: {message}\n"
+    return _of_python(message, category, *place, **more)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

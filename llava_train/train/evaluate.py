@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from transformers import LlavaForConditionalGeneration
 from llava_train.config import EvalSection, StageConfig
 from llava_train.data.images import decode_image
 from llava_train.data.loader import StepDataset
+from llava_train.data.pictures import Picture
 from llava_train.data.problems import SampleError
 from llava_train.data.samples import IMAGE_PLACEHOLDER, Turn
 from llava_train.model.attention import PACKED
@@ -24,12 +25,14 @@ from llava_train.train.shown_pictures import save_pictures
 from llava_train.train.tracking import Evaluated
 from llava_train.train.world import World
 from llava_train.use.generation import Prompt, Sampling, answers_of
-from llava_train.use.metrics import Score, judge, scores_of
+from llava_train.use.metrics import Metric, Score, judge, scores_of
 from llava_train.use.prompts import Prompts
 from llava_train.use.questions import Item, first_question, read_questions
 
 _BATCH = 8
 """Questions that a rank answers together."""
+_N_LOOKED_AT = 200
+"""Samples among which different questions are looked for."""
 
 
 @dataclass(frozen=True)
@@ -46,24 +49,59 @@ class HeldOut:
 
 
 def open_held_out(world: World, dataset: StepDataset, section: EvalSection, run_dir: Path) -> HeldOut:
-    """The first readable questions of the data set, and those of `eval.questions`. Every rank must call it.
+    """The questions of the data set to show and to measure, and those of `eval.questions`. Every rank must call it.
 
-    The pictures of those that are shown are saved in the run's folder.
+    The first readable ones are measured. Those that are shown differ in question and picture, where they can; their
+    pictures are saved in the run's folder.
 
     Raises:
         DataError, QuestionError: the questions cannot be read, or lack what the metric measures by.
     """
     of_data = section.metric is not None and section.questions is None
-    n = max(section.generate, section.metric_samples if of_data else 0)
-    indices = world.on_main(lambda: _readable(dataset, n))
+    n_measured = section.metric_samples if of_data else 0
+    indices = world.on_main(lambda: _readable(dataset, n_measured))
     metric = section.metric if of_data else None
-    items = tuple(first_question(dataset.mixture[index], f"eval.data, sample {index}", metric) for index in indices)
-    measured = items if of_data else ()
+    items = {index: _question(dataset, index, metric) for index in indices}
+    measured = tuple(items.values())
+    indices = world.on_main(lambda: _different(dataset, section.generate))
+    shown = tuple(items.get(index) or _question(dataset, index, None) for index in indices)
     if section.metric and section.questions:
         measured = tuple(read_questions(Path(section.questions.path), section.metric, section.questions.images))
-    shown = items[: section.generate]
     pictures = world.on_main(lambda: save_pictures(shown, run_dir))
     return HeldOut(dataset, shown, measured[: section.metric_samples], pictures)
+
+
+def _question(dataset: StepDataset, index: int, metric: Metric | None) -> Item:
+    """Return the first question of a sample. Raises QuestionError where the metric cannot measure its answer."""
+    return first_question(dataset.mixture[index], f"eval.data, sample {index}", metric)
+
+
+def _different(dataset: StepDataset, n: int) -> list[int]:
+    """Return `n` readable samples that ask other questions about other pictures, as far as there are such."""
+    items: dict[int, Item] = {}
+    for index in range(min(_N_LOOKED_AT, len(dataset.mixture)) if n else 0):
+        with suppress(SampleError):
+            items[index] = _question(dataset, index, None)
+    chosen: dict[int, Item] = {}
+    for n_new in (2, 1, 0):  # of question and picture
+        for index, item in items.items():
+            if len(chosen) == n:
+                break
+            questions = {each.prompt for each in chosen.values()}
+            pictures = {each.group for each in chosen.values()}
+            is_new = (item.prompt not in questions) + (item.group not in pictures) >= n_new
+            if is_new and index not in chosen and _is_readable(item.pictures):
+                chosen[index] = item
+    return sorted(chosen)
+
+
+def _is_readable(pictures: Iterable[Picture]) -> bool:
+    try:
+        for picture in pictures:
+            decode_image(picture)
+    except SampleError:
+        return False
+    return True
 
 
 def _readable(dataset: StepDataset, n: int) -> list[int]:
@@ -72,12 +110,9 @@ def _readable(dataset: StepDataset, n: int) -> list[int]:
     for index in range(len(dataset.mixture)):
         if len(found) == n:
             break
-        try:
-            for picture in dataset.mixture[index].images:
-                decode_image(picture)
-        except SampleError:
-            continue
-        found.append(index)
+        with suppress(SampleError):
+            if _is_readable(dataset.mixture[index].images):
+                found.append(index)
     return found
 
 
@@ -107,6 +142,12 @@ def evaluate(
         if id(item) in answers
     )
     measured = [item for item in held_out.measured if id(item) in answers]
+    if held_out.measured and not measured:
+        first = held_out.measured[0]
+        raise BadSampleError(
+            f"eval.metric: none of its {len(held_out.measured)} questions can be asked, the first is {first.id} "
+            f"({first.where}): their pictures cannot be read, or their texts cannot be encoded"
+        )
     return Evaluated(loss, n_bad, kept, _scores(section, measured, [answers[id(item)] for item in measured]))
 
 
@@ -142,7 +183,8 @@ def held_out_loss(
     torch.distributed.all_reduce(totals)
     loss_sum, n_supervised, n_bad = totals.tolist()
     if not n_supervised:
-        raise BadSampleError("eval.data: none of its samples can be read; `llava-train check` says why")
+        why = "can be read" if n_bad else "has a supervised token"
+        raise BadSampleError(f"eval.data: none of its samples {why}; `llava-train check` says more")
     return loss_sum / n_supervised, int(n_bad)
 
 

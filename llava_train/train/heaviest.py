@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from llava_train.config import BatchSection
+from llava_train.data.lengths import Longest
 from llava_train.data.loader import PackedBatch
-from llava_train.data.mixture import Mixture
-from llava_train.data.problems import SampleError
+from llava_train.data.packing import sample_cost
 
-_N_LOOKED_AT = 64
+_ROUNDING = 1e-9
+"""Of the computed bound, so that a bound that is a whole number is not rounded below it."""
 
 
 @dataclass(frozen=True)
@@ -36,37 +39,63 @@ class PackShape:
 
 
 def heaviest_pack(
-    batch: BatchSection, n_ranks: int, n_image_tokens: int, image_size: int, images_a_sample: int = 1
+    batch: BatchSection,
+    n_ranks: int,
+    n_image_tokens: int,
+    image_size: int,
+    attention_cost: float = 0.0,
+    longest: Longest | None = None,
 ) -> PackShape:
-    """As many tokens and images as a pack of a rank can hold.
-
-    Packs are filled evenly, so a rank has at most its share of the step's samples, each of the greatest length.
+    """Returns a pack that none of a rank's packs exceeds, in tokens or in images, whatever samples a step draws.
 
     Args:
-        images_a_sample: the most images that a sample has.
+        attention_cost: see `packing.sample_cost`.
+        longest: the greatest of the run's samples, where all were measured. Otherwise each sample of a step may have
+            `max_sample_tokens`, and as many images as fit into them.
 
-        size 4, max_tokens 100, max_sample_tokens 40, 1 rank, 16 image tokens -> documents of 40, 40, 20; 4 images
+        size 4, max_tokens 100, max_sample_tokens 40, 1 rank, 16 image tokens -> documents of 40, 40, 20; 6 images
+        the same, and no sample has more than 20 tokens and 1 image           -> documents of 20, 20, 20, 20; 4 images
     """
-    share = -(-batch.size // n_ranks) if batch.packing else 1
-    n_tokens = min(batch.max_tokens, share * batch.max_sample_tokens)
-    n_whole, rest = divmod(n_tokens, batch.max_sample_tokens)
-    lengths = (batch.max_sample_tokens,) * n_whole + ((rest,) if rest else ())
-    n_samples = batch.size if batch.packing else 1
-    n_images = min(n_tokens // (n_image_tokens + 1), n_samples * images_a_sample)
-    return PackShape(lengths, n_images, n_image_tokens, image_size)
+    images_a_sample = (batch.max_sample_tokens - 1) // n_image_tokens  # one token at least is supervised text
+    if longest is None:
+        longest = Longest((batch.max_sample_tokens,) * batch.size, (images_a_sample,) * batch.size)
+    images_a_sample = longest.n_images[0]
+    if not batch.packing:
+        return PackShape(longest.n_tokens[:1], images_a_sample, n_image_tokens, image_size)
+    n_samples = max(1, len(longest.n_tokens) - n_ranks + 1)  # no pack is empty where the samples are enough
+    n_tokens = min(batch.max_tokens, _most_tokens(longest.n_tokens, n_ranks, n_samples, attention_cost))
+    n_images = min(sum(longest.n_images[:n_samples]), _images_in(n_tokens, images_a_sample, n_image_tokens))
+    return PackShape(_documents(longest.n_tokens, n_tokens), n_images, n_image_tokens, image_size)
 
 
-def most_images(mixture: Mixture) -> int:
-    """The most images of a sample, at least 1, among a few over the whole of the data."""
-    numbers = range(0, len(mixture), max(1, len(mixture) // _N_LOOKED_AT))
-    return max([1, *(_n_images(mixture, number) for number in numbers)])
+def _most_tokens(longest: Sequence[int], n_ranks: int, n_samples: int, attention_cost: float) -> int:
+    """Most tokens that a pack of `n_samples` can have, as long as `batch.max_tokens` does not limit it.
+
+    `packing` gives each sample, the costliest first, to the pack that is cheapest so far. When a pack gets its last
+    sample, some other pack has less than an even share of the samples (as a number) and costs at least as much. So the
+    costliest pack costs at most as much as an even share of the costliest samples, and swaps make it no costlier. Of
+    all packs of that cost, the one whose samples are equally long has the most tokens t: t + attention_cost * t^2 /
+    n_samples is its cost.
+    """
+    share = -(-len(longest) // n_ranks)
+    cost = sum(sample_cost(n_tokens, attention_cost) for n_tokens in longest[:share])
+    curvature = attention_cost / n_samples
+    by_cost = (math.sqrt(1 + 4 * curvature * cost) - 1) / (2 * curvature) if curvature else cost
+    return min(sum(longest[:n_samples]), math.floor(by_cost * (1 + _ROUNDING)))
 
 
-def _n_images(mixture: Mixture, number: int) -> int:
-    try:
-        return len(mixture[number].images)
-    except SampleError:
-        return 0
+def _images_in(n_tokens: int, images_a_sample: int, n_image_tokens: int) -> int:
+    """Most images in so many tokens, if each sample has at most `images_a_sample` and a token of text."""
+    n_whole, rest = divmod(n_tokens, images_a_sample * n_image_tokens + 1)
+    return n_whole * images_a_sample + max(0, rest - 1) // n_image_tokens
+
+
+def _documents(longest: Sequence[int], n_tokens: int) -> tuple[int, ...]:
+    """The longest samples, the last of them cut, that make up `n_tokens`."""
+    ends = list(accumulate(longest))
+    n_whole = sum(end <= n_tokens for end in ends)
+    rest = n_tokens - sum(longest[:n_whole])
+    return (*longest[:n_whole], *([rest] if rest else []))
 
 
 def imitate(shape: PackShape, image_token: int, device: torch.device) -> PackedBatch:

@@ -2,7 +2,7 @@
 
 What a step holds at its worst moment is
 
-    weights + gradients + optimizer + buckets + gathered weights + CUDA itself
+    weights + gradients + optimizer + buckets + gathered weights + CUDA itself, or the kernels that a CPU compiles
     + the most of  activations | reducing gradients | the optimizer's step
 
 Activations are found by running a pack on shapes alone (`activations`); the rest is arithmetic over the numbers of
@@ -19,9 +19,13 @@ import torch
 from transformers import LlavaConfig
 
 from llava_train.config import StageConfig
+from llava_train.data.lengths import Longest
+from llava_train.data.loader import filler_lengths
+from llava_train.data.packing import attention_cost_of
 from llava_train.devices import DTYPES
 from llava_train.model.recompute import RECOMPUTES, Recompute
 from llava_train.model.skeleton import skeleton
+from llava_train.onednn import compiles_each_shape, kernels_bytes
 from llava_train.train.activations import NotImitatedError, activation_bytes, unimitated
 from llava_train.train.heaviest import PackShape, heaviest_pack
 from llava_train.train.holdings import Held, held_bytes, size_of
@@ -41,9 +45,10 @@ class Estimate:
     activations: int
     """Of the heaviest pack, logits and the loss included."""
     context: int
-    """Of CUDA itself."""
+    """Of CUDA itself; on a CPU, of the kernels that oneDNN compiles and keeps."""
     pack: PackShape
     recompute: Recompute
+    on_cuda: bool = True
 
     @property
     def total_bytes(self) -> int:
@@ -67,7 +72,7 @@ class Estimate:
             kinds["activations"] = self.activations
         else:
             kinds[worst] = moments[worst]
-        kinds["CUDA"] = self.context
+        kinds["CUDA" if self.on_cuda else "compiled kernels"] = self.context
         return {kind: n_bytes for kind, n_bytes in kinds.items() if n_bytes}
 
     def as_record(self) -> dict[str, Any]:
@@ -120,18 +125,22 @@ class Estimator:
     Args:
         llava: the model's configuration.
         device_type: on a CPU, what is offloaded lies in the same memory.
-        images_a_sample: the most images that a sample has.
+        longest: the greatest samples of the run, where all were measured; see `heaviest_pack`.
     """
 
-    def __init__(self, llava: LlavaConfig, n_ranks: int, device_type: str, images_a_sample: int = 1) -> None:
+    def __init__(self, llava: LlavaConfig, n_ranks: int, device_type: str, longest: Longest | None = None) -> None:
         self.llava, self.n_ranks, self.on_cuda = llava, n_ranks, device_type == "cuda"
-        self.images_a_sample = images_a_sample
+        self.longest = longest
         self._activations: dict[Any, int] = {}
 
     def pack(self, config: StageConfig) -> PackShape:
-        """The heaviest pack of a rank."""
+        """The heaviest pack of a rank, filled up where the run's packs are."""
         size = config.image.size or self.llava.vision_config.image_size
-        return heaviest_pack(config.batch, self.n_ranks, self.llava.image_seq_length, size, self.images_a_sample)
+        cost = attention_cost_of(self.llava.text_config.hidden_size)
+        pack = heaviest_pack(config.batch, self.n_ranks, self.llava.image_seq_length, size, cost, self.longest)
+        if not self._compiles_each_shape(config):
+            return pack
+        return replace(pack, lengths=(*pack.lengths, *filler_lengths(pack.lengths, config.batch.max_tokens)))
 
     def estimate(self, config: StageConfig, recompute: Recompute) -> Estimate:
         """The memory of a stage on each device, whatever `engine.activation_checkpointing` says.
@@ -148,8 +157,14 @@ class Estimator:
         key = (config.trainable.model_dump_json(), config.engine.precision, pack, recompute)
         if key not in self._activations:
             self._activations[key] = activation_bytes(config, self.llava, pack, recompute, self.on_cuda)
-        context = self.on_cuda * (_CONTEXT_BYTES + _NCCL_BYTES * (self.n_ranks > 1))
-        return Estimate(held, self._activations[key], context, pack, recompute)
+        if self.on_cuda:
+            context = _CONTEXT_BYTES + _NCCL_BYTES * (self.n_ranks > 1)
+        else:
+            context = kernels_bytes() * self._compiles_each_shape(config)
+        return Estimate(held, self._activations[key], context, pack, recompute, self.on_cuda)
+
+    def _compiles_each_shape(self, config: StageConfig) -> bool:
+        return not self.on_cuda and compiles_each_shape(torch.device("cpu"), DTYPES[config.engine.precision])
 
     def choose(self, config: StageConfig, budget: int) -> Choice:
         """The way of activation checkpointing that the stage file names, for `auto` the first that fits.
@@ -189,5 +204,6 @@ def budget_of(device: torch.device, n_ranks_on_node: int, loaded: int = 0) -> in
 
 
 def gib(n_bytes: float) -> str:
-    """Bytes for people: `12.3 GiB`, `45.6 MiB`."""
-    return f"{n_bytes / GIB:,.1f} GiB" if n_bytes >= GIB else f"{n_bytes / 2**20:,.1f} MiB"
+    """Bytes for people: `12.3 GiB`, `45.6 MiB`, `7.8 KiB`."""
+    unit, name = next((pair for pair in ((GIB, "GiB"), (2**20, "MiB")) if n_bytes >= pair[0]), (2**10, "KiB"))
+    return f"{n_bytes / unit:,.1f} {name}"

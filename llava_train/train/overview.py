@@ -14,6 +14,7 @@ from llava_train.model.trainable import PartSummary
 from llava_train.train.heaviest import PackShape
 from llava_train.train.pace import ASSUMED_MFU, N_MEASURED, about
 from llava_train.train.resume import Resumption
+from llava_train.train.schedule import unreached_steps
 
 _MOST_SOURCES = 6
 
@@ -95,8 +96,10 @@ class Overview:
         return later if n_left > N_MEASURED + 1 else ""
 
     def notes(self) -> Iterator[str]:
-        """Lines on where the run stands."""
+        """Lines on where the run stands, and on what its user may not have meant."""
         for reason in self.resumption.passed_over:
             yield f"passed over {reason}"
         if self.resumption.step:
             yield f"resuming after step {self.resumption.step} of {self.n_steps}"
+        if unreached := unreached_steps(self.config.schedule, len(self.mixture), self.config.batch.size):
+            yield f"note: {unreached}"

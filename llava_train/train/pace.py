@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +58,13 @@ class Pace:
         self._told = True
         n_left = metrics["time_left_s"] / metrics["step_s"]
         return f"measured over {n_steps} steps: the rest takes about {about(n_left * self._took_s / n_steps)}"
+
+
+def figure(value: float) -> str:
+    """A number to three digits, without an exponent: `2,250`, `989`, `66.9`, `0.1`, `0.00125`."""
+    n_decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
+    text = f"{value:,.{max(0, n_decimals)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def about(seconds: float) -> str:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from llava_train.config import ScheduleSection
+from llava_train.data.order import n_steps_of
 
 
 def lr_factor(step: int, n_steps: int, schedule: ScheduleSection) -> float:
@@ -21,6 +22,22 @@ def lr_factor(step: int, n_steps: int, schedule: ScheduleSection) -> float:
         return 1.0
     progress = (step - n_warmup) / max(1, n_steps - n_warmup)
     return 1.0 - progress if schedule.lr == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def unreached_steps(schedule: ScheduleSection, n_samples: int, batch_size: int) -> str | None:
+    """Says that the data end before `schedule.max_steps`, and what to change; None where they do not.
+
+    170 samples, 12 a step, 1 epoch, max_steps 40 -> max_steps 40 is not reached: 1 epoch has 15 steps; ...
+    """
+    n_steps = n_steps_of(n_samples, batch_size, schedule.epochs)
+    if schedule.max_steps is None or n_steps >= schedule.max_steps or not n_samples:
+        return None
+    enough = math.ceil(schedule.max_steps / n_steps_of(n_samples, batch_size, 1))
+    epochs, has = f"{schedule.epochs:g}", "has" if schedule.epochs == 1 else "have"
+    return (
+        f"schedule.max_steps {schedule.max_steps:,} is not reached: {epochs} epoch{'s' * (epochs != '1')} {has} "
+        f"{n_steps:,} step{'s' * (n_steps != 1)}; raise schedule.epochs to {enough:,}"
+    )
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

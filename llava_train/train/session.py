@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
-
-import psutil
+from pathlib import Path
 
 from llava_train.train.interrupt import StopRequests
 from llava_train.train.terminal import Waiting
@@ -17,18 +17,18 @@ class StartClock:
 
     def __init__(self) -> None:
         self._parts: dict[str, float] | None = {}
-        self._last = psutil.Process().create_time()
+        self._last = time.monotonic() - age_s()
 
     def start(self) -> None:
         """A stage begins."""
         if self._parts is None:
-            self._parts, self._last = {}, time.time()
+            self._parts, self._last = {}, time.monotonic()
 
     def mark(self, part: str) -> None:
         """What ran since the mark before was `part`."""
         if self._parts is not None:
-            now = time.time()
-            self._parts[part] = now - self._last
+            now = time.monotonic()
+            self._parts[part] = self._parts.get(part, 0.0) + now - self._last
             self._last = now
 
     def line(self) -> str | None:
@@ -38,6 +38,15 @@ class StartClock:
             return None
         shares = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
         return f"first step after {sum(parts.values()):.1f} s: {shares}"
+
+
+def age_s() -> float:
+    """Seconds since this process started, to a hundredth.
+
+    psutil's time of creation is up to a second early: the time of boot that it adds has whole seconds.
+    """
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass

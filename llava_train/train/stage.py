@@ -13,9 +13,11 @@ import deepspeed
 
 from llava_train.config import StageConfig
 from llava_train.data.chat_templates import unlike_own
+from llava_train.data.lengths import Longest, measure_longest
 from llava_train.data.loader import StepDataset, read_steps
 from llava_train.data.mixture import Mixture, open_mixture
 from llava_train.data.order import n_steps_of
+from llava_train.data.survey import Survey, refuse_without_pictures, survey, warnings_of
 from llava_train.devices import imitates_bf16
 from llava_train.files import damage
 from llava_train.model.build import Llava
@@ -29,6 +31,8 @@ from llava_train.run_files import RESULT_FOLDER
 from llava_train.train.assembly import (
     START_PATIENCE,
     build,
+    chat_encoder,
+    check_devices,
     prepare_modes,
     write_result,
 )
@@ -39,7 +43,7 @@ from llava_train.train.dry_run import dry_run
 from llava_train.train.engine import free_memory, gathered, start_engine, stop_engine, time_reduction
 from llava_train.train.evaluate import evaluate, open_held_out
 from llava_train.train.finished import written
-from llava_train.train.heaviest import most_images
+from llava_train.train.heaviest import PackShape
 from llava_train.train.interrupt import STOP_FILE
 from llava_train.train.loop import Loop
 from llava_train.train.memory import Estimator, budget_of
@@ -126,10 +130,12 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
     """
     world, clock = session.world, session.clock
     clock.start()
+    check_devices(config, world)
     world.beat("opening the data", patience=START_PATIENCE)
     session.waiting.show("opening the data")
     mixture = open_mixture(config.data, config.seed, config.cache_dir)
     held_out = open_mixture(config.eval.data, config.seed, config.cache_dir) if config.eval else None
+    found = world.on_main(lambda: _surveyed(config, mixture))
     n_steps = n_steps_of(len(mixture), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
     card = describe(config, mixture)
     resumption, changes = _find_resumption(config, session, card)
@@ -142,7 +148,10 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
 
     session.waiting.show("building the model")
     llava, came_from, new_dataset = build(config, world, mixture)
-    estimator = Estimator(llava.model.config, world.n_ranks, world.device.type, most_images(mixture))
+    clock.mark("model")
+    longest = _longest(config, session, llava, mixture)
+    clock.mark("lengths")
+    estimator = Estimator(llava.model.config, world.n_ranks, world.device.type, longest)
     budget = _budget(world, llava)
     choice = world.on_main(lambda: estimator.choose(config, budget))
     stack.enter_context(advised(world, choice))  # from here on the device fills
@@ -157,7 +166,7 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
         known = (mixture, held_out, n_steps, world.n_ranks, world.device, pack, choice.line, pace, resumption)
         world.say(f"{config.name}: run folder {config.run_dir}")
         show_overview(session.waiting.console, Overview(config, parts, came_from, *known))
-    _say_notes(config, world, llava)
+    _say_notes(config, world, llava, found, is_new=resumption.checkpoint is None)
     steps, features = range(resumption.step, n_steps), None
     if config.loader.cache_features:
         session.waiting.show("computing features")
@@ -175,7 +184,9 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
         if resumption.checkpoint:
             window.restore(resumption.manifest["window"], world)
         dataset = new_dataset(mixture, seed=config.seed, features=features)
-        evaluate_after = _evaluation(config, world, engine, llava, new_dataset, held_out, n_steps, tracking)
+        evaluate_after = _evaluation(
+            config, world, engine, llava, new_dataset, held_out, estimator.pack(config), n_steps, tracking
+        )
         loop = Loop(session, config, engine, n_steps, tracking, window, checkpoints, evaluate_after)
         on_cuda = world.device.type == "cuda"
         with closing(read_steps(dataset, steps, config.loader.workers, on_cuda)) as batches:
@@ -196,6 +207,14 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
     return trained
 
 
+def _longest(config: StageConfig, session: Session, llava: Llava, mixture: Mixture) -> Longest | None:
+    """The greatest samples of the run, where they are few enough to measure all. Every rank must call it."""
+    session.world.beat("measuring the samples", patience=START_PATIENCE)
+    session.waiting.show("measuring the samples")
+    encoder = chat_encoder(config, llava)
+    return session.world.on_main(lambda: measure_longest(config, mixture, encoder))
+
+
 def _budget(world: World, llava: Llava) -> int:
     """Bytes that a step may take on the device of each rank: of all devices the smallest. Every rank must call it."""
     host = socket.gethostname()
@@ -211,9 +230,19 @@ def _yardstick(config: StageConfig, world: World, llava: Llava) -> Yardstick:
     return Yardstick(flops, peak, llava.n_image_tokens, llava.model.config.image_token_id, *limits)
 
 
-def _say_notes(config: StageConfig, world: World, llava: Llava) -> None:
-    """What a user may not have meant."""
-    if note := unlike_own(config.model.chat_template, llava.processor.chat_template, llava.tokenizer):
+def _surveyed(config: StageConfig, mixture: Mixture) -> Survey:
+    """A survey of the data. Raises DataError where the stage needs pictures and finds none."""
+    found = survey(mixture)
+    refuse_without_pictures(found, set(config.trainable.learning_rates()))
+    return found
+
+
+def _say_notes(config: StageConfig, world: World, llava: Llava, found: Survey, is_new: bool) -> None:
+    """Says what a user may not have meant; about the chat template only when a run begins."""
+    for warning in warnings_of(found, set(config.trainable.learning_rates())):
+        world.say(warning)
+    template, tokenizer = llava.processor.chat_template, llava.tokenizer
+    if is_new and (note := world.on_main(lambda: unlike_own(config.model.chat_template, template, tokenizer))):
         world.say(note)
     if config.engine.precision == "bf16" and imitates_bf16(world.device):
         world.say("engine.precision: this CPU imitates bf16, tens of times slower than fp32; better set it to fp32")
@@ -251,6 +280,7 @@ def _evaluation(
     llava: Llava,
     new_dataset: Callable[..., StepDataset],
     held_out: Mixture | None,
+    heaviest: PackShape,
     n_steps: int,
     tracking: Tracking,
 ) -> Callable[[int], None]:
@@ -258,7 +288,10 @@ def _evaluation(
     section = config.eval
     if section is None or held_out is None:
         return lambda step: None
-    dataset = new_dataset(held_out, seed=None, batch_size=min(config.batch.size, section.max_samples))
+    # The estimate of memory is of the samples that train. Longer held-out ones make more packs, not heavier ones.
+    max_tokens = min(config.batch.max_tokens, max(heaviest.n_tokens, config.batch.max_sample_tokens))
+    batch_size = min(config.batch.size, section.max_samples)
+    dataset = new_dataset(held_out, seed=None, batch_size=batch_size, max_tokens=max_tokens)
     asked = open_held_out(world, dataset, section, config.run_dir)
 
     def evaluate_after(step: int) -> None:

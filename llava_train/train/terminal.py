@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -27,6 +28,41 @@ def write_anything() -> None:
     """Lets standard output take characters that its encoding lacks, as escapes: no answer of a model may end a run."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+class _Pipe(io.FileIO):
+    """Standard output or error of a command. What is written after its reader has left, such as `head`, is dropped."""
+
+    is_read = True
+
+    def write(self, content: Any, /) -> int:
+        try:
+            return super().write(content)
+        except BrokenPipeError:
+            self.is_read = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(content)
+
+
+def allow_readers_to_leave() -> None:
+    """Lets a command do its work to the end where nobody reads what it prints any more."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__"):  # else it is another's, as in a notebook
+            stream.flush()
+            pipe = _Pipe(stream.fileno(), "w", closefd=False)
+            wrapped = io.TextIOWrapper(
+                io.BufferedWriter(pipe),
+                encoding=stream.encoding,
+                errors=stream.errors,
+                line_buffering=stream.line_buffering,
+            )
+            setattr(sys, name, wrapped)
+
+
+def is_read() -> bool:
+    """Whether somebody may still read standard output, as far as `allow_readers_to_leave` knows."""
+    return bool(getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "is_read", True))
 
 
 def new_live(console: Console, shown: RenderableType = "", transient: bool = False) -> Live:

@@ -49,10 +49,19 @@ class AnswersFile:
 
     Args:
         origin: what the answers depend on: `model`, `questions` and the settings.
+        places: where questions and pictures are, kept to say what differs; files may move.
     """
 
-    def __init__(self, path: Path, items: Sequence[Item], model_id: str, origin: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        items: Sequence[Item],
+        model_id: str,
+        origin: Mapping[str, Any],
+        places: Mapping[str, str] | None = None,
+    ) -> None:
         self.path, self.items, self.model_id, self.origin = path, items, model_id, dict(origin)
+        self.places = dict(places or {})
         told = json.dumps(self.origin, sort_keys=True)
         ids = (hashlib.sha256(f"{told}\n{index}".encode()).hexdigest()[:22] for index in range(len(items)))
         self._indices = {answer_id: index for index, answer_id in enumerate(ids)}
@@ -114,7 +123,7 @@ class AnswersFile:
         return sorted(path for path in self.path.parent.iterdir() if path.name.startswith(f"{self.path.name}.rank"))
 
     def _line(self, index: int, answer: Answer) -> str:
-        metadata = dict(self.origin)
+        metadata = {**self.origin, **self.places}
         if answer.log_likelihoods:
             metadata["log_likelihoods"] = answer.log_likelihoods
         record = {
@@ -139,18 +148,46 @@ class AnswersFile:
                 likelihoods = tuple(origin.pop("log_likelihoods", ()))
             except (ValueError, TypeError, KeyError) as error:
                 raise strange from error
-            self._check(path, origin)
+            self._check(path, origin, record.get("model_id"))
             if index is None or len(likelihoods) != len(self.items[index].options):
                 raise strange
             found[index] = Answer(text, likelihoods)
         return found
 
-    def _check(self, path: Path, origin: dict[str, Any]) -> None:
-        if origin != self.origin:
-            keys = sorted(key for key in {*origin, *self.origin} if origin.get(key) != self.origin.get(key))
-            raise AnswersError(f"{path} holds answers with another {', '.join(keys)}; {_MEND}")
+    def _check(self, path: Path, origin: dict[str, Any], model_id: Any) -> None:
+        """Refuses answers of another origin, with every setting that differs. Raises AnswersError."""
+        compared = {key: value for key, value in origin.items() if key not in _PLACES}
+        if compared == self.origin:
+            return
+        lines = "".join(f"  {line}\n" for line in self._differences(origin, model_id))
+        raise AnswersError(f"{path} holds answers of another evaluation:\n{lines}{_MEND}")
+
+    def _differences(self, origin: Mapping[str, Any], model_id: Any) -> Iterator[str]:
+        """Yields a line for each setting that differs; of files, where only their checksums do, that they changed."""
+        keys = [key for key in {**origin, **self.origin} if origin.get(key) != self.origin.get(key)]
+        for key in keys:
+            if key == "questions":
+                yield from self._other_questions(origin)
+            elif key == "model":
+                other = model_id != self.model_id
+                yield f"model: {model_id} there, {self.model_id} here" if other else "model: its files have changed"
+            elif key not in _PLACES:
+                yield f"{key}: {_shown(origin, key)} there, {_shown(self.origin, key)} here"
+
+    def _other_questions(self, origin: Mapping[str, Any]) -> Iterator[str]:
+        """Yields what may make the questions others: their file or their pictures, else what stands in the file."""
+        places = [key for key in _PLACES if key in origin and origin[key] != self.places.get(key)]
+        yield from (f"{key}: {origin[key]!r} there, {self.places.get(key)!r} here" for key in places)
+        if not places and origin.get("prompt_suffix") == self.origin.get("prompt_suffix"):
+            unknown = "" if any(key in origin for key in _PLACES) else ", or the places of their pictures,"
+            yield f"questions: their texts, ids or pictures{unknown} have changed"
 
 
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    return f"{settings[key]!r}" if key in settings else "none"
+
+
+_PLACES = ("data", "images")
 _MEND = "name another file (--answers), or replace it (--overwrite)"
 
 

@@ -141,9 +141,10 @@ def _answers_files(plan: Evaluation, items: Sequence[Item]) -> dict[str, Answers
         **({"chat_template": _told(plan.chat_template)} if plan.chat_template else {}),
         **({} if plan.metric == "choice" else {"max_new_tokens": plan.max_new_tokens}),
     }
+    places = {"data": str(plan.data), "images": plan.images or str(plan.data.parent)}
     files = {}
     for way in (PICTURE, BLANK) if plan.blind else (PICTURE,):
-        files[way] = AnswersFile(plan.answers_path(way), items, plan.name, {**origin, "way": way})
+        files[way] = AnswersFile(plan.answers_path(way), items, plan.name, {**origin, "way": way}, places)
         files[way].path.parent.mkdir(parents=True, exist_ok=True)
     return files
 
@@ -229,16 +230,32 @@ def _score(
     answers = {way: file.merge() for way, file in files.items()}
     asked = range(len(items))[: plan.limit]
     both = [index for index in asked if all(index in given for given in answers.values())]
+    if skipped and not both:
+        raise EvaluationError(
+            f"no question can be asked, so there is no score ({len(skipped)} are left out); the first: "
+            f"{next(iter(skipped.values()))}; {_ask_for_images(plan)}"
+        )
     if lost := sorted({*asked} - {*both, *skipped}):
         raise AnswersError(
             f"{files[PICTURE].path} lacks {len(lost)} answers, the first to question {items[lost[0]].id} "
             f"({items[lost[0]].where}): something else changed it; the same command answers them"
+        )
+    if not both:
+        raise EvaluationError(
+            f"none of the {len(asked)} questions can be asked, so there is no score: {next(iter(skipped.values()))}"
         )
     given = {way: [found[index] for index in both] for way, found in answers.items()}
     chosen, reasons = [items[index] for index in both], list(skipped.values())
     report = report_on(plan.name, str(plan.data), plan.metric, chosen, given, reasons)
     report.write(plan.scores_path)
     return report
+
+
+def _ask_for_images(plan: Evaluation) -> str:
+    """Return the question whether the pictures are looked for in the right place."""
+    if plan.images is None:
+        return f"name the folder of the pictures (--images) if it is another one than {plan.data.parent.absolute()}"
+    return f"is --images {plan.images} right? It is {Path(plan.images).absolute()}"
 
 
 class _Asker:
@@ -267,7 +284,8 @@ class _Asker:
                 return {key: answer for index in indices for key, answer in self.answers([index], way).items()}
             if not self.plan.skip_bad:
                 reason = _reason(self.items[indices[0]], str(error))
-                raise EvaluationError(f"{reason}; mend it, or leave such questions out (--skip-bad)") from error
+                where = f"; {_ask_for_images(self.plan)}" if error.kind == "image_missing" else ""
+                raise EvaluationError(f"{reason}{where}; fix it, or leave such questions out (--skip-bad)") from error
             self.skipped[way, indices[0]] = str(error)
             return {}
 

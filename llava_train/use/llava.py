@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+from warnings import warn
 
 import torch
 from PIL import Image
@@ -23,18 +24,25 @@ from llava_train.data.chat_templates import load_template
 from llava_train.data.images import ImagePreprocessor
 from llava_train.data.samples import IMAGE_PLACEHOLDER, Turn
 from llava_train.devices import cast_parameters, pick_device, pick_dtype
-from llava_train.errors import UserError
+from llava_train.errors import Note, UserError
 from llava_train.model.build import Llava, build_llava
 from llava_train.model.processor import load_vision_config
 from llava_train.refusals import validated
 from llava_train.use.generation import Prompt, Sampling, answers_of, model_inputs, stream_answer
 from llava_train.use.images import ImageLike, read_image
 from llava_train.use.loading import load_llava, quantized
+from llava_train.use.projectors import load_projector, settings_of_projector
 from llava_train.use.prompts import Prompts
 from llava_train.user_paths import expand
 
 Precision: TypeAlias = Literal["auto", "bf16", "fp16", "fp32"] | torch.dtype
 Quantization = Literal["4bit", "8bit"]
+
+_FRESH_PROJECTOR = (
+    "the projector between vision_model_path and language_model_path has learnt nothing: answers will be empty or say "
+    "nothing about the picture; give a trained one (projector='runs/NAME' of stage 1, or an mm_projector.bin), or load "
+    "a trained model with LLaVA.from_pretrained"
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,9 @@ class LLaVA:
         device: `auto` for a GPU where there is one.
         dtype: `auto` for bfloat16 on a GPU, float32 elsewhere.
         chat_template: name or jinja file; `auto` for the one that the language model was trained with.
+        projector: a trained one: a run of stage 1, an `mm_projector.bin`, a folder with one, or a hub id. Its run, or
+            the `config.json` beside it, says which features of the vision tower it takes. None for a fresh one, which
+            has learnt nothing: answers then say nothing about a picture, and a warning says so.
 
     Raises:
         UserError: parts that are missing or cannot be joined, or a device that is not there.
@@ -77,20 +88,26 @@ class LLaVA:
         *,
         dtype: Precision = "auto",
         chat_template: str = "auto",
+        projector: str | Path | None = None,
     ) -> None:
-        """Joins parts with a fresh projector, which has learnt nothing yet."""
+        """Joins parts with a projector between them."""
         place = pick_device(device)
+        trained, image = ({}, ImageSection()) if projector is None else settings_of_projector(str(projector))
         vision_tower = expand(str(vision_model_path))
         has_class_token = not load_vision_config(vision_tower)[0].model_type.startswith("siglip")
         section = validated(
             ModelSection,
             language_model=str(language_model_path),
             vision_tower=vision_tower,
-            vision_feature_select="patch" if has_class_token else "full",
             chat_template=chat_template,
+            **{"vision_feature_select": "patch" if has_class_token else "full", **trained},
         )
         natural = torch.bfloat16 if place.type == "cuda" else torch.float32
-        llava = build_llava(section, ImageSection(), pick_dtype(dtype, natural, place))
+        llava = build_llava(section, image, pick_dtype(dtype, natural, place))
+        if projector is None:
+            warn(_FRESH_PROJECTOR, Note, stacklevel=2)
+        else:
+            load_projector(str(projector), llava, section)
         llava.processor.chat_template = load_template(section.chat_template, llava.tokenizer)
         llava.model.model.language_model.set_attn_implementation("sdpa")
         self._hold(llava, place, dtype, f"{vision_model_path} + {language_model_path}")

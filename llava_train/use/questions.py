@@ -5,7 +5,8 @@ The shape of a record is told by its keys. As LLaVA's scripts ask, `{"question_i
     vqa, exact, anls   `answers` (texts, or VQA's `{"answer": text}`) or `answer`
     pope               `label` (as POPE's own files) or `answer`: yes or no
     caption            `captions`, `caption`, `answers` or `answer`
-    choice             `options`, and `answer`: the text of one, its number from 0, or its letter
+    choice             `options`, and `answer`: the text of one, its number from 0, or its letter; refused where it
+                       may mean two: 2 of the options "1", "2" and "3"
 
 or a training record with its conversation (`data.samples`): each question is asked on its own, and the assistant's text
 is the reference; `categories` has one for each question.
@@ -13,12 +14,12 @@ is the reference; `categories` has one for each question.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llava_train.data.formats import images_beside, is_conversation, system_turn
 from llava_train.data.pictures import EmbeddedPicture, Picture
 from llava_train.data.samples import IMAGE_PLACEHOLDER, Sample, Turn, check_placeholders, check_unicode
 from llava_train.data.sources import Source, open_source
@@ -33,7 +34,9 @@ _REFERENCES: dict[Metric, tuple[str, ...]] = {
     "caption": ("captions", "caption", "answers", "answer"),
     "choice": ("answer",),
 }
-_CONVERSATIONS = ("conversations", "messages", "texts")
+_QUESTION_KEYS = {"question_id", "text", "question", "category", "categories", "options"} | {
+    key for keys in _REFERENCES.values() for key in keys
+}
 
 
 class QuestionError(UserError):
@@ -100,6 +103,8 @@ def first_question(sample: Sample, where: str, metric: Metric | None) -> Item:
     """The first question of a training sample. Raises QuestionError where the metric cannot measure its answer."""
     try:
         return replace(next(_of_sample(sample, metric, "", where, [None])), id=sample.id)
+    except StopIteration:
+        raise QuestionError(f"{where}: every answer is marked as not trained on, so nothing measures by it") from None
     except QuestionError as error:
         raise QuestionError(f"{where}: {error}") from error
 
@@ -108,7 +113,7 @@ def _items_of(source: Source, index: int, metric: Metric, suffix: str, where: st
     record = source.records[index]
     if not isinstance(record, dict):
         raise QuestionError(f"a question is a JSON object, not {type(record).__name__}")
-    if any(record.get(key) is not None for key in _CONVERSATIONS):
+    if is_conversation(record):
         categories = record.get("categories")
         categories = categories if categories and isinstance(categories, list) else [record.get("category")]
         return list(_of_sample(source.parse(record, index), metric, suffix, where, categories))
@@ -130,6 +135,9 @@ def _of_sample(
     system = tuple(turn for turn in sample.turns if turn.role == "system")
     spoken, n_shown = sample.turns[len(system) :], 0
     for number, (asked, answered) in enumerate(zip(spoken[::2], spoken[1::2], strict=True)):
+        if not answered.supervised:
+            n_shown += asked.text.count(IMAGE_PLACEHOLDER)
+            continue
         options, references = _measured_by({"answer": answered.text}, metric) if metric else ((), (answered.text,))
         n_shown += asked.text.count(IMAGE_PLACEHOLDER)
         yield Item(
@@ -147,12 +155,9 @@ def _of_question(record: dict[str, Any], source: Source, index: int, metric: Met
     text = next((record[key] for key in ("text", "question") if isinstance(record.get(key), str)), None)
     if text is None:
         raise QuestionError('no question: wanted "text", or the "conversations" of a training record')
-    listed = record.get("image") or []
-    misnamed = [key for key in record if key != "image" and re.search("im(age|g)|pic|photo", key, re.IGNORECASE)]
-    if not listed and misnamed:
-        raise QuestionError(f'no "image", but {misnamed[0]!r}: name the key "image", or drop it for no picture')
-    pictures = tuple(map(source.pictures.picture, listed if isinstance(listed, list) else [listed]))
-    turns = (Turn("user", _asked(text, len(pictures), suffix)),)
+    listed = images_beside(record, _QUESTION_KEYS)
+    pictures = tuple(map(source.pictures.picture, listed))
+    turns = (*system_turn(record), Turn("user", _asked(text, len(pictures), suffix)))
     check_placeholders(turns, len(pictures))
     options, references = _measured_by(record, metric)
     ids = [record[key] for key in ("question_id", "id") if record.get(key) is not None]
@@ -210,10 +215,54 @@ def _choice(options: Any, answer: Any) -> tuple[tuple[str, ...], tuple[str, ...]
         or len({*listed}) < len(listed)
     ):
         raise QuestionError("options: wanted two or more different texts")
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(listed):
-        return tuple(listed), (listed[answer],)
-    if answer in listed:
-        return tuple(listed), (answer,)
-    if answer in letters:
-        return tuple(listed), (listed[letters.index(answer)],)
-    raise QuestionError(f"answer: {answer!r} is none of the options: not a text, number from 0, or letter")
+    return tuple(listed), (listed[_right_option(listed, letters, answer)],)
+
+
+def _right_option(options: list[str], letters: list[str], answer: Any) -> int:
+    """Return the index of the option that an answer means. Raises QuestionError where that is none or several."""
+    meanings = _meanings(options, letters, answer)
+    possible = sorted({*meanings.values()})
+    if len(possible) == 1:
+        return possible[0]
+    if not possible:
+        raise QuestionError(f"answer: {answer!r} is none of the options: not a text, number from 0, or letter")
+    read_as = " or ".join(f"{options[index]!r} ({way})" for way, index in meanings.items())
+    names = [_name_of(options, letters, index) for index in possible]
+    advice = " or ".join(f"{name!r} for {options[index]!r}" for name, index in zip(names, possible, strict=True))
+    if None in names:
+        advice = "the options as an object whose letters are no texts of it"
+    raise QuestionError(f"answer: {answer!r} may mean {read_as}; write {advice}")
+
+
+def _meanings(options: list[str], letters: list[str], answer: Any) -> dict[str, int]:
+    """Return the index of the option that an answer means, by the way to read it.
+
+    What differs from an option in case, white space or as a number is written (`1.0`) makes another reading doubtful,
+    but is none by itself: 'A' of the options 'b' and 'a' may be a letter or a text.
+    """
+    is_number, found = isinstance(answer, int) and not isinstance(answer, bool), {}
+    if is_number and 0 <= answer < len(options):
+        found["by its number from 0"] = answer
+    if (letter := str(answer) if is_number else answer) in letters:
+        found["by its letter"] = letters.index(letter)
+    if answer in options:
+        found["by its text"] = options.index(answer)
+    elif is_number or found:
+        alike = [index for index, option in enumerate(options) if _is_like(option, answer)]
+        found |= {"by its text": alike[0]} if alike else {}
+    return found
+
+
+def _name_of(options: list[str], letters: list[str], index: int) -> str | int | None:
+    """Return what means an option and no other: its text, number or letter."""
+    names: tuple[str | int, ...] = options[index], index, letters[index]
+    return next((name for name in names if {*_meanings(options, letters, name).values()} == {index}), None)
+
+
+def _is_like(option: str, answer: Any) -> bool:
+    if option.strip().casefold() == str(answer).strip().casefold():
+        return True
+    try:
+        return float(option) == float(answer)
+    except (TypeError, ValueError):
+        return False

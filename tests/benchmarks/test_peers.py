@@ -110,10 +110,14 @@ def test_steps_of_other_samples_are_told_from_the_planned_ones():
 
 def test_a_run_that_ends_by_itself_while_it_is_stopped_is_no_failure(monkeypatch: pytest.MonkeyPatch):
     def gone(*_: Any) -> None:
+        calls.append("killpg")
+        if len(calls) == 2:  # after its memory was measured once
+            process.stdin.close()
         raise ProcessLookupError
 
+    calls: list[str] = []
     monkeypatch.setattr(peers.os, "killpg", gone)
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2)"]) as process:
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as process:
         assert peers._watch_memory(process, latest_end=0.0) > 0
 
 

@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.train.helpers import environment, free_port
+from tests.train.helpers import TIMEOUT_S, environment, free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 NODE = "localhost"
-START_S, JOB_S = 60, 300
 
 CONFIGURATION = """\
 ClusterName=test
@@ -61,7 +60,7 @@ class Cluster:
 
     def run(self, *command: str) -> str:
         """The output of a command of SLURM. Raises CalledProcessError."""
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
         return done.stdout.strip()
 
     def job(self, job_id: str) -> dict[str, str]:
@@ -95,13 +94,13 @@ def start_cluster(folder: Path, kill_wait_s: int = 10) -> Iterator[Cluster]:
         yield cluster
     finally:
         if len(daemons) == 3 and daemons[1].poll() is None:
-            subprocess.run(["scancel", "--user=root"], env=cluster.env, check=False, timeout=30)
-            deadline = time.monotonic() + kill_wait_s + 10
+            subprocess.run(["scancel", "--user=root"], env=cluster.env, check=False, timeout=TIMEOUT_S)
+            deadline = time.monotonic() + TIMEOUT_S
             while time.monotonic() < deadline and cluster.run("squeue", "--noheader"):
                 time.sleep(0.2)
         for daemon in reversed(daemons):
             daemon.terminate()
-            daemon.wait(timeout=30)
+            daemon.wait(timeout=TIMEOUT_S)
 
 
 def _write_configuration(folder: Path, kill_wait_s: int) -> None:
@@ -135,7 +134,7 @@ def _is_idle(cluster: Cluster) -> bool:
 
 
 def _wait_until(ready, daemons: list[subprocess.Popen[bytes]], folder: Path) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + TIMEOUT_S
     while not ready():
         if any(daemon.poll() is not None for daemon in daemons) or time.monotonic() > deadline:
             logs = [path.read_text(errors="replace")[-500:] for path in sorted(folder.glob("*.out"))]

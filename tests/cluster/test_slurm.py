@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cluster.slurm import JOB_S, Cluster
-from tests.train.helpers import ROOT, read_lines
+from tests.cluster.slurm import Cluster
+from tests.train.helpers import ROOT, TIMEOUT_S, read_lines
 
 pytestmark = pytest.mark.cluster
 
@@ -61,7 +61,7 @@ class Submitted:
 
     def until(self, reached: Callable[[], Any]) -> None:
         """Waits; fails with the log when the job ends before."""
-        deadline = time.monotonic() + JOB_S
+        deadline = time.monotonic() + TIMEOUT_S
         while not reached():
             assert time.monotonic() < deadline, self.log()
             assert self.cluster.job(self.id)["JobState"] not in ENDED, self.log()
@@ -85,7 +85,7 @@ class Submitted:
         self.cluster.run("scontrol", "update", f"JobId={self.id}", "StartTime=now+2")
 
     def end(self) -> dict[str, str]:
-        deadline = time.monotonic() + JOB_S
+        deadline = time.monotonic() + TIMEOUT_S
         while (job := self.cluster.job(self.id))["JobState"] not in ENDED:
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.1)

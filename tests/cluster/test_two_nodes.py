@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.cluster.nodes import Node, NodesUnavailable, start_nodes
-from tests.train.helpers import ROOT, TRAIN, read_lines, write_samples, write_stage
+from tests.train.helpers import ROOT, TIMEOUT_S, read_lines, write_samples, write_stage
 
 pytestmark = pytest.mark.cluster
 
-N_STEPS, EVERY = 40, 4
+N_STEPS, EVERY = 24, 4
+WORKER = ROOT / "tests/train/fault_rank.py"
 LOST_AFTER = {0: 5, 1: 17}
 """By node, so many steps; node 0 has rank 0 and torchrun's meeting point."""
-RUN_S = 300
-NOTICED_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -44,26 +45,27 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(nodes: tuple[Node, Node], folder: Path, output: str) -> Path:
-    """Starts one rank a node by torchrun; returns the run's metrics.jsonl."""
+def start(nodes: tuple[Node, Node], folder: Path, output: str, faults: dict[int, Any] | None = None) -> Path:
+    """Starts one rank a node by torchrun, with faults (`fault_rank`) by rank; returns the run's metrics.jsonl."""
     host = nodes[0]
     for node in nodes:
         launcher = [sys.executable, ROOT / "scripts/torchrun.py", "--nnodes=2", "--nproc-per-node=1"]
         meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={host.address}:29400", f"--local-addr={node.address}"]
         launcher += [*meeting, f"--rdzv-conf=is_host={int(node is host)}"]
-        command = [*launcher, TRAIN, "--config", "tiny.yaml", "--set", f"output={output}"]
+        command = [*launcher, WORKER, json.dumps(faults or {}), "--config", "tiny.yaml", "--set", f"output={output}"]
         node.start(command, folder, folder / f"{output}-{node.address}.log")
     return folder / output / "tiny/metrics.jsonl"
 
 
 def finish(nodes: tuple[Node, Node]) -> None:
     for node in nodes:
-        assert node.wait(RUN_S) == 0, node.log.read_text()
+        assert node.wait(TIMEOUT_S) == 0, node.log.read_text()
 
 
-def train_until(step: int, nodes: tuple[Node, Node], folder: Path, output: str) -> None:
-    metrics = start(nodes, folder, output)
-    deadline = time.monotonic() + RUN_S
+def train_until(step: int, waiting: int, nodes: tuple[Node, Node], folder: Path, output: str) -> None:
+    """Trains until so many steps are done and a node waits before the next one, the other one for that."""
+    metrics = start(nodes, folder, output, {waiting: [["pause", {"step": step + 1, "until": "never"}]]})
+    deadline = time.monotonic() + TIMEOUT_S
     while not (metrics.is_file() and metrics.read_text().count("\n") >= step):
         for node in nodes:
             assert node.process is not None and node.process.poll() is None, node.log.read_text()
@@ -77,11 +79,11 @@ def losses(folder: Path, output: str) -> list[tuple[int, float]]:
 
 def test_a_lost_node_ends_the_other_and_the_same_command_goes_on(nodes: tuple[Node, Node], shared: Path) -> None:
     for lost, step in LOST_AFTER.items():
-        train_until(step, nodes, shared, "interrupted")
+        train_until(step, lost, nodes, shared, "interrupted")
         nodes[lost].kill()
         other = nodes[1 - lost]
-        assert other.wait(NOTICED_S) not in (0, 85), other.log.read_text()
-        assert step <= len(losses(shared, "interrupted")) < N_STEPS
+        assert other.wait(TIMEOUT_S) not in (0, 85), other.log.read_text()
+        assert len(losses(shared, "interrupted")) == step
     for output in ("interrupted", "straight"):
         start(nodes, shared, output)
         finish(nodes)

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from llava_train.config import CHAT_TEMPLATES
 from llava_train.data.chat import IGNORED, ChatEncoder, OverLong
 from llava_train.data.chat_templates import load_template
+from llava_train.data.formats import parse_record
 from llava_train.data.pictures import PictureFolder, Pictures
 from llava_train.data.problems import SampleError
-from llava_train.data.samples import Sample, Turn, parse_record
+from llava_train.data.samples import Sample, Turn
 from llava_train.model.processor import byte_tokenizer
 from tests.data.chat_tokenizers import ADD_BOS, CONTROL_TOKENS, TOKENIZERS, add_control_tokens
 

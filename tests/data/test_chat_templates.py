@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llava_train.config import CHAT_TEMPLATES
 from llava_train.data.chat import ChatEncoder
-from llava_train.data.chat_templates import TemplateError, load_template
+from llava_train.data.chat_templates import TemplateError, load_template, unlike_own
 from llava_train.data.samples import Turn
 from tests.data.chat_tokenizers import SMOLLM2, TOKENIZERS
 
@@ -182,28 +182,84 @@ def test_auto_finds_the_system_text_of_a_vicuna() -> None:
     assert text == rendered(tokenizer, None, TURNS, False)
 
 
-NAMES = (
-    "name one of plain, vicuna_v1, llava_v0, llama2, llama3, mistral, mistral_v3, chatml, phi3, gemma, zephyr, or a "
+FITTING = "name one that fits the tokenizer (plain, vicuna_v1, llava_v0, llama2, llama3, mistral, mistral_v3"
+QWEN3 = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'assistant' and loop.index0 > ns.last and loop.last %}"
+    "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' + m.content + '<|im_end|>\n' }}"
+    "{% else %}" + CHATML + "{% endif %}{% endfor %}" + CHATML_PROMPT
 )
+"""As Qwen3's, which thinks before the newest answer only."""
+QWEN3_THINKING = OWN["qwen3 instruct"][2].replace("assistant\n' }}", "assistant\n<think>\n' }}")
+LLAMA32 = OWN["llama 3.1"][2].replace("26 Jul 2024", "' + strftime_now('%d %b %Y') + '")
+SMOLLM3 = (
+    "{{ '<|im_start|>system\nToday Date: ' + strftime_now('%d %B %Y') + '<|im_end|>\n' }}" + OWN["qwen3 instruct"][2]
+)
+DOES_NOT_KNOW = "auto knows no template that renders as the language model's own does; "
+
+
+def tokenizer_with(own: str | None, kind: str) -> PreTrainedTokenizerFast:
+    tokenizer = copy.deepcopy(TOKENIZERS[kind])
+    tokenizer.chat_template = own
+    return tokenizer
 
 
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        (None, f"auto finds no chat template in the tokenizer of the language model; {NAMES}"),
-        ("{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}", f"that renders as the language model's own does; {NAMES}"),
-        ("{% for m in messages %}", f"that renders as the language model's own does; {NAMES}"),
-        ("{{ messages[0].content.nothing.at_all }}", f"that renders as the language model's own does; {NAMES}"),
+        (None, f"auto finds no chat template in the tokenizer of the language model; {FITTING}"),
+        ("{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}", DOES_NOT_KNOW + FITTING),
+        ("{% for m in messages %}", DOES_NOT_KNOW + FITTING),
+        ("{{ messages[0].content.nothing.at_all }}", DOES_NOT_KNOW + FITTING),
         (OWN["llama 3"][2].replace("<|eot_id|>", "{{ strftime_now('%d %b') }}<|eot_id|>"), "writes the date of today"),
-        (load_template("llava_v0", TOKENIZERS["llama3"]), f"that renders as the language model's own does; {NAMES}"),
+        (load_template("llava_v0", TOKENIZERS["llama3"]), DOES_NOT_KNOW),
     ],
-)  # fmt: skip
+)
 def test_auto_refuses_what_it_does_not_know_with_the_names(own: str | None, message: str) -> None:
-    tokenizer = copy.deepcopy(TOKENIZERS["llama3"])
-    tokenizer.chat_template = own
+    with pytest.raises(TemplateError) as caught:
+        load_template("auto", tokenizer_with(own, "llama3"))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("own", "kind", "nearest", "lost"),
+    [
+        (QWEN3, "bytes", "chatml", r"'<think>\n\n</think>\n\n'"),
+        (QWEN3_THINKING, "bytes", "chatml", r"'<think>\n'"),
+        (LLAMA32, "llama3", "llama3", "Cutting Knowledge Date: December 2023"),
+        (SMOLLM3, "bytes", "chatml", "Today Date: "),
+    ],
+)
+def test_advice_about_a_template_that_auto_cannot_follow_is_advice_that_works(
+    own: str, kind: str, nearest: str, lost: str
+) -> None:
+    tokenizer = tokenizer_with(own, kind)
     with pytest.raises(TemplateError) as caught:
         load_template("auto", tokenizer)
-    assert message in str(caught.value)
+    said = str(caught.value)
+    assert f"; {nearest} is the nearest to it, but leaves out " in said and lost in said
+    assert said.endswith(f"; name {nearest}, or a jinja file of your own")
+    note = unlike_own(nearest, load_template(nearest, tokenizer), tokenizer)
+    assert note is not None and lost in note
+    assert "auto cannot follow the model's own template; only a jinja file of your own can keep all of it." in note
+    assert "auto keeps it" not in note
+    other = unlike_own("vicuna_v1", load_template("vicuna_v1", tokenizer), tokenizer)
+    assert other is not None and f"{nearest} is nearer to it" in other
+
+
+def test_a_note_says_what_a_named_template_leaves_out_and_what_follows() -> None:
+    tokenizer = model_tokenizer("qwen2.5")
+    note = unlike_own("chatml", load_template("chatml", tokenizer), tokenizer)
+    assert note == (
+        "model.chat_template: chatml differs from the language model's own template, which also writes "
+        r"'<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n'. "
+        "Training and use both follow chatml, so nothing breaks, but the language model starts further from what it was "
+        "trained on. chat_template: auto keeps it."
+    )
+    load_template("auto", tokenizer)  # as the note says
+    assert unlike_own("auto", load_template("auto", tokenizer), tokenizer) is None
+    tokenizer = model_tokenizer("qwen3 instruct")
+    assert unlike_own("chatml", load_template("chatml", tokenizer), tokenizer) is None
 
 
 @pytest.mark.parametrize("template", CHAT_TEMPLATES)

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from llava_train.data.chat import IGNORED, EncodedSample
+from llava_train.data.formats import parse_record
 from llava_train.data.loader import first_pictures, pack_documents, read_steps
 from llava_train.data.pictures import PictureFolder, Pictures
-from llava_train.data.samples import parse_record
+from llava_train.onednn import next_size
 from tests.tiny import dataset_of, tiny_llava, write_data
 
 
@@ -200,6 +203,43 @@ def test_no_padding_is_computed(llava, tmp_path: Path) -> None:
     dataset = dataset_of(llava, write_data(tmp_path, 12))
     encoded = [dataset.encoder.encode(dataset.mixture[i]).n_tokens for i in dataset._indices(0)]
     assert dataset[0].n_tokens == sum(encoded)
+
+
+@given(lengths=st.lists(st.integers(2, 300), min_size=1, max_size=20), room=st.integers(0, 300))
+def test_a_pack_is_filled_up_to_one_of_few_sizes_with_documents_that_teach_nothing(
+    lengths: list[int], room: int
+) -> None:
+    documents = [document([5] * n, [n - 1]) for n in lengths]
+    most, blank, filler = sum(lengths) + room, torch.zeros(3, 2, 2), document([9, 8], [])
+    bare, filled = (
+        pack_documents(documents, [], blank, filler, [1] * len(lengths), fill_up_to) for fill_up_to in (None, most)
+    )
+    n_tokens = next_size(sum(lengths), most)
+    assert filled.input_ids.shape == filled.labels.shape == filled.position_ids.shape == (1, n_tokens)
+    assert n_tokens <= most
+    assert filled.lengths[: len(lengths)] == bare.lengths
+    assert filled.max_seqlen == bare.max_seqlen, "no position that the documents themselves do not have"
+    assert all(filled.lengths)
+    assert filled.cu_seqlens.tolist() == [0, *np.cumsum(filled.lengths)]
+    assert filled.position_ids[0].tolist() == [i for n in filled.lengths for i in range(n)]
+    n_real = sum(lengths)
+    for name in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(getattr(filled, name)[:, :n_real], getattr(bare, name))
+    assert (filled.labels[0, n_real:] == IGNORED).all()
+    for name in ("predictors", "targets", "sources", "pixel_values"):
+        assert torch.equal(getattr(filled, name), getattr(bare, name))
+    assert filled.n_images == 0
+
+
+def test_steps_have_few_sizes_where_that_is_asked_for(llava, tmp_path: Path) -> None:
+    data = write_data(tmp_path, 12)
+    bare, filled = (dataset_of(llava, data, few_sizes=few_sizes) for few_sizes in (False, True))
+    for step in range(2):
+        (plain,), (pack,) = bare[step].micro_batches, filled[step].micro_batches
+        assert pack.input_ids.numel() == next_size(plain.input_ids.numel(), 2048) > plain.input_ids.numel()
+        assert torch.equal(pack.targets, plain.targets)
+    tight = dataset_of(llava, data, few_sizes=True, max_tokens=plain.input_ids.numel() + 1)
+    assert tight[1].micro_batches[0].input_ids.numel() == tight.max_tokens
 
 
 @pytest.mark.parametrize(("wanted", "n_steps", "least", "most"), [(3, 9, 3, 8), (1000, 2, 8, 8), (5, 0, 0, 0)])

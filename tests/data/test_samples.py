@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from llava_train.data.formats import parse_record
 from llava_train.data.pictures import EmbeddedPicture, PictureFile, PictureFolder, Pictures
 from llava_train.data.problems import SampleError
-from llava_train.data.samples import Sample, Turn, parse_record
+from llava_train.data.samples import Sample, Turn
 
 ROOT = Path("images")
 PICTURES = Pictures(PictureFolder(ROOT))
@@ -61,7 +62,7 @@ def test_a_system_turn_several_images_and_no_image_are_understood() -> None:
         ({"image": "a/../../secret.png"}, "path_outside_root", "leaves the image folder images"),
         ({"image": 3}, "image_value", '"image" is a path, bytes or a list of them, not 3'),
         ({"image": {"a.png": 1}}, "image_value", '"image" is a path, bytes or a list of them, not {'),
-        ({"image": [""]}, "image_value", "\"image\" is a path, bytes or a list of them, not ''"),
+        ({"image": [""]}, "placeholders", "1 <image> placeholders, but 0 images"),
         ({"image": [3]}, "image_value", '"image" is a path, bytes or a list of them, not 3'),
         ({"conversations": [TURNS[0], {"from": "gpt", "value": "see <image>"}]}, "placeholders", "<image> outside a user turn"),
         ({"conversations": [{"from": "system", "value": "<image>"}, *TURNS]}, "placeholders", "<image> outside a user turn"),
@@ -159,7 +160,8 @@ def test_the_cauldrons_pairs_have_their_images_first() -> None:
         ({"texts": [{"user": "what is <image>?", "assistant": "a tag"}], "images": [b"1"]}, "placeholders"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "unknown_role"),
         ({"messages": [{"role": "user"}]}, "malformed_turn"),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "malformed_turn"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "video_or_sound"),
+        ({"messages": [{"role": "user", "content": [{"type": "tool"}]}]}, "malformed_turn"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "malformed_turn"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "<image>"}]}], "images": [b"1"]}, "placeholders"),
         ({"messages": [{"role": "user", "content": [IMAGE, TEXT]}, {"role": "assistant", "content": "x"}]}, "placeholders"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import lzma
 import multiprocessing
+import re
 from pathlib import Path
 from typing import Any
 
@@ -171,12 +174,58 @@ def test_of_an_embedded_picture_nothing_is_read_before_it_is_opened(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"PK\x03\x04rest", "a ZIP archive; name the file of samples"), (b"PAR1 but no more", "cannot be loaded")],
+    [
+        (b"PK\x03\x04rest", "a damaged ZIP archive; wanted a JSON list .*`path:` names the file of samples"),
+        (b"PAR1 but no more", "cannot be loaded"),
+    ],
 )
 def test_a_file_of_another_kind_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(DataError, match=message):
         open_source(tmp_path / "x", cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a b.csv", b"id,conversations\n1,x\n2,y\n", "this is a CSV table"),
+        ("a.tsv", b"id\tconversations\n1\tx\n2\ty\n", "this is a TSV table"),
+        ("a.csv", b"id;conversations\n1;x\n2;y\n", "this is a CSV table"),
+        ("a.yaml", b"- {id: 1, conversations: x}\n- {id: 2, conversations: y}\n", "this is a YAML file"),
+    ],
+)
+def test_a_table_is_named_with_a_conversion_that_works(
+    name: str, content: bytes, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}: {words}; wanted a JSON list .* Convert it: python -c ") as caught:
+        open_source(name)
+    exec(re.search('python -c "(.*)". Its columns', str(caught.value))[1])
+    (converted,) = (path for path in tmp_path.iterdir() if path.suffix in (".json", ".jsonl"))
+    records = open_source(converted).records
+    assert [(record["id"], record["conversations"]) for record in (records[0], records[1])] == [(1, "x"), (2, "y")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv.gz", gzip.compress(b"id,text\n1,x\n2,y\n", mtime=0), "a.csv.gz: this is a CSV table"),
+        ("a.json", json.dumps([{"id": 1}]).encode("utf-16"), "a JSON file in UTF-16; .* iconv -f UTF-16 -t UTF-8"),
+        ("a.json", b"<!doctype html><html></html>", "an HTML page, .* Download the file again"),
+        ("a.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9", "a Git LFS pointer, .*git lfs"),
+        ("a.json.xz", lzma.compress(b"[]"), r"an xz file; .* Unpack it \(unxz .*a.json.xz\)"),
+        ("a.png", b"\x89PNG\r\n\x1a\n", "a PNG picture; .* `path:` names the file of samples"),
+        ("a.yaml", b"name: a\nmodel: {}\ntrainable: {}\ndata: []\n", "a stage file; .* named with --config"),
+        ("a.json", b'"text"', "a JSON file; wanted a JSON list of records"),
+    ],
+)
+def test_a_file_of_another_format_is_named_with_what_to_do(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        open_source(tmp_path / name)
 
 
 def test_records_without_an_id_or_that_are_none_are_known_by_their_place(tmp_path: Path) -> None:

@@ -27,9 +27,8 @@ from unittest import mock
 
 from tests.docs import checks
 from tests.docs.commands import Command, not_run
-from tests.train.helpers import start_ranks, wait
+from tests.train.helpers import TIMEOUT_S, start_ranks, wait
 
-TIMEOUT_S = 200
 STAND_INS = ("llava-train", "python", "python3", "pip", "deepspeed", "torchrun", "git", "sbatch", "srun", "scancel")
 STAND_INS += (
     "scontrol",

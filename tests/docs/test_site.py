@@ -23,6 +23,7 @@ from llava_train.cli import app
 from llava_train.config import StageConfig
 from llava_train.train.run_folder import FREE_KEYS
 from tests.scripts import ROOT, load_script
+from tests.train.helpers import TIMEOUT_S
 
 CHROMIUM = "/usr/bin/chromium"
 stage_keys = load_script("scripts/docs/stage_keys.py")
@@ -145,6 +146,7 @@ def test_pages_are_as_wide_as_a_phone_and_are_searched(built: tuple[Path, list[s
         threading.Thread(target=server.serve_forever, daemon=True).start()
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 400, "height": 800}, color_scheme="dark")
+        page.set_default_timeout(1000 * TIMEOUT_S)
         said: list[str] = []
         page.on("console", lambda message: said.append(message.text))
         page.on("request", lambda request: said.extend([request.url] * (urlsplit(request.url).hostname != "127.0.0.1")))
@@ -155,7 +157,7 @@ def test_pages_are_as_wide_as_a_phone_and_are_searched(built: tuple[Path, list[s
         page.click("label.md-header__button[for=__search]")
         page.wait_for_selector("text=Type to start searching")
         page.locator("input.md-search__input").press_sequentially("max_sample_tokens", delay=30)
-        page.wait_for_selector("a.md-search-result__link[href*='stage-file']", timeout=20_000)
+        page.wait_for_selector("a.md-search-result__link[href*='stage-file']")
         browser.close()
         server.shutdown()
     assert said == []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +14,7 @@ from llava_train.doctor import machine, trial
 from llava_train.doctor.findings import Level, discreet
 from llava_train.doctor.processes import Ended, run_python
 from llava_train.stage_file import load_stage
+from tests.train.helpers import TIMEOUT_S
 
 
 def test_a_step_that_was_trained_is_told_with_its_time() -> None:
@@ -72,19 +76,30 @@ def test_a_machine_without_a_folder_to_write_is_examined_all_the_same(monkeypatc
     ]
 
 
-def test_a_process_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+def test_a_process_that_takes_too_long_is_ended_with_all_that_it_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Patient(subprocess.Popen):  # type: ignore[type-arg]
+        """Its time begins when the process has started another one."""
+
+        def communicate(self, input: Any = None, timeout: float | None = None) -> Any:
+            while timeout is not None and not (tmp_path / "began").exists():
+                time.sleep(0.01)
+            return super().communicate(input, timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Patient)
     (tmp_path / "sleeps.py").write_text(
-        "import subprocess, sys, time\nprint('began', flush=True)\n"
-        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).wait()"
+        "import pathlib, subprocess, sys, time\nprint('began', flush=True)\n"
+        "child = subprocess.Popen(['sleep', '9999'])\npathlib.Path('began').touch()\nchild.wait()"
     )
-    ended = run_python("sleeps", [], timeout_s=2, cwd=tmp_path)
+    ended = run_python("sleeps", [], timeout_s=0.1, cwd=tmp_path)
     assert ended.code is None and ended.output == "began\n"
 
 
 def test_variables_of_launchers_do_not_reach_the_trial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     (tmp_path / "prints.py").write_text("import os; print(os.environ.get('WORLD_SIZE'))")
-    assert run_python("prints", [], timeout_s=60, cwd=tmp_path).output == "None\n"
+    assert run_python("prints", [], timeout_s=TIMEOUT_S, cwd=tmp_path).output == "None\n"
 
 
 def test_the_stage_of_the_trial_is_one_that_is_taken(tmp_path: Path) -> None:

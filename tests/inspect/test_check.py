@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import struct
-import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -175,9 +174,16 @@ CASES = {
     "out-of-order": text(turns()[::-1], roles_out_of_order="assistant, user"),
     "no-answer": text(turns()[:1], roles_out_of_order="user"),
     "empty-conversation": text([], no_conversation="empty"),
-    "no-conversation": Case({"caption": "A cat."}, {"no_conversation": "missing"}),
+    "no-conversation": Case({"caption": "A cat."}, {"no_conversation": 'found the keys "id", "caption"'}),
+    "empty-answer": text(turns(answer=" \u200b"), empty_answer="turn 2: the answer is empty"),
+    "unread-picture": Case({"image_path": "a.png", "conversations": turns()}, {"unread_picture": 'key "image_path"'}),
+    "video": Case({"video": "v.mp4", "conversations": turns("<video>?")}, {"video_or_sound": 'key "video"'}),
+    "tools": Case({"tools": "[{}]", "conversations": turns()}, {"unsupported_key": 'key "tools" is not supported'}),
+    "markup": text(turns("![](a.png) What?"), picture_markup="'![](a.png)'"),
     "no-turn": text(["What?", "A cat."], malformed_turn="turn 1"),
-    "nothing-supervised": text(turns(answer="  "), nothing_supervised="no supervised token"),
+    "nothing-supervised": text(
+        [turns()[0], {**turns()[1], "loss": False}], nothing_supervised="marked as not trained on"
+    ),
     "number-as-text": text(turns(answer=7), not_text="turn 2: the text is 7"),
     "null-as-text": text(turns(answer=None), not_text="turn 2: the text is None"),
     "half-a-character": text(turns(answer="a\ud800"), not_utf8="turn 2"),
@@ -194,7 +200,34 @@ CASES = {
     "cmyk": with_file("cmyk.jpg", encoded(noise(9, 9).convert("CMYK"), "JPEG"), unusual_mode="CMYK"),
     "16-bits": with_file("16.png", encoded(Image.new("I;16", (9, 9), 300), "PNG"), unusual_mode="I;16"),
     "palette": with_file("palette.png", encoded(noise(9, 9).convert("P"), "PNG"), unusual_mode="mode P"),
-    "alpha": with_file("alpha.png", encoded(noise(9, 9).convert("RGBA"), "PNG"), unusual_mode="RGBA"),
+    "alpha": with_file("alpha.png", encoded(noise(9, 9).convert("RGBA"), "PNG"), transparent="an alpha channel"),
+    "gray-alpha": with_file("gray.png", encoded(noise(9, 9).convert("LA"), "PNG"), transparent="an alpha channel"),
+    "clear-palette": with_file(
+        "clear.png",
+        encoded(noise(9, 9).convert("P"), "PNG", transparency=3),
+        transparent="a transparent colour",
+        unusual_mode="mode P",
+    ),
+    "clear-colour": with_file(
+        "key.png", encoded(noise(9, 9), "PNG", transparency=(1, 2, 3)), transparent="a transparent colour"
+    ),
+    "invisible": with_file(
+        "invisible.png",
+        encoded(Image.new("RGBA", (9, 9), (200, 60, 20, 0)), "PNG"),
+        transparent="an alpha channel",
+        white_on_white="invisible.png: nothing is left to see",
+    ),
+    "mpo": with_file("phone.jpg", encoded(noise(9, 9), "MPO", save_all=True, append_images=[noise(9, 9)])),
+    "pages": with_file(
+        "pages.tiff",
+        encoded(noise(9, 9), "TIFF", save_all=True, append_images=[noise(9, 9)]),
+        several_pages="pages.tiff has 2 pages",
+    ),
+    "moving-png": with_file(
+        "moving.png",
+        encoded(noise(9, 9), "PNG", save_all=True, append_images=[noise(9, 9).rotate(90)]),
+        animated="2 frames",
+    ),
     "rotated": with_file("rotated.jpg", rotated(), rotated="orientation 6"),
     "one-pixel": with_file("one.png", encoded(noise(1, 1), "PNG"), extreme_shape="1 x 1 pixels"),
     "flat": with_file("flat.png", encoded(noise(20_000, 1), "PNG"), extreme_shape="20000 x 1 pixels"),
@@ -379,12 +412,12 @@ def test_a_picture_of_an_extreme_shape_takes_little_time_and_memory(
 ) -> None:
     front = build_processor(model_section(), ImageSection(aspect=aspect))
     preprocessor = ImagePreprocessor(front.processor.image_processor)
-    largest = 0
+    largest = total = 0
     make, resize = Image.new, Image.Image.resize
 
     def noticed(width: int, height: int) -> None:
-        nonlocal largest
-        largest = max(largest, width * height)
+        nonlocal largest, total
+        largest, total = max(largest, width * height), total + width * height
 
     def watched_new(mode: str, size: tuple[int, int], *rest: Any) -> Image.Image:
         noticed(*size)
@@ -396,12 +429,11 @@ def test_a_picture_of_an_extreme_shape_takes_little_time_and_memory(
 
     monkeypatch.setattr(Image, "new", watched_new)
     monkeypatch.setattr(Image.Image, "resize", watched_resize)
-    started = time.perf_counter()
     pixels = preprocessor(decode_image(EmbeddedPicture(encoded(noise(*size), "PNG"))))
-    assert time.perf_counter() - started < 3
     assert pixels.shape == (3, 28, 28)
     assert torch.isfinite(pixels).all()
     assert largest <= 4096**2
+    assert total <= 2 * 4096**2, "no time is spent on more pixels than are kept"
 
 
 def test_a_limit_on_pixels_holds_for_the_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,6 +515,17 @@ def test_what_is_only_noted_is_no_failure(tmp_path: Path) -> None:
     assert "Every sample can be trained on." in done.stdout
 
 
+def test_steps_that_the_data_do_not_have_are_told(tmp_path: Path) -> None:
+    path = write_cases(tmp_path, {f"s{i}": CASES["good"] for i in range(14)})
+    batch = {"size": 6, "max_tokens": 400, "max_sample_tokens": 200}
+    note = "schedule.max_steps 40 is not reached: 1 epoch has 3 steps; raise schedule.epochs to 14"
+    done = command(path, batch=batch, schedule={"max_steps": 40})
+    assert done.exit_code == 0 and f"Note: {note}" in done.stdout
+    as_json = command(path, "--json", batch=batch, schedule={"max_steps": 40})
+    assert json.loads(as_json.stdout)["max_steps_not_reached"] == note
+    assert "Note:" not in command(path, batch=batch, schedule={"max_steps": 3}).stdout
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -550,7 +593,8 @@ def test_half_a_character_beside_the_conversation_does_no_harm(tmp_path: Path) -
     """In an id, or under a key that nobody reads: the sample is trained on, and can be written."""
     records = [{"id": "\ud800", "conversations": turns()}, {"id": "x", "note": "\udfff", "conversations": turns()}]
     path = write_cases(tmp_path, {str(i): Case(json.dumps(record).encode(), {}) for i, record in enumerate(records)})
-    done = command(path, "--json", "--write-clean", tmp_path / "clean.jsonl")
+    texts_only = {"trainable": {"language_model": {"lr": 1e-3}}}
+    done = command(path, "--json", "--write-clean", tmp_path / "clean.jsonl", **texts_only)
     assert done.exit_code == 0, done.output
     assert [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text("utf-8").splitlines()] == records
 
@@ -629,3 +673,55 @@ def test_the_headers_of_pictures_are_read_and_no_more(tmp_path: Path, monkeypatc
         opened = open_stage_data(config)
         assert not check.Examiner(opened, decode).examine(opened.mixture.sources[0], [0]).findings
         assert least <= n_read[0] <= most
+
+
+def test_keys_that_nothing_reads_are_listed_with_counts(tmp_path: Path) -> None:
+    scored = [{**turn, "score": 1} for turn in turns()]
+    records = [{"source": "web", "width": None, "conversations": scored}, {"source": "x", "conversations": turns()}]
+    path = write_cases(tmp_path, {str(i): Case(json.dumps(record).encode(), {}) for i, record in enumerate(records)})
+    done = command(path)
+    assert "data: source (2), conversations[].score (1)" in done.stdout
+    assert json.loads(command(path, "--json").stdout)["unread_keys"] == {
+        "data": {"source": 2, "conversations[].score": 1}
+    }
+
+
+def test_a_projector_without_any_picture_is_refused_and_text_only_samples_are_counted(tmp_path: Path) -> None:
+    path = write_cases(tmp_path, {"a": CASES["good"], "b": CASES["markup"]})
+    done = command(path)
+    assert done.exit_code == 1
+    assert "none of the 2 samples that were looked at has a picture" in done.stdout
+    assert "1 of 2 samples have no picture, but markup of one in the text" in done.stdout
+    assert command(path, trainable={"language_model": {"lr": 1e-3}}).exit_code == 0
+    path = write_cases(tmp_path / "with", {"a": CASES["good"], "b": CASES["good-picture"]})
+    done = command(path, trainable={"projector": {"lr": 1e-3}})
+    assert done.exit_code == 0
+    assert "50.0% of 2 samples have no picture; a stage that trains only the projector learns nothing" in done.stdout
+
+
+@pytest.mark.parametrize(("n_there", "asks"), [(0, True), (1, True), (2, False)])
+def test_a_wrong_place_of_pictures_is_asked_for(n_there: int, asks: bool, tmp_path: Path) -> None:
+    records = [{"id": i, "image": f"{i}.png", "conversations": turns("<image>\nWhat?")} for i in range(12)]
+    records.append({"id": "text", "conversations": turns()})
+    path, place = tmp_path / "data.json", tmp_path / "pictures"
+    path.write_text(json.dumps(records))
+    place.mkdir()
+    for i in range(n_there):
+        Image.new("RGB", (9, 9)).save(place / f"{i}.png")
+    done = command(path, data=[{"path": str(path), "images": str(place)}])
+    assert done.exit_code == 1
+    question = (
+        f"{path}: {12 - n_there} of 12 samples with pictures name some that are not where they are looked for. Is "
+        f"`images:` of this source right? {place}/{n_there}.png: the image file is missing (paths count from {Path.cwd()})"
+    )
+    assert (question in done.stdout) == asks
+    assert ("--write-clean" in done.stdout) != asks
+
+
+def test_nothing_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"id": 1, "image": "a.png", "conversations": turns("<image>\nWhat?")}]))
+    done = command(path)
+    assert "Everything would be lost." in done.stdout and "--write-clean" not in done.stdout
+    found = json.loads(command(path, "--json").stdout)
+    assert len(found["wrong_images"]) == 1

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
+from llava_train.errors import Note
 from llava_train.model.foreign_files import ForeignError
 from llava_train.model.weights import export_model
 from llava_train.template_marks import show_marks
@@ -189,3 +192,91 @@ def test_a_processor_of_old_learns_how_many_tokens_an_image_has(tmp_path: Path) 
     inputs = again.processor(images=torch.zeros(3, 28, 28, dtype=torch.uint8), text="<image>", return_tensors="pt")
     assert inputs.input_ids.shape[1] == 4
     assert "ASSISTANT" in again.processor.chat_template
+
+
+def change_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("number", [5, 99999, None])
+def test_the_token_of_a_picture_is_the_tokenizers(number: int | None, tmp_path: Path) -> None:
+    llava = tiny_llava()
+    export_model(llava.model, llava.processor, encoder_of(llava).end_of_turn_id(), tmp_path)
+    right = llava.model.config.image_token_id
+    change_json(tmp_path / "config.json", lambda config: config.update(image_token_index=number or 32000))
+    if number is None:  # transformers then takes that of LLaVA-1.5
+        change_json(tmp_path / "config.json", lambda config: config.pop("image_token_index"))
+    with pytest.warns(Note, match=rf"is token {number or 32000} \(image_token_index\), its tokenizer says {right};"):
+        again = load_llava(tmp_path)
+    assert torch.equal(logits_of(again), logits_of(sdpa(llava)))
+    assert again.model.config.image_token_index == right, "what is exported again is right"
+
+
+def test_an_image_has_as_many_tokens_as_the_tower_gives(tmp_path: Path) -> None:
+    llava = tiny_llava()
+    export_model(llava.model, llava.processor, encoder_of(llava).end_of_turn_id(), tmp_path)
+    change_json(tmp_path / "config.json", lambda config: config.update(image_seq_length=576))
+    change_json(tmp_path / "processor_config.json", lambda config: config.update(patch_size=7))
+    again = load_llava(tmp_path)
+    assert (again.model.config.image_seq_length, again.processor.patch_size) == (4, 14)
+    assert torch.equal(logits_of(again), logits_of(sdpa(llava)))
+
+
+def without_image_token(content: dict[str, Any]) -> None:
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<image>"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "tokenizer.json",
+            without_image_token,
+            "its tokenizer has no token <image>, where pictures go; copy the token",
+        ),
+        ("config.json", {"vision_feature_layer": -9}, "config.json: vision_feature_layer: -9 is out of range"),
+        ("config.json", {"vision_feature_select_strategy": "patch"}, "vision_feature_select_strategy"),
+        ("config.json", {"text_config.vocab_size": 100}, r"is \[\d+, 32\] in the file, and would be \[100, 32\]"),
+        ("config.json", {"vision_config.patch_size": 7}, "config.json does not fit the weights: .*patch_embedding"),
+        ("config.json", {"vision_config.image_size": 56}, "config.json does not fit the weights: .*position_embedding"),
+        ("config.json", {"vision_config": "none"}, "is not a LLaVA model that transformers loads"),
+        (
+            "processor_config.json",
+            {"image_processor.crop_size": {"height": 56, "width": 56}},
+            "makes pictures of 56 x 56 pixels, but its vision tower takes 28 x 28 pixels in patches of 14; correct crop",
+        ),
+        ("processor_config.json", {"image_processor.crop_size": {"height": 28, "width": 56}}, "makes no square"),
+        ("processor_config.json", {"image_processor.crop_size": None}, "makes no square"),
+    ],
+)
+def test_files_that_disagree_are_refused_by_name(file: str, change: Any, message: str, tmp_path: Path) -> None:
+    llava = tiny_llava()
+    export_model(llava.model, llava.processor, encoder_of(llava).end_of_turn_id(), tmp_path)
+
+    def set_keys(content: dict[str, Any]) -> None:
+        for key, value in change.items():
+            *above, last = key.split(".")
+            section = content
+            for name in above:
+                section = section[name]
+            section[last] = value
+
+    change_json(tmp_path / file, change if callable(change) else set_keys)
+    with pytest.raises(ForeignError, match=message) as raised:
+        load_llava(tmp_path)
+    assert str(tmp_path) in str(raised.value)
+
+
+@pytest.mark.parametrize("n_missing", [1, 63])
+def test_a_model_with_fewer_embeddings_than_its_tokenizer_has_tokens_is_refused(n_missing: int, tmp_path: Path) -> None:
+    llava = tiny_llava()
+    n_tokens, processor = len(llava.tokenizer), llava.processor
+    export_model(llava.model, processor, encoder_of(llava).end_of_turn_id(), tmp_path)
+    llava.model.resize_token_embeddings(n_tokens - n_missing)
+    llava.model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ForeignError, match=f"has {n_tokens} tokens, but the model has embeddings for {n_tokens - n_missing}"
+    ):
+        load_llava(tmp_path)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_train.data.chat import IGNORED
 from llava_train.data.feature_cache import FeatureCache
-from llava_train.model import loss
+from llava_train.model import cpu_attention, loss
 from llava_train.model.features import encode, feature_shape
 from llava_train.model.loss import PackedLoss, summed_cross_entropy
 from tests.tiny import dataset_of, tiny_llava, write_data
@@ -120,6 +120,44 @@ def test_the_loss_and_its_gradients_are_those_of_cross_entropy_however_many_rows
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("n_targets", [0, 1, 31, 32, 33, 70])
+@pytest.mark.parametrize("trained", ["hidden", "head", "both"])
+def test_rows_that_are_computed_to_have_few_sizes_change_no_loss_and_no_gradient(
+    trained: str, n_targets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(loss, "FEW_LOGITS_BYTES", 4 * 30 * 32)
+    hidden, head, targets = torch.randn(n_targets, 8), torch.randn(30, 8), torch.randint(30, (n_targets,))
+    hidden.requires_grad_(trained != "head")
+    head.requires_grad_(trained != "hidden")
+    wanted = [tensor for tensor in (hidden, head) if tensor.requires_grad]
+    found = []
+    for few_sizes in (False, True):
+        with _Products() as products:
+            total, each = summed_cross_entropy(hidden, head, targets, 0.25, few_sizes)
+        found.append([total, each, *torch.autograd.grad(total * 3, wanted)])
+    torch.testing.assert_close(*found)
+    assert all(32 in shape for shape in products.shapes)
+
+
+def test_a_filled_pack_has_the_loss_and_the_gradient_of_the_bare_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packs, attention and logits at few sizes together, as a CPU computes bf16."""
+    data, found = write_data(tmp_path, 6), []
+    for few_sizes in (False, True):
+        for module in (loss, cpu_attention):
+            monkeypatch.setattr(module, "compiles_each_shape", lambda *_, few=few_sizes: few)
+        llava = tiny_llava()
+        (pack,) = dataset_of(llava, data, few_sizes=few_sizes)[0].micro_batches
+        total, each = PackedLoss(llava.model)(**pack.model_inputs())
+        total.backward()
+        found.append({name: parameter.grad for name, parameter in llava.model.named_parameters()})
+        found[-1] |= {"loss": total, "losses": each}
+    assert pack.input_ids.numel() % 32 == 0
+    torch.testing.assert_close(*found)
+
+
 def test_a_loss_that_is_not_finite_makes_its_gradient_so() -> None:
     hidden = torch.full((2, 4), torch.inf, requires_grad=True)
     total, _ = summed_cross_entropy(hidden, torch.randn(6, 4), torch.tensor([0, 1]))
@@ -140,8 +178,15 @@ class _Largest(TorchDispatchMode):
 class _Products(TorchDispatchMode):
     number = 0
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+        """Of the first factor of each product."""
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.number += function == torch.ops.aten.mm.default
+        if function == torch.ops.aten.mm.default:
+            self.shapes.append(args[0].shape)
         return function(*args, **(kwargs or {}))
 
 

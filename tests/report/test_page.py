@@ -16,6 +16,7 @@ from llava_train.cli import app
 from llava_train.report import page
 from llava_train.report.page import report_after_run, write_report
 from tests.report.runs import HOSTILE, evaluation, line, write_run
+from tests.train.helpers import TIMEOUT_S
 
 FIGURES = [
     "Loss",
@@ -216,6 +217,7 @@ def opened(request: pytest.FixtureRequest, chromium: Any) -> Iterator[Any]:
     """A tab on a phone or a desk, in the light or in the dark; it must ask for nothing and complain of nothing."""
     width, scheme = request.param
     tab, said, asked = chromium.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme), [], []
+    tab.set_default_timeout(1000 * TIMEOUT_S)
     tab.on("console", lambda message: said.append(message.text))
     tab.on("pageerror", lambda error: said.append(str(error)))
     tab.on("request", lambda request: asked.append(request.url))

@@ -8,7 +8,8 @@ function.
 The *boundaries* of a phase (a save, the start, the result) are what a rank does there to the files of the run: each
 opening for writing, renaming, making, removing, and each fsync. A rank can be killed at the n-th before it happens;
 at an fsync after half of the file is cut off, for what was not synced may not be on disk; or, torn, at any boundary
-after half of the file that was written last is cut off.
+after half of the file that was written last is cut off. Instead, the run's folder can be copied at every boundary, as a
+kill there would leave it: one run then stands for as many that are killed.
 """
 
 from __future__ import annotations
@@ -22,20 +23,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
-from llava_train.train import checkpoint, loop, stage
+from llava_train.train import checkpoint, interrupt, loop, stage
 from tests.train.helpers import TRAIN
+
+FAULTS_VARIABLE = "LLAVA_TRAIN_FAULTS"
 
 
 class Boundaries:
-    """Counts what this process does to the files below `folder` while `armed`; keeps or kills."""
+    """Counts what this process does to the files below `folder` while `armed`; keeps, copies or kills."""
 
-    def __init__(self, folder: Path, kill_at: int | None, torn: bool, record: Path | None) -> None:
+    def __init__(self, folder: Path, kill_at: int | None, torn: bool, record: Path | None, copies: str | None) -> None:
         self.folder, self.kill_at, self.torn, self.record = folder.resolve(), kill_at, torn, record
+        self.copies = copies
         self.armed = False
         self.seen: list[str] = []
         self._fsync = os.fsync
@@ -79,12 +84,20 @@ class Boundaries:
         if target is not None:
             name += f" -> {_absolute(target, -1).relative_to(self.folder)}"
         self.seen.append(name)
+        if self.copies:
+            copy = self.folder.parent.with_name(self.copies.format(len(self.seen))) / self.folder.name
+            shutil.copytree(self.folder, copy)
+            self._cut(copy, half)
         if len(self.seen) == self.kill_at:
-            half = _newest(self.folder) if self.torn else half
-            if half:
-                os.truncate(half, half.stat().st_size // 2)
+            self._cut(self.folder, half)
             os.kill(os.getpid(), signal.SIGKILL)
         self.armed = True
+
+    def _cut(self, run: Path, half: Path | None) -> None:
+        """Cuts off half of a file of `self.folder`, in that folder or in a copy of it."""
+        path = _newest(run) if self.torn else half and run / half.relative_to(self.folder)
+        if path:
+            os.truncate(path, path.stat().st_size // 2)
 
 
 def _flags(descriptor: int) -> int:
@@ -134,10 +147,20 @@ def at_save(step: int) -> tuple[Any, str, Callable[..., bool]]:
 
 
 def boundaries(
-    folder: str, phase: str, step: int = 0, kill_at: int | None = None, torn: bool = False, record: str | None = None
+    folder: str,
+    phase: str,
+    step: int = 0,
+    kill_at: int | None = None,
+    torn: bool = False,
+    record: str | None = None,
+    copies: str | None = None,
 ) -> None:
-    """Kills at a boundary of the run in `folder`, or records them all."""
-    found = Boundaries(Path(folder), kill_at, torn, Path(record) if record else None)
+    """Kills at a boundary of the run in `folder`, records them all, or copies the folder at each.
+
+    Args:
+        copies: the name of the folder beside `folder`'s parent that takes its place, with `{}` for the number.
+    """
+    found = Boundaries(Path(folder), kill_at, torn, Path(record) if record else None, copies)
 
     def arm() -> None:
         found.armed = True
@@ -162,6 +185,29 @@ def kill_in_step(step: int) -> None:
         loop.optimizer_step = kill
 
     around(loop, "train_step", lambda engine, world, batch, *_: batch.step + 1 == step, arm, lambda: None)
+
+
+def freeze_in_step(step: int) -> None:
+    """Stops the process before a step, as a machine that hangs."""
+    freeze = partial(os.kill, os.getpid(), signal.SIGSTOP)
+    around(loop, "train_step", lambda engine, world, batch, *_: batch.step + 1 == step, freeze, lambda: None)
+
+
+def pause(step: int, until: str, noted: str | None = None) -> None:
+    """Waits before a step until there is a file `until`: meanwhile the test acts. Then stop files are seen at once.
+
+    Args:
+        noted: a file that is made when a signal has been noted.
+    """
+
+    def wait() -> None:
+        while not Path(until).exists():
+            time.sleep(0.01)
+        interrupt._LOOK_EVERY_S = -1.0
+
+    around(loop, "train_step", lambda engine, world, batch, *_: batch.step + 1 == step, wait, lambda: None)
+    if noted:
+        around(interrupt.StopRequests, "_note", lambda *_: True, lambda: None, Path(noted).touch)
 
 
 def limit_file_size(step: int, n_bytes: int) -> None:
@@ -211,12 +257,24 @@ def shell(step: int, before: str, after: str) -> None:
 
 FAULTS: dict[str, Callable[..., None]] = {
     function.__name__: function
-    for function in (boundaries, kill_in_step, limit_file_size, claim_room, no_space_for_manifest, shell)
+    for function in (
+        boundaries,
+        kill_in_step,
+        freeze_in_step,
+        pause,
+        limit_file_size,
+        claim_room,
+        no_space_for_manifest,
+        shell,
+    )
 }
 
 
 def main() -> None:
-    faults, *arguments = sys.argv[1:]
+    if FAULTS_VARIABLE in os.environ:  # launchers put arguments of their own before ours
+        faults, *arguments = os.environ[FAULTS_VARIABLE], *sys.argv[1:]
+    else:
+        faults, *arguments = sys.argv[1:]
     for name, options in json.loads(faults).get(os.environ["RANK"], []):
         FAULTS[name](**options)
     sys.argv = [str(TRAIN), *arguments]

@@ -21,6 +21,7 @@ import deepspeed
 import torch
 
 from llava_train.data.loader import StepBatch
+from llava_train.train import run_folder
 from llava_train.train.loop import Loop
 from tests.train.helpers import TRAIN
 
@@ -64,6 +65,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
 
 
 def main(watched: bool = True) -> None:
+    run_folder._LOCK_PATIENCE_S = 0.0  # the commands before have let their folders go
     commands = Path(sys.argv[1])
     if watched:
         Loop.train = watched_train

@@ -105,6 +105,13 @@ def test_a_run_that_goes_on_says_where_it_stands(tmp_path: Path) -> None:
     assert shown(80, False, told).splitlines()[-2:] == ["passed over step-8: cut off", "resuming after step 4 of 14"]
 
 
+def test_the_start_says_that_max_steps_is_not_reached(tmp_path: Path) -> None:
+    told = overview(tmp_path, schedule={"max_steps": 40})  # 29 samples an epoch, 4 a step
+    note = "note: schedule.max_steps 40 is not reached: 1 epoch has 8 steps; raise schedule.epochs to 5"
+    assert note in shown(80, False, told).splitlines()
+    assert "note:" not in shown(80, False, overview(tmp_path, schedule={"max_steps": 8}))
+
+
 def run(console: Console) -> str:
     """What 8 steps show, each second of which is logged."""
     with RunConsole("tiny", True, 0, 8, console) as shown:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from llava_train.data.samples import Turn
-from llava_train.train.evaluate import generating
+from llava_train.model.processor import byte_tokenizer
+from llava_train.train import stage as train_stage
+from llava_train.train.evaluate import _different, generating
+from llava_train.train.heaviest import PackShape
 from llava_train.use.generation import Prompt, Sampling, answers_of
 from llava_train.use.metrics import vqa_accuracy
 from llava_train.use.prompts import Prompts
-from tests.tiny import model_section, tiny_llava
-from tests.train.helpers import read_lines, run_many, write_samples, write_stage
+from tests.tiny import dataset_of, model_section, stage, tiny_llava
+from tests.train.helpers import read_lines, run_many, run_ranks, write_samples, write_stage
 
 
 class Scripted(nn.Module):
@@ -41,6 +46,21 @@ def test_an_answer_ends_with_the_text_that_ends_turns_in_training(template: str,
     with generating(llava.model):
         assert answers_of(llava, known, [prompt], Sampling(max_new_tokens=30)) == ["A # cat"]
     assert llava.tokenizer.decode(llava.model.lm_head.rest) == "Human: more"
+
+
+@pytest.mark.parametrize(("n_tokens", "max_tokens"), [(1740, 1740), (300, 512), (4096, 4096), (5000, 4096)])
+def test_held_out_samples_make_no_heavier_packs_than_those_that_train(
+    n_tokens: int, max_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {}
+    monkeypatch.setattr(train_stage, "open_held_out", lambda *_: None)
+    batch = {"size": 12, "max_tokens": 4096, "max_sample_tokens": 512}
+    config = stage(Path("x"), batch=batch, eval={"every": 1, "data": [{"path": "x"}]})
+    pack = PackShape((n_tokens,), 1, 4, 28)
+    new_dataset = lambda mixture, **given: settings.update(given)  # noqa: E731
+    unused: Any = object()
+    train_stage._evaluation(config, unused, unused, unused, new_dataset, unused, pack, 2, unused)
+    assert settings == {"seed": None, "batch_size": 12, "max_tokens": max_tokens}
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +153,11 @@ def test_what_cannot_be_measured_is_told_before_training(folder: Path) -> None:
         "no-file": {"metric": "vqa", "questions": {"path": "none.jsonl"}},
     }
     held_out = {"every": 1, "data": [{"path": "held-out.json"}]}
+    (folder / "images/broken.png").write_bytes(b"no picture")
+    rows = [{"question_id": i, "image": "images/broken.png", "text": "Is it?", "label": "yes"} for i in range(3)]
+    (folder / "unreadable.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    readable = {"data": [{"path": "data.json"}]}
+    stages["none-asked"] = {"metric": "pope", "questions": {"path": "unreadable.jsonl"}, **readable}
     paths = {name: write_stage(folder / f"{name}.yaml", eval={**held_out, **more}) for name, more in stages.items()}
     done = run_many({name: ["--config", path] for name, path in paths.items()}, folder)
     told = {name: ranks[0].stderr for name, ranks in done.items()}
@@ -141,4 +166,50 @@ def test_what_cannot_be_measured_is_told_before_training(folder: Path) -> None:
     assert "eval.questions: no score is computed over them; set eval.metric" in told["no-metric"]
     assert "pope.jsonl:1: metric vqa measures by answers or answer" in told["no-answers"]
     assert "none.jsonl: there is no such file or folder" in told["no-file"]
+    assert "eval.metric: none of its 3 questions can be asked, the first is 0" in told["none-asked"]
     assert not any((folder / "runs" / name / "metrics.jsonl").is_file() for name in stages)
+
+
+def test_shown_questions_differ_in_text_and_picture_where_they_can(tmp_path: Path) -> None:
+    for name in "abc":
+        Image.new("RGB", (8, 8), {"a": "red", "b": "blue", "c": "green"}[name]).save(tmp_path / f"{name}.png")
+    asked = ["a What?", "b What?", "a Where?", "c What?", "x Why?", "c Who?", "- How?", "b When?"]
+    records = []
+    for number, (picture, question) in enumerate(each.split() for each in asked):
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "It is."}]
+        record: dict[str, Any] = {"id": number, "conversations": turns}
+        if picture != "-":  # x is missing
+            record["image"], turns[0]["value"] = f"{picture}.png", f"<image>\n{question}"
+        records.append(record)
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    dataset = dataset_of(tiny_llava(), tmp_path / "data.json")
+    assert _different(dataset, 0) == []
+    assert _different(dataset, 1) == [0]
+    assert _different(dataset, 4) == [0, 5, 6, 7]
+    assert _different(dataset, 5) == [0, 2, 5, 6, 7], "another question is better than nothing new"
+    assert _different(dataset, 99) == [0, 1, 2, 3, 5, 6, 7], "all that can be read"
+
+
+def test_a_run_says_once_what_its_template_leaves_out(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    write_samples(tmp_path / "data.json", "it" * 6)
+    stage = write_stage(tmp_path / "a.yaml", checkpoint={"every": 1})
+    again = ["--config", stage]
+    content = stage.read_text().replace("language_model:\n", "language_model:\n    tokenizer: tokenizer\n", 1)
+    stage.write_text(content)
+    [begun] = run_many({"begin": again}, tmp_path)["begin"]
+    shutil.rmtree(tmp_path / "runs/a/model")  # so that it goes on from its newest checkpoint
+    [resumed] = run_many({"go on": again}, tmp_path)["go on"]
+    assert (begun.code, resumed.code) == (0, 0), begun.stderr + resumed.stderr
+    note = "chatml differs from the language model's own template, which also writes '<|im_start|>system"
+    assert begun.stdout.count(note) == 1 and "chat_template: auto keeps it" in begun.stdout
+    assert note not in resumed.stdout and "from step" in resumed.stdout
+    for command in ("check", "preview"):
+        shown = run_ranks(["-m", "llava_train", command, "--config", stage], tmp_path).check()
+        assert "own template" not in shown.stdout[0] + shown.stderr[0]

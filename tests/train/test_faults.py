@@ -35,7 +35,7 @@ from tests.train.fault_runs import (
     unequal_states,
     whole_steps,
 )
-from tests.train.helpers import read_lines, write_samples, write_stage
+from tests.train.helpers import TIMEOUT_S, read_lines, write_samples, write_stage
 from tests.train.test_resume import FULL, LORA
 
 N_STEPS, EVERY = 6, 2
@@ -143,13 +143,20 @@ class Point:
     number: int
     event: str
     torn: bool = False
+    killed: bool = False
+    """Killed for real; otherwise the folder is copied as a kill would leave it."""
     problems: list[str] = field(default_factory=list)
     state: str = ""
     resumed: int = 0
 
     @property
     def output(self) -> str:
-        return f"killed-{self.stage}-{self.rank}-{self.phase}-{self.step}-{self.number}{'-torn' * self.torn}"
+        return self.outputs.format(self.number) + "-killed" * self.killed
+
+    @property
+    def outputs(self) -> str:
+        """`output` of the points of a run, with `{}` for the number."""
+        return f"killed-{self.stage}-{self.rank}-{self.phase}-{self.step}{'-torn' * self.torn}-{{}}"
 
     def __str__(self) -> str:
         torn = ", the last file half written" * self.torn
@@ -165,31 +172,32 @@ def survive(
     base: Path | None = None,
     keep: int = 1,
 ) -> int:
-    """Kills a run at each point and ends it by the same command; notes problems. Returns how many states were ended.
+    """Ends a run that was killed at each point by the same command; notes problems. Returns how many states were ended.
 
-    What two points left alike is ended once.
+    What two points left alike is ended once. The one in the middle is killed for real, of the others the folder is copied
+    in the moment of the kill: what a process has not written by then it does not write when it is killed.
 
     Args:
         least: the step of the checkpoint that must have outlived every kill.
         base: the run's folder before; by default it starts from the beginning.
     """
 
-    def kill(point: Point) -> None:
-        run = folder / point.output / point.stage
+    def run_to(point: Point, output: str, **fault: Any) -> Any:
         if base:
-            shutil.copytree(base, run)
-        fault = boundaries(
-            f"{point.output}/{point.stage}", point.phase, point.step, kill_at=point.number, torn=point.torn
-        )
-        ended = runs.run(
-            point.stage,
-            point.output,
-            fault,
-            n_ranks=N_RANKS[point.stage],
-            rank=point.rank,
-        )
-        if ended.codes[point.rank] != -9:
-            point.problems.append(f"was not killed: {ended.codes} {ended.stderr}")
+            shutil.copytree(base, folder / output / point.stage)
+        where = (f"{output}/{point.stage}", point.phase, point.step)
+        of_point = {"n_ranks": N_RANKS[point.stage], "rank": point.rank}
+        return runs.run(point.stage, output, boundaries(*where, torn=point.torn, **fault), **of_point)
+
+    def copy(point: Point) -> None:
+        run_to(point, point.outputs.format("all"), copies=point.outputs).check()
+
+    def leave(point: Point) -> None:
+        run = folder / point.output / point.stage
+        if point.killed:
+            ended = run_to(point, point.output, kill_at=point.number)
+            if ended.codes[point.rank] != -9:
+                point.problems.append(f"was not killed: {ended.codes} {ended.stderr}")
         if max(whole_steps(run), default=0) < least:
             point.problems.append(f"no whole checkpoint of step {least} or later: {whole_steps(run)}")
         point.state = state_of(run)
@@ -206,7 +214,9 @@ def survive(
             point.problems.append(f"went on after step {point.resumed}, not {newest}")
         point.problems += differences(run, straight[point.stage], keep)
 
-    runs.map(kill, points)
+    points[len(points) // 2].killed = True
+    runs.map(copy, {point.torn: point for point in points}.values())
+    runs.map(leave, points)
     distinct = list({point.state: point for point in points}.values())
     runs.map(end, distinct)
     ended = {point.state: point for point in distinct}
@@ -358,7 +368,7 @@ def interruptions(folder: Path, runs: Runs) -> dict[str, list[Any]]:
         ended = []
         for step in KILLED_IN:
             kill: Fault = ("kill_in_step", {"step": step})
-            grace_s = 60 if n_ranks > 1 and step == KILLED_IN[0] else 0
+            grace_s = TIMEOUT_S if n_ranks > 1 and step == KILLED_IN[0] else 0
             ended.append(runs.run(name, "interrupted", kill, n_ranks=n_ranks, rank=n_ranks - 1, grace_s=grace_s))
         return [*ended, runs.run(name, "interrupted", n_ranks=n_ranks)]
 
@@ -391,8 +401,7 @@ def test_the_interrupted_windows_of_the_log_hold_several_sources(folder: Path, i
 
 def test_when_one_rank_is_killed_the_other_ends_by_itself(interruptions: dict[str, list[Any]]) -> None:
     ended = interruptions["lora-two"][0]
-    assert ended.codes[0] not in (0, -9), "it was killed after 60 s"
-    assert ended.ended_s < 30
+    assert ended.codes[0] not in (0, -9), "it was killed after a long time"
 
 
 # --- Damaged checkpoints ----------------------------------------------------------------------------------------------

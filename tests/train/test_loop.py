@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,33 +13,44 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_train.data.loader import StepBatch
-from llava_train.train import loop
+from llava_train.train import loop, window
 from llava_train.train.grad_norm import GradNorm
 from llava_train.train.session import Session
 from llava_train.train.window import Window
 from llava_train.train.world import World
 from tests.tiny import stage
+from tests.train.helpers import Clock
 
 
 @pytest.mark.parametrize("log_every", [1, 2])
 def test_evaluation_and_checkpoints_are_not_counted_as_training_time(
     log_every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "train_step", lambda *_: (torch.ones(1, 2, dtype=torch.float64), GradNorm(1.0), True))
+    clock = Clock()
+    for module in (loop, window):
+        monkeypatch.setattr(module, "time", clock)
+
+    def train_step(*_: Any) -> tuple[torch.Tensor, GradNorm, bool]:
+        clock.sleep(1.0)
+        return torch.ones(1, 2, dtype=torch.float64), GradNorm(1.0), True
+
+    monkeypatch.setattr(loop, "train_step", train_step)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(StepBatch, "n_supervised", 1)
     engine: Any = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]), skipped_steps=0)
     batches = [StepBatch(step, (), (1,), ()) for step in range(4)]
     config = stage(Path("x"), logging={"every": log_every}, checkpoint={"every": 1})
-    tracker, checkpoints = Mock(), Mock(save=lambda step, window: time.sleep(0.3))
+    tracker, checkpoints = Mock(), Mock(save=lambda step, window: clock.sleep(30.0))
     session = Session(World(0, 1, torch.device("cpu")))
-    steps = loop.Loop(session, config, engine, 4, tracker, Window(("x",)), checkpoints, lambda step: time.sleep(0.3))
+    of_start = Window(("x",), started=clock.now_s)
+    steps = loop.Loop(session, config, engine, 4, tracker, of_start, checkpoints, lambda step: clock.sleep(20.0))
     steps.train(batches)
     logged = [call.args[1] for call in tracker.step.call_args_list if len(call.args) == 2]
     assert len(logged) == {1: 4, 2: 3}[log_every]
-    assert all(metrics["step_s"] < 0.1 for metrics in logged)
+    assert [metrics["step_s"] for metrics in logged] == [1.0] * len(logged)
     n_before = {1: [0, 1, 1, 1], 2: [0, 1, 2]}[log_every]
-    for name in ("evaluation_s", "checkpoint_s"):
-        assert [metrics[name] for metrics in logged] == pytest.approx([0.3 * n for n in n_before], abs=0.1), name
+    for name, each_s in (("evaluation_s", 20.0), ("checkpoint_s", 30.0)):
+        assert [metrics[name] for metrics in logged] == [each_s * n for n in n_before], name
 
 
 def trained(
@@ -56,6 +66,7 @@ def trained(
         loop, "train_step", lambda *_: (torch.ones(1, 2, dtype=torch.float64), GradNorm(1.0), next(answers))
     )
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(StepBatch, "n_supervised", 1)
     engine: Any = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]), skipped_steps=0)
     checkpoints, saved = Mock(saved_step=None), []
 

@@ -20,9 +20,10 @@ from llava_train.model.processor import build_processor
 from llava_train.model.recompute import RECOMPUTES
 from llava_train.model.skeleton import config_without_weights, skeleton
 from llava_train.model.trainable import set_trainable
+from llava_train.onednn import MOST_KERNELS, kernels_bytes
 from llava_train.stage_file import ConfigError, with_overrides
 from llava_train.train.holdings import ModelSize, PartSize, held_bytes, size_of
-from llava_train.train.memory import GIB, Estimator, gib
+from llava_train.train.memory import GIB, Estimate, Estimator, gib
 from llava_train.train.out_of_memory import advice
 from llava_train.train.remedies import candidates, find_remedy, turned
 from llava_train.train.world import World
@@ -376,3 +377,27 @@ def test_a_7b_model_is_estimated_without_its_weights() -> None:
     assert told.pack.n_tokens == 16384 and told.pack.n_images == 28
     # of each layer its input is kept; a tenth more than one layer's own activations comes on top
     assert 32 * 16384 * 4096 * 2 < told.activations < 2.5 * 32 * 16384 * 4096 * 2
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_on_a_cpu_in_bf16_the_estimate_has_the_compiled_kernels_and_filled_packs(
+    compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: compiles)
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    batch = {"size": 3, "max_tokens": 4096, "max_sample_tokens": 100}
+
+    def estimate(device_type: str, precision: str) -> Estimate:
+        engine = {"zero": 0, "precision": precision}
+        return estimator_of(device_type=device_type).estimate(stage(Path("x"), batch=batch, engine=engine), "none")
+
+    on_cpu = estimate("cpu", "bf16")
+    assert on_cpu.by_kind().get("compiled kernels", 0) == compiles * kernels_bytes()
+    assert on_cpu.pack.n_tokens == (320 if compiles else 300)
+    assert sum(on_cpu.by_kind().values()) == on_cpu.total_bytes
+    for other in (estimate("cpu", "fp32"), estimate("cuda", "bf16"), estimate("cuda", "fp32")):
+        assert "compiled kernels" not in other.by_kind()
+        assert other.pack.n_tokens == 300
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    fewer = estimate("cpu", "bf16")
+    assert on_cpu.total_bytes - fewer.total_bytes == compiles * (MOST_KERNELS - 64) * kernels_bytes() / 64

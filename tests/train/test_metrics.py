@@ -319,6 +319,14 @@ def test_what_teaches_nothing_is_padding(tmp_path: Path) -> None:
     filler = next(pack for pack in packs if not pack.n_supervised)
     assert yardstick.measure(filler) == PackWork(n_padding_tokens=2)
 
+    (bare,), (filled,) = (
+        dataset_of(llava, data, seed=None, few_sizes=few_sizes)[0].micro_batches for few_sizes in (False, True)
+    )
+    n_added = filled.input_ids.numel() - bare.input_ids.numel()
+    assert n_added > 0
+    assert yardstick.measure(filled) == yardstick.measure(bare) + PackWork(n_padding_tokens=n_added)
+    assert yardstick.histograms(filled).sample_lengths == yardstick.histograms(bare).sample_lengths
+
     (good,) = dataset_of(llava, data, seed=None)[0].micro_batches
     (tmp_path / "images" / "0-1.png").unlink()
     (bad,) = dataset_of(llava, data, seed=None)[0].micro_batches

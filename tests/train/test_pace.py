@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llava_train.train.metrics import Yardstick, model_flops
-from llava_train.train.pace import ASSUMED_MFU, Pace, about, expected_step_s
+from llava_train.train.pace import ASSUMED_MFU, Pace, about, expected_step_s, figure
 from tests.tiny import dataset_of, tiny_llava, write_data
 
 
@@ -56,3 +56,21 @@ def test_nothing_is_told_when_nothing_is_left() -> None:
 )
 def test_a_time_is_told_as_people_would(seconds: float, words: str) -> None:
     assert about(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (2250.0, "2,250"),
+        (989.4, "989"),
+        (66.9, "66.9"),
+        (40.0, "40"),
+        (7.0, "7"),
+        (0.1, "0.1"),
+        (0.0012345, "0.00123"),
+        (100.0, "100"),
+        (0.0, "0"),
+    ],
+)
+def test_a_figure_has_three_digits_whatever_its_size(value: float, words: str) -> None:
+    assert figure(value) == words

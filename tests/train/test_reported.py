@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shown = {"every": 2, "data": [{"path": "held-out.json"}], "generate": 3, "max_new_tokens": 3}
     changes: dict[str, dict[str, Any]] = {
         "stops": {"data": [{"path": "bad.json"}], "on_bad_sample": "error", "eval": None},
-        "no-eval": {"eval": None},
+        "no-eval": {"eval": None, "schedule": {"max_steps": 40}},
     }
     for name in NAMES:
         settings = {"on_bad_sample": "skip", "eval": shown, "logging": {"every": 1}, **changes.get(name, {})}
@@ -57,6 +58,15 @@ def test_a_run_that_begins_anew_evaluates_before_its_first_step_once(folder: Pat
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2]
     answers = read_lines(folder / "runs/run/answers.jsonl")
     assert [line["step"] for line in answers] == [0, 0, 0, 2, 2, 2]
+
+
+def test_the_start_says_what_a_pack_can_be_and_that_max_steps_is_not_reached(done: dict[str, Outcome]) -> None:
+    said = done["complete"].stdout  # the first time
+    assert "note: schedule.max_steps 40 is not reached: 1 epoch has 2 steps; raise schedule.epochs to 20" in said
+    found = re.search(r"4 samples in packs of at most ([\d,]+) tokens, (\d) images \(batch.max_tokens: 1,024\)", said)
+    assert found and int(found[1].replace(",", "")) < 1024 and int(found[2]) <= 4  # of 1,024 tokens more would fit
+    assert ", lengths " in next(line for line in said.splitlines() if "first step after" in line)
+    assert "is not reached" not in done["run"].stdout
 
 
 def test_pictures_of_questions_are_kept_small_by_their_content(folder: Path, done: dict[str, Outcome]) -> None:

@@ -6,6 +6,7 @@ it, or are killed for real, and end by the same command.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -22,7 +23,6 @@ from llava_train.files import write_manifest
 from llava_train.train.resume import find_resumption
 from llava_train.train.world import World
 from tests.train.helpers import (
-    TRAIN,
     Outcome,
     ended,
     read_lines,
@@ -70,16 +70,12 @@ def interrupted_copy(run: Path, target: Path) -> None:
 
 
 def kill_midway(folder: Path, name: str, n_ranks: int) -> None:
-    """Starts a run with `output=killed` and kills its processes between two checkpoints."""
-    metrics = folder / "killed" / name / "metrics.jsonl"
-    processes = start_ranks([TRAIN, *command(folder, name, "killed")], folder, n_ranks)
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and metrics.read_text().count("\n") >= KILLED_AFTER):
-        assert all(process.exitcode is None for process in processes), ended(processes, folder).check()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    ended(processes, folder)
-    assert not (metrics.parent / "model").exists(), "the run was faster than the kill"
+    """Kills the processes of a run with `output=killed` between two checkpoints."""
+    kill = [["kill_in_step", {"step": KILLED_AFTER + 1}]]
+    worker = ["-m", "tests.train.fault_rank", json.dumps(dict.fromkeys(range(n_ranks), kill))]
+    killed = wait(start_ranks([*worker, *command(folder, name, "killed")], folder, n_ranks), folder, grace_s=0.0)
+    assert -signal.SIGKILL in killed.codes, killed.stderr
+    assert len(read_lines(folder / "killed" / name / "metrics.jsonl")) == KILLED_AFTER
 
 
 @pytest.fixture(scope="module")
@@ -179,12 +175,11 @@ def test_two_killed_ranks_resume_to_the_same_end(folder: Path, on_two_ranks: dic
 
 def test_ctrl_c_says_how_to_go_on(folder: Path) -> None:
     metrics = folder / "interrupted/zero0/metrics.jsonl"
-    processes = start_ranks(
-        [TRAIN, *command(folder, "zero0", "interrupted"), "schedule.epochs=999", "schedule.max_steps=9999"], folder
-    )
+    waits = json.dumps({0: [["pause", {"step": 2, "until": "never"}]]})
+    processes = start_ranks(["-m", "tests.train.fault_rank", waits, *command(folder, "zero0", "interrupted")], folder)
     while not metrics.is_file():
         assert all(process.exitcode is None for process in processes), ended(processes, folder)
-        time.sleep(0.05)
+        time.sleep(0.02)
     os.killpg(processes[0].pid, signal.SIGINT)  # a terminal signals the loader's workers too
     finished = wait(processes, folder)
     assert finished.codes == [130]

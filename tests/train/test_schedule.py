@@ -9,7 +9,7 @@ from transformers import (
 )
 
 from llava_train.config import ScheduleSection
-from llava_train.train.schedule import lr_factor, step_seed
+from llava_train.train.schedule import lr_factor, step_seed, unreached_steps
 
 THEIRS = {
     "cosine": get_cosine_schedule_with_warmup,
@@ -35,3 +35,40 @@ def test_seeds_differ_over_seed_step_and_rank() -> None:
     seeds = {step_seed(seed, step, rank) for seed in range(3) for step in range(20) for rank in range(4)}
     assert len(seeds) == 3 * 20 * 4
     assert step_seed(1, 2, 3) == step_seed(1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "n_samples", "told"),
+    [
+        (
+            {"max_steps": 40},
+            170,
+            "schedule.max_steps 40 is not reached: 1 epoch has 15 steps; raise schedule.epochs to 3",
+        ),
+        (
+            {"max_steps": 40, "epochs": 2},
+            170,
+            "schedule.max_steps 40 is not reached: 2 epochs have 30 steps; raise schedule.epochs to 3",
+        ),
+        (
+            {"max_steps": 40, "epochs": 0.5},
+            170,
+            "schedule.max_steps 40 is not reached: 0.5 epochs have 8 steps; raise schedule.epochs to 3",
+        ),
+        (
+            {"max_steps": 5000},
+            12,
+            "schedule.max_steps 5,000 is not reached: 1 epoch has 1 step; raise schedule.epochs to 5,000",
+        ),
+        ({"max_steps": 15}, 170, None),
+        ({"max_steps": 16, "epochs": 1.05}, 170, None),
+        ({}, 170, None),
+        ({"max_steps": 40}, 0, None),
+    ],
+)
+def test_steps_that_the_data_do_not_have_are_told(schedule: dict[str, float], n_samples: int, told: str | None) -> None:
+    section = ScheduleSection.model_validate(schedule)
+    assert unreached_steps(section, n_samples, batch_size=12) == told
+    if told:
+        epochs = float(told.split()[-1].replace(",", ""))
+        assert unreached_steps(section.model_copy(update={"epochs": epochs}), n_samples, 12) is None

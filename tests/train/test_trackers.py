@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import wandb
 from PIL import Image
@@ -29,6 +30,7 @@ from tests.tiny import stage
 from tests.train.wandb_files import WandbFile, read_wandb
 from tests.train.wandb_server import WandbServer
 
+NO_SERVER = "http://127.0.0.1:9"
 PICTURES = ("pictures/red.jpg", "pictures/blue.jpg")
 ANSWERS = (
     {"id": "q1", "prompt": "<b>what</b>?", "answer": "a *cat*", "expected": "a dog", "pictures": [PICTURES[0]]},
@@ -224,9 +226,18 @@ def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StageCon
     """A run that sends to WANDB_BASE_URL, of which nobody knows anything yet, and does not wait for long."""
     wandb.teardown()
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_BASE_URL", NO_SERVER)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(wandb_run, "_START_S", 1)
+    start = wandb_run._start
+
+    def start_soon(config: StageConfig, section: Any, mode: Any) -> Any:
+        """Without a server a start is given up after a second; one that needs none has its time."""
+        with pytest.MonkeyPatch.context() as patch:
+            if mode == "online" and os.environ["WANDB_BASE_URL"] == NO_SERVER:
+                patch.setattr(wandb_run, "_START_S", 1)
+            return start(config, section, mode)
+
+    monkeypatch.setattr(wandb_run, "_start", start_soon)
     config = stage(Path("x"), output=str(tmp_path), logging={"wandb": {"project": "x"}})
     config.run_dir.mkdir(parents=True)
     yield config
@@ -251,12 +262,10 @@ def test_wandb_that_cannot_be_reached_is_told_and_kept_offline(
     for name in ("stdin", "stderr"):
         monkeypatch.setattr(sys, name, Terminal())
     said: list[str] = []
-    started = time.monotonic()
     trackers = Trackers(online, True, 0, said.append)
     trackers.metrics(1, line(1))
     trackers.close(failed=False)
     wandb.teardown()
-    assert time.monotonic() - started < 30
     assert len(said) == 2, said
     assert said[0].endswith("; kept offline (`wandb login` makes a key known)")
     [kept] = online.run_dir.glob("wandb/offline-run-*")
@@ -265,7 +274,6 @@ def test_wandb_that_cannot_be_reached_is_told_and_kept_offline(
 
 
 def test_a_server_of_wandb_gets_each_start_as_one_run(online: StageConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wandb_run, "_START_S", 60)
     said: list[str] = []
     with WandbServer() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
@@ -290,7 +298,6 @@ def test_a_server_of_wandb_gets_each_start_as_one_run(online: StageConfig, monke
 def test_a_server_that_does_not_answer_does_not_hold_a_run_up(
     online: StageConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wandb_run, "_START_S", 60)
     monkeypatch.setattr(wandb_run, "_END_S", 1)
     monkeypatch.setattr(wandb_run, "_LEAVE_S", 1)
     said: list[str] = []
@@ -298,11 +305,11 @@ def test_a_server_that_does_not_answer_does_not_hold_a_run_up(
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         server.answers.clear()
         trackers = Trackers(online, True, 0, said.append)
-        started = time.monotonic()
         trackers.metrics(1, line(1))
         trackers.close(failed=False)
         wandb_run._end_process()  # as at the end of ours
-        assert time.monotonic() - started < 5
+        assert not server.answers.is_set()
+        assert not [each for each in psutil.Process().children() if each.name() == "wandb-core"], "it is waited for"
     [kept] = online.run_dir.glob("wandb/run-*/*.wandb")
     assert read_wandb(kept).rows == [{"step": 1, **curves(line(1))}]
     assert said[1].startswith(

@@ -8,23 +8,27 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llava_train.train import watchdog
 from llava_train.train.hang import Heard, Report, Times, describe, judge
 from llava_train.train.reports import Board, Caller
-from llava_train.train.watchdog import EXIT_HUNG
+from llava_train.train.watchdog import EXIT_HUNG, Watchdog
+from tests.train.helpers import TIMEOUT_S as HANGS_S
 from tests.train.helpers import Finished, ended, environment, start_ranks
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 6.0
+"""Of jobs of processes: so long that only one that stands still is silent."""
 TIMES = Times.of(TIMEOUT_S)
 SILENT_AFTER_S = 3.0
-GOES_ON = [["beat", "step 1"], ["sleep", 0.6]]  # several reports long
-WAITS = [*GOES_ON, ["beat", "step 2"], ["hang"]]
 
 
 def heard(rank=0, counter=5, activity="step 5", idle_s=0.0, allowance_s=10.0, unheard_s=0.0, place=None) -> Heard:
@@ -135,11 +139,11 @@ def test_rank_0_is_to_blame_when_it_answers_no_more():
     stuck = heard(1, idle_s=100.0, allowance_s=TIMEOUT_S).report
     assert caller.exchange(stuck, 1.0) is None
     board.close()
-    verdicts = [caller.exchange(stuck, 1.0) for _ in range(3)]
-    assert verdicts[:2] == [None, None]
-    assert verdicts[2].culprits == (0,)
-    assert "rank 0 (pid 100 on node) has not answered for 3 s" in verdicts[2].message
-    assert "in: reading step 6. rank 1 (pid 101 on node) waits for it in: step 5." in verdicts[2].message
+    *before, verdict = [caller.exchange(stuck, TIMEOUT_S / 2) for _ in range(3)]
+    assert before == [None, None]
+    assert verdict.culprits == (0,)
+    assert "rank 0 (pid 100 on node) has not answered for 9 s" in verdict.message
+    assert "in: reading step 6. rank 1 (pid 101 on node) waits for it in: step 5." in verdict.message
     assert caller.exchange(heard(1, idle_s=0.0).report, 1.0) is None
 
 
@@ -156,78 +160,184 @@ def test_rank_0_bears_what_other_programs_say(words, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-# Jobs of small processes. A rank that freezes is left so: the others must end without it.
+# A job whose clock is moved by hand.
 
 
-def start(cwd: Path, *scripts: list, timeout_s: float = TIMEOUT_S) -> list[BaseProcess]:
-    arguments = ["-m", "tests.train.watchdog_worker", timeout_s, json.dumps(scripts)]
-    return start_ranks(arguments, cwd, len(scripts))
+@pytest.fixture
+def ranks(monkeypatch):
+    """The watchdogs of three ranks in this process. They report when `pass_time` says so."""
+    monkeypatch.setattr(Watchdog, "_watch", lambda self: None)
+    ports = []
+
+    def share_port(port):
+        ports.extend([] if port is None else [port])
+        return ports[0]
+
+    with ExitStack() as stack:
+        yield [stack.enter_context(Watchdog(rank, 3, "127.0.0.1", share_port, TIMEOUT_S)) for rank in range(3)]
 
 
-def end(processes: list[BaseProcess], cwd: Path, frozen: tuple[int, ...] = ()) -> Finished:
-    """Waits until all but the frozen ranks have ended; kills those."""
-    for rank, process in enumerate(processes):
-        if rank not in frozen:
-            process.join(30)
-    return ended(processes, cwd)
+def pass_time(ranks, seconds, works=()):
+    """What the ranks are told after each interval, while those in `works` say that they work."""
+    told = []
+    for _ in range(round(seconds / TIMES.interval_s)):
+        for rank in works:
+            ranks[rank].touch()
+        told += [rank._tick(TIMES.interval_s) for rank in ranks]
+    return {verdict and verdict.culprits for verdict in told}
 
 
-def run(cwd: Path, *scripts: list, frozen: tuple[int, ...] = (), timeout_s: float = TIMEOUT_S) -> Finished:
-    return end(start(cwd, *scripts, timeout_s=timeout_s), cwd, frozen)
+@pytest.mark.parametrize("works", [0, 1])
+def test_one_rank_may_work_for_long_while_it_says_so(ranks, works):
+    for rank in ranks:
+        rank.beat("saving")
+    assert pass_time(ranks, 10 * TIMEOUT_S, works=[works]) == {None}
+    assert pass_time(ranks, 2 * TIMEOUT_S) == {None, ()}, "and no longer"
 
 
-def assert_quiet(finished: Finished) -> None:
+def test_a_slow_activity_within_its_patience_is_not_ended(ranks):
+    for rank in ranks:
+        rank.beat("loading", 5.0)
+    assert pass_time(ranks, 4.5 * TIMEOUT_S) == {None}
+    for rank in ranks:
+        rank.beat("step 1")
+    assert pass_time(ranks, 0.8 * TIMEOUT_S) == {None}
+    assert pass_time(ranks, TIMEOUT_S) == {None, ()}, "the next activity has its own"
+
+
+def test_a_time_in_which_a_process_was_stopped_counts_as_one_long_interval(monkeypatch):
+    guard, verdicts, interval_s = Watchdog(0, 1, "", lambda _: 0, TIMEOUT_S), [], TIMES.interval_s
+    guard._line = Board(1, TIMES)
+    left = iter([0.0, 0.0, interval_s, 3600.0, 3600.0 + interval_s])
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: next(left)))
+    guard._stop = SimpleNamespace(is_set=lambda: left.__length_hint__() == 0, wait=lambda _: None)
+    monkeypatch.setattr(guard, "_end", verdicts.append)
+    guard._watch()
+    assert guard._idle_s == pytest.approx(2 * interval_s + TIMES.longest_tick_s)
+    assert verdicts == []
+
+
+# Jobs of small processes, which run all at once, for most of their time is waiting. A rank that freezes is left so: the
+# others must end without it.
+
+GOES_ON = [["beat", "step 1"], ["settle"]]
+WAITS = [*GOES_ON, ["beat", "step 2"], ["hang"]]
+FREEZES, DIES, LOOPS = ([*GOES_ON, [deed]] for deed in ("freeze", "die", "loop"))
+SUSPENDED_TIMEOUT_S = 12.0
+"""Twice what the activity and the longest interval take."""
+
+
+def leaves(rank, last):
+    """Leaves after the rank before it has; the one after `last` leaves first."""
+    return GOES_ON if rank == (last + 1) % 3 else [*GOES_ON, ["wait for", f"left-{(rank - 1) % 3}"]]
+
+
+JOBS = {
+    "frozen": [WAITS, [*GOES_ON, ["beat", "reading step 2"], ["report"], ["freeze"]], WAITS],
+    "killed": [WAITS, WAITS, DIES],
+    "rank 0: freeze": [FREEZES, WAITS, WAITS],
+    "rank 0: die": [DIES, WAITS, WAITS],
+    "frozen together": [FREEZES, FREEZES, WAITS],
+    "loop on 0": [LOOPS, WAITS, WAITS],
+    "loop on 1": [WAITS, LOOPS, WAITS],
+    "all hang": [WAITS, WAITS],
+    "alone": [LOOPS],
+    "failed": [WAITS, [*GOES_ON, ["fail", "gone"]]],
+    "suspended": [[*GOES_ON, ["beat", "step 2"], ["report"], ["wait for", "woken"]]] * 2,
+    **{f"last leaves {last}": [leaves(rank, last) for rank in range(3)] for last in range(3)},
+}
+FROZEN = {"frozen": (1,), "rank 0: freeze": (0,), "frozen together": (0, 1)}
+
+
+@dataclass
+class Job:
+    processes: list[BaseProcess]
+    folder: Path
+    finished: Finished | None = None
+
+    def place(self, rank):
+        return f"pid {self.processes[rank].pid} on {socket.gethostname()}"
+
+
+def start(folder, name):
+    timeout_s = SUSPENDED_TIMEOUT_S if name == "suspended" else TIMEOUT_S
+    arguments = ["-m", "tests.train.watchdog_worker", timeout_s, json.dumps(JOBS[name])]
+    folder.mkdir()
+    return Job(start_ranks(arguments, folder, len(JOBS[name])), folder)
+
+
+def suspend(job):
+    """Stops all processes of a job for longer than its time-out."""
+    while not all((job.folder / f"heard-{rank}").exists() for rank in range(2)):
+        assert all(process.exitcode is None for process in job.processes)
+        time.sleep(0.02)
+    for process in job.processes:
+        os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(SUSPENDED_TIMEOUT_S + 0.5)
+    for process in job.processes:
+        os.kill(process.pid, signal.SIGCONT)
+    (job.folder / "woken").touch()
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("jobs")
+    jobs = {name: start(folder / name.replace(" ", "-"), name) for name in JOBS}
+    suspend(jobs["suspended"])
+    for name, job in jobs.items():
+        for rank, process in enumerate(job.processes):
+            if rank not in FROZEN.get(name, ()):
+                process.join(HANGS_S)
+        job.finished = ended(job.processes, job.folder)
+    return jobs
+
+
+def assert_quiet(finished):
     assert finished.codes == [0] * len(finished.codes)
     assert finished.stdout == finished.stderr == [""] * len(finished.codes)
 
 
-def test_a_frozen_rank_ends_the_job_in_time_and_is_named(tmp_path):
-    processes = start(tmp_path, WAITS, [*GOES_ON, ["beat", "reading step 2"], ["sleep", 0.5], ["freeze"]], WAITS)
-    began = time.monotonic()
-    finished = end(processes, tmp_path, frozen=(1,))
-    assert time.monotonic() - began < 1.1 + 2 * TIMEOUT_S + 2  # what the script and the start take
-    assert finished.codes == [EXIT_HUNG, -signal.SIGKILL, EXIT_HUNG]
-    place = f"pid {processes[1].pid} on {socket.gethostname()}"
+def test_a_frozen_rank_ends_the_job_and_is_named(jobs):
+    job = jobs["frozen"]
+    assert job.finished.codes == [EXIT_HUNG, -signal.SIGKILL, EXIT_HUNG]
     assert re.fullmatch(
-        rf"error: rank 1 \({re.escape(place)}\) has not answered for \d s; when last heard of it was in: reading "
+        rf"error: rank 1 \({re.escape(job.place(1))}\) has not answered for \d+ s; when last heard of it was in: reading "
         r"step 2\. The others wait for it in: step 2\. The job ends; start it again to go on from the newest "
-        r"checkpoint \(engine\.hang_timeout_s: 2 sets this time\)\.\n",
-        finished.stderr[0],
+        r"checkpoint \(engine\.hang_timeout_s: 6 sets this time\)\.\n",
+        job.finished.stderr[0],
     )
-    assert finished.stderr[2] == ""
+    assert job.finished.stderr[2] == ""
 
 
-def test_a_killed_rank_ends_the_job(tmp_path):
-    finished = run(tmp_path, WAITS, WAITS, [*GOES_ON, ["die"]])
+def test_a_killed_rank_ends_the_job(jobs):
+    finished = jobs["killed"].finished
     assert finished.codes == [EXIT_HUNG, EXIT_HUNG, -signal.SIGKILL]
     assert re.match(r"error: rank 2 \(pid .*\) has not answered .* in: step 1\. The others", finished.stderr[0])
 
 
 @pytest.mark.parametrize("deed", ["freeze", "die"])
-def test_rank_0_is_named_by_the_others(tmp_path, deed):
-    processes = start(tmp_path, [*GOES_ON, [deed]], WAITS, WAITS)
-    finished = end(processes, tmp_path, frozen=(0,))
-    assert finished.codes[1:] == [EXIT_HUNG, EXIT_HUNG]
+def test_rank_0_is_named_by_the_others(jobs, deed):
+    job = jobs[f"rank 0: {deed}"]
+    assert job.finished.codes[1:] == [EXIT_HUNG, EXIT_HUNG]
     for rank in (1, 2):
-        assert f"error: rank 0 (pid {processes[0].pid} on " in finished.stderr[rank]
-        assert "when last heard of it was in: step 1." in finished.stderr[rank]
-        assert f"rank {rank} (pid {processes[rank].pid} on " in finished.stderr[rank]
+        said = job.finished.stderr[rank]
+        assert f"error: rank 0 ({job.place(0)}) " in said
+        assert "when last heard of it was in: step 1." in said
+        assert f"rank {rank} ({job.place(rank)}) " in said
 
 
-def test_ranks_that_freeze_together_with_rank_0_leave_one_that_says_it(tmp_path):
-    finished = run(tmp_path, [*GOES_ON, ["freeze"]], [*GOES_ON, ["freeze"]], WAITS, frozen=(0, 1), timeout_s=1.0)
+def test_ranks_that_freeze_together_with_rank_0_leave_one_that_says_it(jobs):
+    finished = jobs["frozen together"].finished
     assert finished.codes[2] == EXIT_HUNG
     assert finished.stderr[2].startswith("error: rank 0 (pid ")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_in_an_endless_loop_is_named_and_shows_where(tmp_path, rank):
-    scripts = [WAITS, WAITS, WAITS]
-    scripts[rank] = [*GOES_ON, ["loop"]]
-    finished = run(tmp_path, *scripts)
+def test_a_rank_in_an_endless_loop_is_named_and_shows_where(jobs, rank):
+    finished = jobs[f"loop on {rank}"].finished
     assert finished.codes == [EXIT_HUNG] * 3
     assert re.match(
-        rf"error: rank {rank} \(pid .*\) answers, but has not gone on for \d s, in: step 1\. The others wait for it "
+        rf"error: rank {rank} \(pid .*\) answers, but has not gone on for \d+ s, in: step 1\. The others wait for it "
         r"in: step 2\.",
         finished.stderr[0],
     )
@@ -235,16 +345,16 @@ def test_a_rank_in_an_endless_loop_is_named_and_shows_where(tmp_path, rank):
         assert ("in loop_for_ever" in finished.stderr[other]) == (other == rank)
 
 
-def test_when_all_hang_in_the_same_activity_nobody_is_blamed(tmp_path):
-    finished = run(tmp_path, WAITS, WAITS, timeout_s=1.0)
+def test_when_all_hang_in_the_same_activity_nobody_is_blamed(jobs):
+    finished = jobs["all hang"].finished
     assert finished.codes == [EXIT_HUNG] * 2
-    assert finished.stderr[0].startswith("error: all 2 ranks are in: step 2; none of them has gone on for 1 s.")
+    assert re.match(r"error: all 2 ranks are in: step 2; none of them has gone on for \d+ s\.", finished.stderr[0])
     assert "watchdog_worker.py" in finished.stderr[0]
     assert finished.stderr[1] == ""
 
 
-def test_a_single_process_is_guarded_too(tmp_path):
-    finished = run(tmp_path, [["beat", "step 1"], ["loop"]], timeout_s=1.0)
+def test_a_single_process_is_guarded_too(jobs):
+    finished = jobs["alone"].finished
     assert finished.codes == [EXIT_HUNG]
     assert re.match(r"error: rank 0 \(pid .*\) answers, but .* in: step 1\. The job ends;", finished.stderr[0])
     assert "in loop_for_ever" in finished.stderr[0]
@@ -256,46 +366,23 @@ def test_a_process_that_hangs_on_its_own_output_ends(tmp_path):
     env = environment(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
     with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE) as process:
         try:
-            assert process.wait(20) == EXIT_HUNG
+            assert process.wait(HANGS_S) == EXIT_HUNG
         finally:
             process.kill()
 
 
-def test_one_rank_may_work_for_long_while_it_says_so(tmp_path):
-    saves = [*GOES_ON, ["beat", "saving"], ["touch", 2.5]]
-    waits = [*GOES_ON, ["beat", "saving"], ["sleep", 2.5]]
-    assert_quiet(run(tmp_path, waits, saves, waits, timeout_s=1.0))
-
-
-def test_a_slow_activity_within_its_patience_is_not_ended(tmp_path):
-    slow = [["beat", "loading", 5.0], ["sleep", 2.5], ["beat", "step 1"]]
-    assert_quiet(run(tmp_path, slow, slow, timeout_s=1.0))
-
-
 @pytest.mark.parametrize("last", [0, 1, 2])
-def test_ranks_that_leave_in_any_order_leave_nothing_behind(tmp_path, last):
-    scripts = [[*GOES_ON, ["sleep", 0.4 * ((rank - last - 1) % 3)]] for rank in range(3)]
-    assert_quiet(run(tmp_path, *scripts))
+def test_ranks_that_leave_in_any_order_leave_nothing_behind(jobs, last):
+    assert_quiet(jobs[f"last leaves {last}"].finished)
 
 
-def test_a_rank_that_failed_is_named_with_its_error(tmp_path):
-    finished = run(tmp_path, WAITS, [*GOES_ON, ["fail", "gone"]], timeout_s=1.0)
+def test_a_rank_that_failed_is_named_with_its_error(jobs):
+    finished = jobs["failed"].finished
     assert finished.codes == [EXIT_HUNG, 1]
     assert "rank 1 (pid " in finished.stderr[0]
     assert "when last heard of it was in: ending after KeyError." in finished.stderr[0]
     assert finished.stderr[1].endswith("KeyError: 'gone'\n")
 
 
-def test_a_job_that_was_suspended_for_long_goes_on(tmp_path):
-    timeout_s = 5.0
-    works = [["beat", "step 1"], ["sleep", timeout_s + 1.8]]  # the clock of `sleep` does not stand still
-    processes = start(tmp_path, works, works, timeout_s=timeout_s)
-    while not all((tmp_path / f"started-{rank}").exists() for rank in range(2)):
-        time.sleep(0.05)
-    time.sleep(0.8)  # so that the watchdogs have seen the activity before
-    for process in processes:
-        os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(timeout_s + 0.5)
-    for process in processes:
-        os.kill(process.pid, signal.SIGCONT)
-    assert_quiet(end(processes, tmp_path))
+def test_a_job_that_was_suspended_for_long_goes_on(jobs):
+    assert_quiet(jobs["suspended"].finished)

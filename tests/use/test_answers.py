@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,25 +58,78 @@ def test_a_killed_evaluation_goes_on(model: Path, data: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("more", "what"),
     [
-        (["--max-new-tokens", "6"], "another max_new_tokens"),
-        (["--prompt-suffix", "Be brief."], "another prompt_suffix, questions"),
-        (["--dtype", "fp32"], "another dtype"),
+        (["--max-new-tokens", "6"], ["max_new_tokens: 5 there, 6 here"]),
+        (["--prompt-suffix", "Be brief."], ["prompt_suffix: '' there, 'Be brief.' here"]),
+        (["--dtype", "fp32"], ["dtype: 'auto' there, 'fp32' here"]),
+        (["--chat-template", "vicuna_v1"], ["chat_template: none there, 'vicuna_v1' here"]),
+        (["--images", "FOLDER/other"], ["images: 'FOLDER' there, 'FOLDER/other' here"]),
+        (
+            ["--images", "FOLDER/other", "--dtype", "fp32", "--max-new-tokens", "6"],
+            [
+                "images: 'FOLDER' there, 'FOLDER/other' here",
+                "dtype: 'auto' there, 'fp32' here",
+                "max_new_tokens: 5 there, 6 here",
+            ],
+        ),
     ],
 )
-def test_answers_of_another_evaluation_are_refused(model: Path, data: Path, more: list[str], what: str) -> None:
+def test_answers_of_another_evaluation_are_refused_with_what_differs(
+    model: Path, data: Path, more: list[str], what: list[str]
+) -> None:
+    shutil.copytree(data.parent / "images", data.parent / "other/images")
+    more, what = ([text.replace("FOLDER", str(data.parent)) for text in texts] for texts in (more, what))
     run(model, data)
     content = (data.parent / "a.jsonl").read_bytes()
     refused = run(model, data, *more)
-    assert refused.exit_code == 2 and what in refused.stderr and "--overwrite" in refused.stderr
+    assert refused.exit_code == 2
+    assert refused.stderr.splitlines() == [
+        f"error: {data.parent}/a.jsonl holds answers of another evaluation:",
+        *[f"  {line}" for line in what],
+        "name another file (--answers), or replace it (--overwrite)",
+    ]
     assert (data.parent / "a.jsonl").read_bytes() == content
     assert run(model, data, *more, "--overwrite").exit_code == 0
 
 
 def test_answers_of_another_model_or_program_are_refused(model: Path, data: Path, tmp_path: Path) -> None:
     run(model, data)
-    assert "another model" in run(export_tiny(tmp_path / "other", "vicuna_v1"), data).stderr
+    other = export_tiny(tmp_path / "other", "vicuna_v1")
+    assert f"\n  model: {model.parent.name} there, other here\n" in run(other, data).stderr
+    changed = export_tiny(tmp_path / model.parent.name / "model", "vicuna_v1")
+    assert "\n  model: its files have changed\n" in run(changed, data).stderr
     write(data.parent / "a.jsonl", [{"question_id": 100, "text": "yes"}])
     assert "a.jsonl:1: not an answer of" in run(model, data).stderr
+
+
+def test_changed_questions_are_told_from_others(model: Path, data: Path) -> None:
+    run(model, data)
+    rows = read_lines(data)
+    rows[0]["text"] = "Is it green?"
+    write(data, rows)
+    assert "\n  questions: their texts, ids or pictures have changed\n" in run(model, data).stderr
+    data.rename(data.with_name("other.jsonl"))
+    refused = run(model, data.with_name("other.jsonl")).stderr
+    assert f"\n  data: '{data}' there, '{data.with_name('other.jsonl')}' here\n" in refused
+
+
+def test_answers_from_before_places_were_kept_go_on(model: Path, data: Path) -> None:
+    run(model, data)
+    path = data.parent / "a.jsonl"
+    rows = read_lines(path)
+    for row in rows:
+        del row["metadata"]["data"], row["metadata"]["images"]
+    write(path, rows)
+    assert run(model, data).exit_code == 0
+    write(path, rows)
+    shutil.copytree(data.parent / "images", data.parent / "other/images")
+    refused = run(model, data, "--images", str(data.parent / "other")).stderr
+    assert "questions: their texts, ids or pictures, or the places of their pictures, have changed" in refused
+
+
+def test_moved_questions_go_on(model: Path, data: Path) -> None:
+    run(model, data)
+    data.rename(data.with_name("same.jsonl"))
+    assert run(model, data.with_name("same.jsonl")).exit_code == 0
 
 
 @pytest.mark.parametrize(

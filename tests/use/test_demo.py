@@ -11,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,12 +25,13 @@ from llava_train.cli import app
 from llava_train.data.samples import Turn
 from llava_train.errors import UserError
 from llava_train.model.weights import export_model
-from llava_train.use.examples import examples_for
+from llava_train.use.examples import Example, examples_for
 from llava_train.use.llava import LLaVA, Question
 from tests import tiny
-from tests.train.helpers import environment
+from tests.train.helpers import TIMEOUT_S, environment, free_port
 
 httpx = pytest.importorskip("httpx")
+client = httpx.Client(timeout=TIMEOUT_S)
 gradio = pytest.importorskip("gradio")
 
 from llava_train.use import demo  # noqa: E402
@@ -39,6 +39,7 @@ from llava_train.use.demo_intake import uploaded_file  # noqa: E402
 from llava_train.use.demo_visits import Answers, Conversation, Visit  # noqa: E402
 
 QUESTION, LONGEST = "What is it?", 256
+NO_PICTURE = "(no picture: the model saw only your question)"
 SEEN = """() => {
     window.seen = []
     const look = () => {
@@ -94,7 +95,7 @@ def served(folder: Path) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=TIMEOUT_S) == 0
 
 
 @pytest.fixture
@@ -102,18 +103,13 @@ def page(chromium: Any, served: str) -> Iterator[Any]:
     """The page, opened; it may talk to its own server only."""
     page, asked = chromium.new_page(viewport={"width": 1280, "height": 800}), []
     page.on("request", lambda request: asked.append(request.url))
+    page.set_default_timeout(1000 * TIMEOUT_S)
     page.goto(served)
     page.get_by_role("button", name="Ask").wait_for()
     page.evaluate(SEEN)
     yield page
     page.close()
     assert [url for url in asked if not url.startswith((served, "data:", "blob:"))] == []
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def upload(page: Any, file: Path) -> None:
@@ -147,7 +143,7 @@ def wait_for_answers(page: Any, n_answers: int) -> str:
 
 def handler(served: str, event: str, n_inputs: int) -> int:
     """The number under which a client calls what an event calls."""
-    for each in httpx.get(f"{served}/config").json()["dependencies"]:
+    for each in client.get(f"{served}/config").json()["dependencies"]:
         if [name for _, name in each["targets"]] == [event] and len(each["inputs"]) == n_inputs:
             return int(each["id"])
     raise AssertionError(f"no {event} with {n_inputs} inputs")
@@ -158,16 +154,16 @@ def post(served: str, number: int, data: list[Any]) -> tuple[list[str], Any]:
     session = uuid.uuid4().hex
     body = json.dumps({"data": data, "fn_index": number, "session_hash": session})  # NaN too, which httpx refuses
     sent = {"headers": {"content-type": "application/json"}, "content": body}
-    httpx.post(f"{served}/gradio_api/queue/join", **sent).raise_for_status()
-    said, end = list[str](), time.monotonic() + 60
-    with httpx.stream("GET", f"{served}/gradio_api/queue/data?session_hash={session}", timeout=20) as events:
+    client.post(f"{served}/gradio_api/queue/join", **sent).raise_for_status()
+    said = list[str]()
+    with client.stream("GET", f"{served}/gradio_api/queue/data?session_hash={session}") as events:
         for message in (json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: ")):
             if message["msg"] == "log":
                 said.append(message["log"])
             if message["msg"] == "process_completed":
                 output = message["output"]
                 return [*said, *filter(None, [output.get("error")])], output.get("data")
-            assert message["msg"] != "unexpected_error" and time.monotonic() < end, message  # gradio's heart beats on
+            assert message["msg"] != "unexpected_error", message
     raise AssertionError("no answer")
 
 
@@ -201,9 +197,9 @@ def test_an_answer_streams_in_and_is_the_models_own(page: Any, folder: Path, lla
 def test_stop_ends_the_answer_and_keeps_what_there_is(page: Any, llava: LLaVA) -> None:
     set_longest(page, 2048)
     ask(page, QUESTION)
-    page.locator('[data-testid="bot"]').first.wait_for()
+    page.wait_for_function("window.seen.some((text) => text.trim())")  # more than gradio's dots
     page.get_by_role("button", name="Stop").click()
-    stopped = wait_for_answers(page, 1)
+    stopped = wait_for_answers(page, 1).removeprefix(NO_PICTURE)
     (whole,) = llava.generate([(None, QUESTION)], max_new_tokens=2048)
     assert bare(whole).startswith(bare(stopped))
     assert 0 < len(bare(stopped)) < len(bare(whole))
@@ -226,7 +222,69 @@ def test_a_wrong_file_is_refused_in_words(page: Any, folder: Path, name: str, me
     upload(page, folder / name)
     page.get_by_text(message).wait_for()
     assert message in page.inner_text("body")
+    set_longest(page, 16)
+    ask(page, QUESTION)
+    assert NO_PICTURE in wait_for_answers(page, 1), "an answer after a failed upload is about no picture"
     show(page, folder / "animated.gif")
+
+
+@pytest.mark.browser
+def test_each_answer_without_a_picture_says_so_and_is_the_models_own(page: Any, folder: Path, llava: LLaVA) -> None:
+    ask(page, QUESTION)
+    first = wait_for_answers(page, 1)
+    ask(page, "Why?")
+    second = wait_for_answers(page, 2)
+    (expected,) = llava.generate([(None, QUESTION)], max_new_tokens=512)
+    assert bare(first) == bare(NO_PICTURE + expected)
+    turns = (Turn("user", QUESTION), Turn("assistant", expected), Turn("user", "Why?"))
+    (expected,) = llava.generate([Question(turns)], max_new_tokens=512)
+    assert bare(second) == bare(NO_PICTURE + expected), "the model does not read the note"
+    show(page, folder / "picture.png")
+    ask(page, QUESTION)
+    assert NO_PICTURE not in wait_for_answers(page, 1)
+
+
+@pytest.mark.browser
+def test_after_a_picture_is_taken_away_an_answer_says_that_there_is_none(page: Any, folder: Path) -> None:
+    show(page, folder / "picture.png")
+    page.get_by_label("Remove Image").click()
+    page.locator('#picture img[src$=".webp"]').wait_for(state="detached")
+    set_longest(page, 16)
+    ask(page, QUESTION)
+    assert NO_PICTURE in wait_for_answers(page, 1)
+
+
+@pytest.mark.parametrize("shape", [(600, 40), (40, 600), (60, 40), (3, 3), (1, 900)])
+def test_thumbnails_of_examples_have_one_size_and_show_the_middle(shape: tuple[int, int]) -> None:
+    picture = Image.new("RGB", shape, "red")
+    middle = [(side - side // 3) // 2 for side in shape]
+    picture.paste(
+        (0, 0, 255), (*middle, *(start + max(1, side // 3) for start, side in zip(middle, shape, strict=True)))
+    )
+    small = demo.thumbnail(picture)
+    assert small.size == (160, 160)
+    assert small.getpixel((80, 80)) == (0, 0, 255)
+
+
+@pytest.mark.browser
+def test_every_example_is_shown_in_a_square_of_one_size(chromium: Any, folder: Path, llava: LLaVA) -> None:
+    strip = Image.new("RGB", (600, 40), "red")
+    shown = [Example(strip, "A?"), Example(strip.transpose(Image.Transpose.ROTATE_90), "B?"), *examples_for("no run")]
+    app = demo.build_demo(llava, shown, demo.Limits())
+    port = free_port()
+    app.launch(server_port=port, prevent_thread_lock=True, quiet=True, css=demo._CSS, footer_links=[])
+    try:
+        page = chromium.new_page(viewport={"width": 1280, "height": 800})
+        page.set_default_timeout(1000 * TIMEOUT_S)
+        page.goto(f"http://127.0.0.1:{port}")
+        page.locator("button.gallery-item img").nth(4).wait_for()
+        boxes = [image.bounding_box() for image in page.locator("button.gallery-item img").all()]
+        page.close()
+    finally:
+        app.close(verbose=False)
+    sizes = [(box["width"], box["height"]) for box in boxes]
+    assert len(sizes) == 5 and len(set(sizes)) == 1
+    assert sizes[0][0] == sizes[0][1] >= 60
 
 
 @pytest.mark.browser
@@ -256,7 +314,7 @@ def test_an_example_fills_in_its_question(page: Any) -> None:
 
 def test_the_server_takes_no_larger_file(served: str, folder: Path) -> None:
     content = (folder / "heavy.png").read_bytes()
-    answer = httpx.post(f"{served}/gradio_api/upload", files={"files": ("a.png", content)})
+    answer = client.post(f"{served}/gradio_api/upload", files={"files": ("a.png", content)})
     assert answer.status_code == 413
 
 
@@ -266,9 +324,9 @@ def test_the_server_reads_no_larger_request(served: str) -> None:
     chunks = (chunk for chunk in [json.dumps(question).encode()])  # of unsaid length
     join = f"{served}/gradio_api/queue/join"
     sent = {"headers": {"content-type": "application/json"}}
-    assert httpx.post(join, json=question).status_code == httpx.post(join, content=chunks, **sent).status_code == 413
+    assert client.post(join, json=question).status_code == client.post(join, content=chunks, **sent).status_code == 413
     uploads = [("files", (f"{number}.png", bytes(900_000))) for number in range(3)]
-    assert httpx.post(f"{served}/gradio_api/upload", files=uploads).status_code == 413
+    assert client.post(f"{served}/gradio_api/upload", files=uploads).status_code == 413
 
 
 MARKS: list[dict[str, Any]] = [{}, {"meta": {"_type": "gradio.FileData"}}, {"meta": {"_type": "something"}}]
@@ -278,9 +336,9 @@ MARKS: list[dict[str, Any]] = [{}, {"meta": {"_type": "gradio.FileData"}}, {"met
 @pytest.mark.parametrize("mark", MARKS)
 def test_an_upload_is_read(served: str, folder: Path, mark: dict[str, Any]) -> None:
     content = (folder / "picture.png").read_bytes()
-    (path,) = httpx.post(f"{served}/gradio_api/upload", files={"files": ("a.png", content)}).json()
+    (path,) = client.post(f"{served}/gradio_api/upload", files={"files": ("a.png", content)}).json()
     _, (shown, _) = post(served, handler(served, "upload", 2), [{"path": path, **mark}, None])
-    assert Image.open(io.BytesIO(httpx.get(shown["url"]).content)).size == (60, 40)
+    assert Image.open(io.BytesIO(client.get(shown["url"]).content)).size == (60, 40)
 
 
 @pytest.mark.parametrize("mark", MARKS)
@@ -290,7 +348,7 @@ def test_only_uploads_are_read(served: str, folder: Path, path: str, mark: dict[
     if path == "pipe" and not (folder / path).exists():
         os.mkfifo(folder / path)
     content = (folder / "picture.png").read_bytes()
-    (known,) = httpx.post(f"{served}/gradio_api/upload", files={"files": ("a.png", content)}).json()
+    (known,) = client.post(f"{served}/gradio_api/upload", files={"files": ("a.png", content)}).json()
     uploads = Path(known).parent.parent
     if path == "link" and not (uploads / path).is_symlink():
         (uploads / path).symlink_to(folder / "picture.png")
@@ -369,7 +427,7 @@ def test_an_example_that_is_not_there_is_refused_in_words(served: str, number: A
 
 
 def test_there_is_no_api_beside_the_page(served: str) -> None:
-    assert httpx.get(f"{served}/gradio_api/info").json()["named_endpoints"] == {}
+    assert client.get(f"{served}/gradio_api/info").json()["named_endpoints"] == {}
 
 
 def test_an_answer_does_not_come_back_into_another_conversation() -> None:
@@ -384,12 +442,12 @@ def test_an_answer_does_not_come_back_into_another_conversation() -> None:
             finally:
                 self.closed = True
 
-    speaker, visit = Speaker(), Visit()
+    speaker, visit = Speaker(), Visit(Conversation(Path("picture.png")))
     answers = Answers(cast(LLaVA, speaker), [], demo.Limits(), Path())
     pieces = answers.ask(QUESTION, visit, 0.0, 16)
     assert [next(pieces)[0][-1]["content"] for _ in range(3)] == [QUESTION, "one", "one two"]
     answers.clear(visit)
-    assert list(pieces) == [] and visit == Visit()
+    assert list(pieces) == [] and visit == Visit(Conversation(Path("picture.png")))
     assert speaker.closed
 
 

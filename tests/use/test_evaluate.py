@@ -143,7 +143,7 @@ def test_a_chat_template_is_the_one_of_the_answers(model: Path, data: Path, tmp_
     path = tmp_path / "own.jsonl"
     template.write_text(template.read_text() + " ")
     for changed in ([], ["--chat-template", "vicuna_v1"], ["--chat-template", str(template)]):
-        assert "another chat_template;" in run(model, data, *changed, "--answers", str(path)).stderr
+        assert "\n  chat_template: " in run(model, data, *changed, "--answers", str(path)).stderr
 
 
 def test_questions_may_share_an_id_as_those_of_textvqa_do(model: Path, tmp_path: Path) -> None:
@@ -195,13 +195,60 @@ def test_a_choice_is_made_by_likelihood(model: Path, data: Path) -> None:
         ("cat", ["dog", "cat"], "cat"),
         (1, ["dog", "cat"], "cat"),
         ("B", ["dog", "cat"], "cat"),
-        ("B", ["B", "A"], "B"),  # a text before a letter
+        ("A", ["A", "B"], "A"),
+        ("2", ["1", "2", "3"], "2"),
+        (3, ["1", "2", "3"], "3"),
+        (0, ["0", "1"], "0"),
+        (0, ["one", "two"], "one"),
+        (1, ["B", "A"], "A"),
+        (2, {"1": "dog", "2": "cat"}, "cat"),
+        ("a", ["a", "A"], "a"),
         ("b", {"a": "dog", "b": "cat"}, "cat"),
     ],
 )
 def test_the_right_option_is_a_text_a_number_or_a_letter(tmp_path: Path, answer: Any, options: Any, right: str) -> None:
     path = write(tmp_path / "q.jsonl", [{"question_id": 1, "text": "?", "options": options, "answer": answer}])
     assert read_questions(path, "choice")[0].references == (right,)
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "message"),
+    [
+        (
+            2,
+            ["1", "2", "3"],
+            "answer: 2 may mean '3' (by its number from 0) or '2' (by its text); write '2' for '2' or",
+        ),
+        (0, ["1", "0"], "answer: 0 may mean '1' (by its number from 0) or '0' (by its text); write '1' for '1' or '0'"),
+        (1, ["2", "3", "1.0"], "answer: 1 may mean '3' (by its number from 0) or '1.0' (by its text); write '3' for"),
+        (
+            "A",
+            ["B", "A"],
+            "answer: 'A' may mean 'B' (by its letter) or 'A' (by its text); write 0 for 'B' or 1 for 'A'",
+        ),
+        ("A", ["b", "a"], "answer: 'A' may mean 'b' (by its letter) or 'a' (by its text); write 'b' for 'b' or 'a'"),
+        (
+            "B",
+            {"A": "B", "B": "A"},
+            "answer: 'B' may mean 'A' (by its letter) or 'B' (by its text); write 0 for 'B' or 1 for 'A'",
+        ),
+        (1, {"1": "dog", "2": "cat"}, "answer: 1 may mean 'cat' (by its number from 0) or 'dog' (by its letter)"),
+        (
+            "0",
+            {"0": "1", "1": "0"},
+            "answer: '0' may mean '1' (by its letter) or '0' (by its text); write the options as",
+        ),
+        ("b", ["B", "C"], "answer: 'b' is none of the options"),
+        (True, ["no", "yes"], "answer: True is none of the options"),
+    ],
+)
+def test_an_answer_that_may_mean_two_options_is_refused(
+    tmp_path: Path, answer: Any, options: Any, message: str
+) -> None:
+    path = write(tmp_path / "q.jsonl", [{"question_id": 1, "text": "?", "options": options, "answer": answer}])
+    with pytest.raises(QuestionError) as raised:
+        read_questions(path, "choice")
+    assert f"{path}:1: " in str(raised.value) and message in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +311,15 @@ def test_what_cannot_be_asked_is_named_or_left_out(model: Path, data: Path, spoi
     assert {row["question_id"] for row in read_lines(data.parent / "a.jsonl")}.isdisjoint(bad)
 
 
+def test_a_score_over_no_question_is_refused(model: Path, data: Path) -> None:
+    for picture in (data.parent / "images").iterdir():
+        picture.write_bytes(b"no picture")
+    done = run(model, data, "--skip-bad", "--json")
+    assert done.exit_code == 2 and not done.stdout
+    assert f"none of the {N} questions can be asked" in done.stderr and "not a readable image" in done.stderr
+    assert not list(data.parent.glob("*scores*"))
+
+
 def test_answers_lie_in_the_folder_of_the_run(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Evaluation(str(model), data, "pope")
     assert plan.answers_path("picture") == Path(f"answers-{model.parent.name}-pope.jsonl")
@@ -283,7 +339,7 @@ def test_a_misnamed_picture_is_not_left_out_in_silence(model: Path, tmp_path: Pa
     data = write(tmp_path / "q.jsonl", [{"question_id": 1, "img": "a.png", "text": "What?", "answer": "x"}])
     done = run(model, data, metric="exact")
     assert done.exit_code == 2
-    assert f"{data}:1: no \"image\", but 'img'" in done.output
+    assert f'{data}:1: key "img" names a picture, but is not read' in done.output
 
 
 def test_answers_never_replace_their_questions(model: Path, data: Path) -> None:
@@ -291,3 +347,16 @@ def test_answers_never_replace_their_questions(model: Path, data: Path) -> None:
     done = run(model, data, "--answers", str(data), "--overwrite")
     assert done.exit_code == 2 and "holds the questions" in done.output
     assert data.read_bytes() == before
+
+
+def test_pictures_in_another_place_are_asked_for(model: Path, data: Path) -> None:
+    (data.parent / "empty").mkdir()
+    refused = run(model, data, "--images", str(data.parent / "empty"))
+    assert refused.exit_code == 2
+    assert f"the image file is missing; is --images {data.parent}/empty right?" in refused.stderr
+    refused = run(model, data, "--images", str(data.parent / "empty"), "--skip-bad")
+    assert refused.exit_code == 2 and not (data.parent / "a.scores.json").exists()
+    assert f"no question can be asked, so there is no score ({N} are left out)" in refused.stderr
+    assert f"is --images {data.parent}/empty right?" in refused.stderr
+    (data.parent / "images").rename(data.parent / "pictures")
+    assert "name the folder of the pictures (--images)" in run(model, data).stderr

@@ -62,9 +62,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         try:
             if self.path == "/slow":
-                for _ in range(100):
+                while True:  # until the other end is cut
                     self.wfile.write(b".")
-                    time.sleep(0.1)
+                    time.sleep(0.02)
             self.wfile.write(b"x" * (1000 if self.path == "/large" else 10))
         except OSError:
             pass
@@ -142,11 +142,9 @@ def test_what_goes_wrong_is_said(server: str, path: str, message: str) -> None:
         fetch(server + path, max_bytes=100, allowed=anywhere)
 
 
-def test_a_server_that_drips_is_left_in_time(server: str) -> None:
-    started = time.monotonic()
+def test_a_server_that_drips_for_ever_is_left(server: str) -> None:
     with pytest.raises(FetchError, match="no answer within 0.5 seconds"):
         fetch(f"{server}/slow", timeout_s=0.5, allowed=anywhere)
-    assert time.monotonic() - started < 5
 
 
 def test_a_slow_look_up_counts_and_what_begins_too_late_is_cut(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,10 +156,8 @@ def test_a_slow_look_up_counts_and_what_begins_too_late_is_cut(server: str, monk
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     for timeout_s, path in ((0.2, "/picture"), (0.6, "/slow")):
-        started = time.monotonic()
         with pytest.raises(FetchError, match="no answer within"):
             fetch(server + path, timeout_s=timeout_s, allowed=anywhere)
-        assert time.monotonic() - started < 3
 
 
 def test_an_address_is_escaped_as_browsers_do(server: str) -> None:
