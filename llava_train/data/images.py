@@ -12,9 +12,11 @@ import torch
 from PIL import ExifTags, Image, features
 from transformers.image_processing_utils import BaseImageProcessor
 
+from llava_train.data.paths import unencodable
 from llava_train.data.pictures import Picture
 from llava_train.data.problems import SampleError
 from llava_train.data.rgb import as_rgb
+from llava_train.git_lfs import LFS_ADVICE, is_lfs_pointer
 
 HAS_AVIF = "avif" in features.modules and bool(features.check("avif"))
 """Whether this Pillow reads AVIF: from 11.3 on, unless it was built without."""
@@ -73,9 +75,11 @@ def open_image(picture: Picture) -> Iterator[Image.Image]:
         file = picture.open("rb")
     with file:
         with _problems_of(picture):
-            head = file.read(12)
+            head = file.read(64)
             if not head:
                 raise SampleError("image_empty", f"{picture}: the image file is empty (zero bytes)")
+            if is_lfs_pointer(head):
+                raise SampleError("not_an_image", f"{picture}: a Git LFS pointer, {LFS_ADVICE}")
             if (format_name := _unread_format(head)) is not None:
                 raise SampleError("not_an_image", f"{picture}: {format_name}; save it as JPEG or PNG")
             file.seek(0)
@@ -89,9 +93,9 @@ def _unread_format(head: bytes) -> str | None:
     """Name a format of phones and the web that is not read here, by the first 12 bytes of a file."""
     if head[4:8] != b"ftyp":
         return None
-    if head[8:] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"):
+    if head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"):
         return "a HEIC picture, which Pillow cannot read"
-    if head[8:] in (b"avif", b"avis") and not HAS_AVIF:
+    if head[8:12] in (b"avif", b"avis") and not HAS_AVIF:
         return "an AVIF picture, which needs Pillow 11.3 or later (pip install -U pillow)"
     return None
 
@@ -120,6 +124,9 @@ def _problems_of(picture: Picture) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise SampleError("image_missing", f"{picture}: the image file is missing") from error
+    except UnicodeEncodeError as error:
+        reason = unencodable(error.object) or str(error)
+        raise SampleError("image_unreadable", f"{picture}: cannot be opened: {reason}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SampleError("decompression_bomb", f"{picture}: too large to decode: {error}") from error
     except Image.UnidentifiedImageError as error:

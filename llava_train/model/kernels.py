@@ -79,12 +79,14 @@ def _compiled_forward(layer: Any) -> Callable[..., Any]:
     """
     if "__call__" in vars(GradientCheckpointingLayer):  # transformers before 5.23 checkpoints there, around `forward`
         return torch.compile(layer.forward, dynamic=True)
-    written = type(layer).forward.__wrapped__  # the model's own forward, without the checkpointing around it
+    wrapped: Any = type(layer).forward
+    written = wrapped.__wrapped__  # the model's own forward, without the checkpointing around it
     compiled = torch.compile(MethodType(written, layer), dynamic=True)
 
     def forward(*arguments: Any, **settings: Any) -> Any:
         if layer.gradient_checkpointing and layer.training:
-            return layer._gradient_checkpointing_func(partial(compiled, **settings), *arguments)
+            checkpoint: Any = layer._gradient_checkpointing_func
+            return checkpoint(partial(compiled, **settings), *arguments)
         return compiled(*arguments, **settings)
 
     return forward

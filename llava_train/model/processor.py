@@ -31,6 +31,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, RandomVisionTower
 from llava_train.failures import cannot_load
 from llava_train.files import is_hub_id
+from llava_train.git_lfs import lfs_problem_of_model
 from llava_train.model.compatibility import BuildError, check_class_token, check_processor
 
 IMAGE_TOKEN = "<image>"
@@ -80,6 +81,7 @@ def load_tokenizer(part: str | RandomLanguageModel) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a language model, with `<image>` and a padding token. Raises BuildError."""
     name = part if isinstance(part, str) else part.tokenizer
     _refuse_missing_folder("model.language_model", name)
+    refuse_lfs_pointers("language_model", name, "config", "tokenizer")
     try:
         own_bytes = isinstance(part, RandomLanguageModel) and name == "bytes"
         tokenizer = byte_tokenizer() if own_bytes else AutoTokenizer.from_pretrained(name)
@@ -121,6 +123,7 @@ def load_vision_config(part: str | RandomVisionTower) -> tuple[PreTrainedConfig,
         tower_class(config, part.config["model_type"])
         return config, {}
     _refuse_missing_folder("model.vision_tower", part)
+    refuse_lfs_pointers("vision_tower", part, "config")
     try:
         config = AutoConfig.from_pretrained(part)
         config = getattr(config, "vision_config", config)
@@ -131,6 +134,12 @@ def load_vision_config(part: str | RandomVisionTower) -> tuple[PreTrainedConfig,
     except (OSError, ValueError) as error:
         raise BuildError(cannot_load("model.vision_tower", part, error)) from error
     return config, settings
+
+
+def refuse_lfs_pointers(part: str, name: str, *read: str) -> None:
+    """Refuses a part whose files Git LFS has not fetched; `read` as in `lfs_problem_of_model`. Raises BuildError."""
+    if problem := lfs_problem_of_model(name, read):
+        raise BuildError(f"model.{part}: {problem}")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

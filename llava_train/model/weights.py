@@ -21,6 +21,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from llava_train.config import ModelSection
 from llava_train.errors import UserError
 from llava_train.files import damage, sha256, share
+from llava_train.git_lfs import lfs_problem_of_model
 from llava_train.model.export_files import write_model
 from llava_train.model.fit import copy_weights, misfits, shapes_of
 from llava_train.model.foreign import load_transformers
@@ -80,6 +81,8 @@ def load_init(init_from: str, model: LlavaForConditionalGeneration, section: Mod
     """
     check_init(init_from)
     path = _result_of(init_from)
+    if problem := lfs_problem_of_model(path):
+        raise ForeignError(problem)
     if (path / PROJECTOR_CARD).is_file():
         return _load_projector(path, model, section)
     kind = kind_of(path)

@@ -36,7 +36,7 @@ def read_image(image: ImageLike, allow_urls: bool = False) -> Image.Image:
         return decode_image(EmbeddedPicture(fetch(image), f"{image:.200}"))
     if isinstance(image, str) and re.match(r"(?!data:)\w{2,}://", image):
         raise UserError(f"{image:.200}: only http(s) addresses are fetched; a file is named by its path")
-    if hasattr(image, "read"):
+    if not isinstance(image, str | Path) and hasattr(image, "read"):
         return decode_image(EmbeddedPicture(_content(image), "the picture"))
     if isinstance(image, str) and image.startswith("data:"):
         return decode_image(EmbeddedPicture(data_url_content(image), "the picture"))

@@ -17,6 +17,7 @@ from llava_train.devices import DTYPES
 from llava_train.errors import UserError
 from llava_train.failures import reason
 from llava_train.files import read_manifest
+from llava_train.git_lfs import lfs_problem_of_model
 from llava_train.model.build import Llava, build_llava
 from llava_train.model.foreign import load_whole
 from llava_train.model.quantize import is_quantized, round_like_nf4
@@ -56,6 +57,8 @@ def load_llava(
     """
     name = expand(str(name))
     folder = _result_of(Path(name))
+    if problem := lfs_problem_of_model(folder):
+        raise LoadError(problem)
     is_adapter = folder.name == ADAPTER_FOLDER and (folder.parent / RUN_CARD).is_file()
     if is_adapter or (folder / PROJECTOR_CARD).is_file():
         if settings:

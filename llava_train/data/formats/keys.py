@@ -154,13 +154,16 @@ def refuse_unused_texts(unread: Sequence[Unread], turns: Sequence[Turn]) -> None
 def refuse_unread_pictures(unread: Sequence[Unread], images: Sequence[Any]) -> None:
     """Refuses keys that name a picture which is none of `images`, those that the record states. Raises SampleError.
 
-    With pictures stated, other keys often hold their name or address again: the same file name is no other picture.
+    With pictures stated, other keys of the record often hold their names again, or what was made of them, such as a
+    thumbnail in bytes.
     """
     for each in unread:
         named = list(picture_values(each.value))
-        if images and _are_known(named, images, each.is_of_record):
+        by_key = is_picture_key(each.key, each.value)
+        may_be_embedded = each.is_of_record and not by_key
+        if images and _are_known(named, images, each.is_of_record, may_be_embedded):
             continue
-        if named or is_picture_key(each.key, each.value):
+        if named or by_key:
             advice = "name the key" if each.is_of_record else "write it as a part of the content, or in the record's"
             raise SampleError(
                 "unread_picture",
@@ -168,11 +171,13 @@ def refuse_unread_pictures(unread: Sequence[Unread], images: Sequence[Any]) -> N
             )
 
 
-def _are_known(named: Sequence[str | bytes], images: Sequence[Any], of_record: bool) -> bool:
+def _are_known(named: Sequence[str | bytes], images: Sequence[Any], of_record: bool, may_be_embedded: bool) -> bool:
     """True if names may all be those of stated pictures: the same file names, or addresses.
 
     A picture that the record holds as bytes has no name to compare, so a name of the record may be its name.
     """
+    if any(isinstance(name, bytes) for name in named) and not may_be_embedded:
+        return False
     stems, n_unnamed = set(), 0
     for image in images:
         if isinstance(image, dict):
@@ -181,8 +186,8 @@ def _are_known(named: Sequence[str | bytes], images: Sequence[Any], of_record: b
             stems.add(_stem(image))
         else:
             n_unnamed += of_record
-    others = [name for name in named if isinstance(name, bytes) or not ("://" in name or _stem(name) in stems)]
-    return len(others) <= n_unnamed and not any(isinstance(name, bytes) for name in others)
+    names = [name for name in named if isinstance(name, str)]
+    return sum("://" not in name and _stem(name) not in stems for name in names) <= n_unnamed
 
 
 def _stem(name: str) -> str:
