@@ -53,6 +53,10 @@ _LIMITS = {
 _READ_AS = {bool: "true or false", int: "a number", float: "a number", type(None): "nothing"}
 
 
+_OF_A_KEY = "[key]"
+"""What pydantic puts at the end of a location when the key itself is wrong."""
+
+
 def explain(
     error: ValidationError, root: type[BaseModel], written: Any = None, overridden: Collection[str] = ()
 ) -> list[str]:
@@ -108,9 +112,9 @@ def truth_values(
 
 def _explain(problem: Problem, location: tuple[Any, ...], wanted: str, root: type[BaseModel], written: Any) -> str:
     kind, context, key = problem["type"], problem.get("ctx", {}), ".".join(map(str, location))
-    if kind == "invalid_key" or location[-1:] == ("[key]",):
-        name = problem["input"] if location[-1:] == ("[key]",) else location[-1]
-        return f'{key.removesuffix(".[key]")}: a key must be a text; write it in quotes: "{name}"'
+    if kind == "invalid_key" or location[-1:] == (_OF_A_KEY,):
+        name = problem["input"] if location[-1:] == (_OF_A_KEY,) else location[-1]
+        return f'{key.removesuffix(f".{_OF_A_KEY}")}: a key must be a text; write it in quotes: "{name}"'
     if kind == "extra_forbidden":
         return _unknown_key(key, location, root)
     if kind == "missing":

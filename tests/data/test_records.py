@@ -31,7 +31,7 @@ def write(path: Path, content: str | bytes) -> Path:
 def test_lists_and_lines_are_told_by_their_content(as_lines: bool, zipped: bool, kept: bool, tmp_path: Path) -> None:
     rows = [{**ROW, "id": str(i)} for i in range(3)]
     text = "\n\n".join(map(json.dumps, rows)) if as_lines else json.dumps(rows, indent=1)
-    content = gzip.compress(text.encode()) if zipped else text
+    content = gzip.compress(text.encode(), mtime=0) if zipped else text
     found = JsonRecords(write(tmp_path / "data", content), tmp_path / "cache" if kept else None)
     assert [found[i] for i in range(len(found))] == rows
     lines = text.split("\n")
@@ -92,7 +92,7 @@ def test_any_list_is_cut_into_its_values_whatever_the_chunks(rows, chunk, indent
         (b"\0\0\xfe\xff" + '[{"id": 1}]'.encode("utf-32-be"), "text in UTF-32"),
         ('[{"id": 1}]'.encode("utf-16-le"), "text in UTF-16, not in UTF-8; convert it: iconv -f UTF-16LE"),
         ('\n{"id": 1}'.encode("utf-32-be"), "text in UTF-32, not in UTF-8; convert it: iconv -f UTF-32BE"),
-        (gzip.compress('[{"id": 1}]'.encode("utf-16")), "text in UTF-16"),
+        (gzip.compress('[{"id": 1}]'.encode("utf-16"), mtime=0), "text in UTF-16"),
         (LFS_POINTER, "a Git LFS pointer, which stands for a file that was not fetched: run `git lfs install`"),
         (LFS_POINTER.replace("git-lfs.github", "hawser.github"), "a Git LFS pointer"),
         (b"\x1f\x8b1234567890", "the gzip file is damaged"),
