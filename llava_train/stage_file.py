@@ -58,7 +58,7 @@ def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
 
 
 def load_run_card(run_dir: Path, needed: Sequence[str] = ()) -> StageConfig:
-    """Reads the stage file that a run left in its folder; files that it names are looked up where they are now.
+    """Reads the stage file that a run left in its folder; what it names, and `output`, are where they are now.
 
     Args:
         needed: keys whose files must be there, with all keys below them.
@@ -78,6 +78,7 @@ def load_run_card(run_dir: Path, needed: Sequence[str] = ()) -> StageConfig:
             )
     if "engine.deepspeed" in missing:
         stage["engine"]["deepspeed"] = None  # of the training; using the run needs none
+    stage["output"] = str(run_dir.absolute().parent)
     return parse_stage(stage, str(run_dir / RUN_CARD))
 
 
@@ -180,9 +181,8 @@ def _apply_override(content: dict[str, Any], override: str, loader: type[yaml.Ba
         if isinstance(node, list):
             node = node[_list_index(node, name, override)]
         else:
-            if node.get(name) is None or (
-                loader is yaml.BaseLoader and isinstance(node[name], str)
-            ):  # an empty section
+            is_text = loader is yaml.BaseLoader and isinstance(node.get(name), str)  # an empty section
+            if node.get(name) is None or is_text:
                 node[name] = {}
             node = node[name]
         if not isinstance(node, dict | list):

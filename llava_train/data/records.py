@@ -162,7 +162,7 @@ def _check_first_line(record: bytes, path: Path, rest: Iterable[bytes]) -> None:
             name = shortened(key.group(1).decode("utf-8", "replace"), 40)
             raise DataError(
                 f'{path}: one JSON object over several lines, whose first key is "{name}"; wanted a JSON list of '
-                f'records, or JSONL with one JSON object a line. If the records are under "{name}", save that list alone'
+                f'records, or JSONL with one JSON object a line. If the records are under "{name}", save that list'
             ) from error
         raise DataError(
             f"{path}: line 1 is not valid JSON: {error}; wanted a JSON list of records, or JSONL with one JSON "

@@ -71,7 +71,7 @@ def _compile_layers(model: LlavaForConditionalGeneration, zero: int) -> None:
         set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
 
 
-def _compiled_forward(layer: nn.Module) -> Callable[..., Any]:
+def _compiled_forward(layer: Any) -> Callable[..., Any]:
     """Returns the forward pass of a layer, compiled, with activation checkpointing around it where it is enabled.
 
     transformers 5.23 checkpoints inside `forward`, and torch.compile compiles nothing that torch.utils.checkpoint

@@ -92,6 +92,7 @@ class LLaVA:
     ) -> None:
         """Joins parts with a projector between them."""
         place = pick_device(device)
+        projector = None if projector is None else expand(str(projector))
         trained, image = ({}, ImageSection()) if projector is None else settings_of_projector(str(projector))
         vision_tower = expand(str(vision_model_path))
         has_class_token = not load_vision_config(vision_tower)[0].model_type.startswith("siglip")

@@ -502,9 +502,7 @@ MUTATIONS_OF_RECORDS: list[Mutation] = [
     ("missing values", at_record(img=None, video=math.nan, tools=[], audio="", chosen=[None]), unchanged),
     ("metadata", at_record(score=0.3, image_width=8, source="web", tags=["a", "b"]), unchanged),
     ("an id", at_record(id="7"), lambda sample: replace(sample, id="7")),
-    ("one picture more", lambda record: record.update(images=[*record.get("images", []), "z.png"]), "placeholders"),
     ("no picture is named", lambda record: record.update(images=[*record.get("images", []), None, ""]), unchanged),
-    ("number as picture", lambda record: record.update(images=[*record.get("images", ["q"]), 3][-1:] * 9), "placeholders"),
 ]  # fmt: skip
 MUTATIONS_OF_TURNS: list[Mutation] = [
     ("picture in the turn", lambda turn: turn.update(image="z.png"), "unread_picture"),
@@ -532,6 +530,14 @@ def test_each_mutation_of_a_record_has_its_verdict(good: Good, mutation: Mutatio
     record = copy.deepcopy(good.record)
     mutation[1](record)
     check_verdict(good, record, mutation[2])
+
+
+@given(good_records().filter(lambda good: good.turns_key == "conversations"), st.sampled_from(["z.png", png(), 3]))
+def test_a_picture_without_a_placeholder_is_refused(good: Good, picture: Any) -> None:
+    more = {**good.record, "images": [*good.record.get("images", []), picture]}
+    assert kind_of(more) == "placeholders"
+    if good.sample.images:
+        assert kind_of({**good.record, "images": [3] * len(good.sample.images)}) == "image_value"
 
 
 @given(good_records().filter(lambda good: good.turns_key is not None), st.sampled_from(MUTATIONS_OF_TURNS))

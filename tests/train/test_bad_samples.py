@@ -38,9 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_samples(folder / "data.json", KINDS)
     write_samples(folder / "fine.json", "ittt")
     write_samples(folder / "many.json", "r" * 1200)
-    write_samples(folder / "one-good.json", "rrrt", seed=1)
-    cut = [{"from": "human", "value": "what " * 400}, {"from": "gpt", "value": "It is."}]
-    (folder / "cut.json").write_text(json.dumps([{"id": number, "conversations": cut} for number in range(4)]))
+    write_samples(folder / "one-good.json", "rrri", seed=1)
+    write_samples(folder / "cut.json", "iiii", seed=1)
+    cut = json.loads((folder / "cut.json").read_text())
+    for record in cut:
+        record["conversations"][0]["value"] += " what" * 400
+    (folder / "cut.json").write_text(json.dumps(cut))
     for name, kinds in {"missing": "itx", "roles": "itr", "picture": "itb", "long": "itl", "all-bad": "xxrr"}.items():
         write_samples(folder / f"{name}.json", kinds)
     return folder
