@@ -109,15 +109,18 @@ def _cut_text(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int]]:
 
 
 def _refuse_other_text(file: BinaryIO, path: Path) -> None:
-    """Refuses Git LFS pointers and text in UTF-16 or UTF-32; the file is left where it began. Raises DataError."""
+    """Refuses Git LFS pointers, and text in UTF-32 or in UTF-16 without a byte order mark. Raises DataError.
+
+    Text in UTF-16 with a mark is left to `not_records`, which says what the text is. The file is left where it began.
+    """
     head = file.read(64)
     file.seek(0)
     if is_lfs_pointer(head):
         raise DataError(f"{path}: a Git LFS pointer, {LFS_ADVICE}")
     encoding = json.detect_encoding(head)  # by the byte order mark, or where zeros stand
-    if encoding.startswith("utf-8"):
+    if encoding.startswith("utf-8") or encoding == "utf-16":
         return
-    if encoding in ("utf-16", "utf-32") or head.decode(encoding, "replace").lstrip()[:1] in ("[", "{"):
+    if encoding == "utf-32" or head.decode(encoding, "replace").lstrip()[:1] in ("[", "{"):
         name = re.sub("-([BL]E)", r"\1", encoding.upper())
         raise DataError(
             f"{path}: text in {name[:6]}, not in UTF-8; convert it: iconv -f {name} -t UTF-8 OLD > NEW (in PowerShell "

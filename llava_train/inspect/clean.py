@@ -167,7 +167,10 @@ class _RecordWriter:
         if value is None or isinstance(value, str | int):
             return value
         if isinstance(value, float):
-            return value if math.isfinite(value) else self._left_out(key, "numbers that are not finite")
+            if math.isfinite(value):
+                return value
+            self._left_out(key, "numbers that are not finite")
+            return None  # a list keeps its length
         if isinstance(value, bytes | pa.Buffer) or (
             isinstance(value, dict) and isinstance(value.get("bytes"), bytes | pa.Buffer) and "type" not in value
         ):
