@@ -209,7 +209,7 @@ def test_a_run_says_once_what_its_template_leaves_out(tmp_path: Path) -> None:
     assert (begun.code, resumed.code) == (0, 0), begun.stderr + resumed.stderr
     note = "chatml differs from the language model's own template, which also writes '<|im_start|>system"
     assert begun.stdout.count(note) == 1 and "chat_template: auto keeps it" in begun.stdout
-    assert note not in resumed.stdout and "from step" in resumed.stdout
+    assert note not in resumed.stdout and "resuming after step" in resumed.stdout
     for command in ("check", "preview"):
         shown = run_ranks(["-m", "llava_train", command, "--config", stage], tmp_path).check()
         assert "own template" not in shown.stdout[0] + shown.stderr[0]
