@@ -16,7 +16,6 @@ if [ -n "${WHEELS:-}" ]; then
     site=$site:$target
 fi
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True  # packs have all sizes: fixed blocks would leave holes
 if [ -z "${LLAVA_COMMIT:-}" ]; then
     LLAVA_COMMIT=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
     export LLAVA_COMMIT

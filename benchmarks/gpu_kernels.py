@@ -86,7 +86,7 @@ def _backends(cuda: bool) -> Iterator[tuple[str, Callable[..., torch.Tensor]]]:
     yield "by document", lambda q, k, v, borders, lengths: attend_by_document(q, k, v, lengths, None)
     if not cuda:
         return
-    kernels = {"torch varlen": attention._torch_varlen()}
+    kernels = {"torch varlen": attention.attend_with_torch()}
     if find_spec("flash_attn"):
         kernels["flash-attn"] = attention.varlen_kernel()
     for name, kernel in kernels.items():

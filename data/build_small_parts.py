@@ -184,10 +184,15 @@ def build(out: Path, name: str, make: Callable[[Path], None]) -> None:
     print(f"{target}: built")
 
 
+def _path(text: str) -> Path:
+    """A path; a shell leaves `~` in quotes and behind `--out=`."""
+    return Path(text).expanduser()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("parts"), help="folder to write (default %(default)s)")
-    parser.add_argument("--wheels", type=Path, default=Path("data/downloads"), help="where pip puts the wheels")
+    parser.add_argument("--out", type=_path, default=Path("parts"), help="folder to write (default %(default)s)")
+    parser.add_argument("--wheels", type=_path, default=Path("data/downloads"), help="where pip puts the wheels")
     arguments = parser.parse_args()
     out: Path = arguments.out
     wheels: Path = arguments.wheels

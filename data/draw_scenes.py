@@ -300,9 +300,14 @@ def draw_all(out: Path, arguments: argparse.Namespace) -> None:
     temporary.rename(out)
 
 
+def _path(text: str) -> Path:
+    """A path; a shell leaves `~` in quotes and behind `--out=`."""
+    return Path(text).expanduser()
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("data/scenes"), help="folder to write (default %(default)s)")
+    parser.add_argument("--out", type=_path, default=Path("data/scenes"), help="folder to write (default %(default)s)")
     parser.add_argument("--captions", type=int, default=8000, help="training pictures with captions")
     parser.add_argument("--conversations", type=int, default=6000, help="training pictures with conversations")
     parser.add_argument("--held-out", type=int, default=300, help="held-out pictures with questions")

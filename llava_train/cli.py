@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from llava_train import __version__, cli_judge, cli_look, cli_runs, cli_use
-from llava_train.cli_help import SETTINGS, TRAIN, Command, Group
+from llava_train.cli_help import SETTINGS, TRAIN, Command, Group, expanded
 from llava_train.cli_look import Overrides
 from llava_train.config import StageConfig
 from llava_train.errors import user_errors
@@ -23,6 +23,7 @@ from llava_train.slurm import SCRIPT, Job, Launcher, prepare, submit, what_to_kn
 from llava_train.stage_file import ConfigError, load_stage, with_suffix
 from llava_train.train.chatter import turn_down, turn_up
 from llava_train.train.terminal import Waiting, allow_readers_to_leave, drop_unread, write_anything
+from llava_train.user_paths import expand
 
 app = typer.Typer(
     cls=Group,
@@ -97,7 +98,8 @@ def train(
 @app.command(cls=Command, rich_help_panel=TRAIN)
 def slurm(
     config: Annotated[
-        list[str], typer.Option("--config", metavar="FILE...", help="Stage files, trained in this order.")
+        list[str],
+        typer.Option("--config", metavar="FILE...", help="Stage files, trained in this order.", parser=expanded),
     ],
     set_: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, metavar="N", help="Nodes of the job.")] = 1,
@@ -125,7 +127,8 @@ def slurm(
         typer.Option(metavar="COMMANDS", help="Shell commands first. Default: activate this Python environment."),
     ] = None,
     container: Annotated[
-        str | None, typer.Option(metavar="IMAGE", help="A .sif file for apptainer, or an image for pyxis.")
+        str | None,
+        typer.Option(metavar="IMAGE", help="A .sif file for apptainer, or an image for pyxis.", parser=expanded),
     ] = None,
     signal_before: Annotated[
         int, typer.Option(min=1, metavar="SECONDS", help="So long before the end of the time the job saves.")
@@ -207,6 +210,8 @@ def run(
     if not verbose:
         turn_down(context.rank == 0)
     try:
+        paths = [Path(expand(str(path))) for path in paths]
+        stop_file = Path(expand(str(stop_file))) if stop_file else None
         stages = [load_stage(path, overrides) for path in paths]
         if suffix:
             stages = with_suffix(stages, suffix)

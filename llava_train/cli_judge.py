@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from llava_train.cli_help import MEASURE, Command
+from llava_train.cli_help import MEASURE, Command, expanded
 from llava_train.cli_use import (
     ChatTemplate,
     DtypeName,
@@ -43,7 +43,10 @@ def evaluate(
     ],
     metric: Annotated[MetricName, typer.Option(metavar="NAME", help="vqa, exact, pope, anls, caption or choice.")],
     images: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Folder, ZIP or TAR of the pictures. Default: folder of --data.")
+        str | None,
+        typer.Option(
+            metavar="PATH", help="Folder, ZIP or TAR of the pictures. Default: folder of --data.", parser=expanded
+        ),
     ] = None,
     answers: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Answers file. Default: in the run's folder.")
@@ -123,7 +126,10 @@ class LmmsEvalCommand(Command):
 def lmms_eval(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Run folder, its model/, an exported folder, or a hub id.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Run folder, its model/, an exported folder, or a hub id.", parser=expanded
+        ),
     ],
     tasks: Annotated[
         str, typer.Option(metavar="A,B,...", help="Tasks of lmms-eval and files of questions, with commas between.")
@@ -134,7 +140,10 @@ def lmms_eval(
     ] = None,
     output_path: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results go.")] = Path("runs/lmms-eval"),
     python: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Python of the environment with lmms-eval. Default: this one.")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Python of the environment with lmms-eval. Default: this one.", parser=expanded
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="cuda, cuda:1 or cpu. Default: cuda where it is.")
@@ -153,7 +162,7 @@ def lmms_eval(
     with user_errors():
         from llava_train.use.lmms_eval import Evaluation, evaluate
 
-        names, more = tuple(name.strip() for name in tasks.split(",")), tuple(context.args)
+        names, more = tuple(expanded(name.strip()) for name in tasks.split(",")), tuple(context.args)
         raise SystemExit(
             evaluate(Evaluation(model, names, output_path, images, python, device, gpus, model_args, more))
         )
@@ -161,7 +170,7 @@ def lmms_eval(
 
 @app.command(cls=Command, rich_help_panel=MEASURE)
 def export(
-    source: Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, or any LLaVA model.")],
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="Run folder, or any LLaVA model.", parser=expanded)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     dtype: InDtype = DtypeName.auto,
     merge_lora: Annotated[

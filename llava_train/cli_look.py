@@ -57,11 +57,13 @@ def check(
         from llava_train.inspect.report import print_report, summary
 
         data = open_stage_data(stage)
-        files = clean_files(data, write_clean) if write_clean else []
+        files = clean_files(stage, data, write_clean) if write_clean else []
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
             checked = check_data(stage, data, not fast, workers or os.cpu_count() or 1, ranks, progress)
         found = summary(stage, data, checked)
-        found["clean"] = write_clean_records(stage, data, checked, files) if files else []
+        cleaned = write_clean_records(stage, data, checked, files) if files else []
+        found["clean"] = [each.section for each in cleaned if each.section]
+        found["clean_notes"] = [note for each in cleaned for note in each.notes()]
         if json_:
             print(json.dumps(found, ensure_ascii=False))
         else:

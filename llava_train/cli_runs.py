@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,10 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders; several are compared.")],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Default: report.html in the run; of several runs, ./compare.html."),
+        typer.Option(
+            metavar="FILE",
+            help="Default: report.html in the run; of several runs, ./compare.html, or a name that is free.",
+        ),
     ] = None,
 ) -> None:
     """Write a page about a run, or one that compares several.
@@ -36,13 +40,19 @@ def report(
     with user_errors():
         from llava_train.report.page import write_report
 
-        path = out or (runs[0] / REPORT_FILE if len(runs) == 1 else Path("compare.html"))
+        path = out or (runs[0] / REPORT_FILE if len(runs) == 1 else _free("compare"))
         if path.is_dir():
             raise UserError(f"--out {path}: a folder; name a file, such as {path / 'compare.html'}")
         for record in write_report(runs, path):
             for note in record.notes:
                 print(f"note: {record.folder}: {note}", file=sys.stderr)
         print(f"wrote {path}")
+
+
+def _free(stem: str) -> Path:
+    """A page that is not there yet: an earlier comparison stays."""
+    names = (Path(f"{stem}-{number}.html") for number in count(2))
+    return next(path for path in chain([Path(f"{stem}.html")], names) if not path.exists())
 
 
 @app.command(cls=Command, rich_help_panel=MACHINE)

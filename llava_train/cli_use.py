@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llava_train.cli_help import USE, Command
+from llava_train.cli_help import USE, Command, expanded
 from llava_train.errors import UserError, user_errors
 from llava_train.train.terminal import is_read
 
@@ -30,7 +30,10 @@ class QuantizationName(str, Enum):
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Run folder, its model/, a LLaVA model of any origin, or a hub id.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Run folder, its model/, a LLaVA model of any origin, or a hub id.", parser=expanded
+    ),
 ]
 OnDevice = Annotated[
     str, typer.Option("--device", metavar="NAME", help="cpu, cuda or cuda:1. auto: a GPU where there is one.")
@@ -49,7 +52,8 @@ TopP = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Of the draws. Default: another one each time.")]
 ChatTemplate = Annotated[
-    str | None, typer.Option(metavar="NAME|FILE", help="A template or a jinja file. Default: the model's own.")
+    str | None,
+    typer.Option(metavar="NAME|FILE", help="A template or a jinja file. Default: the model's own.", parser=expanded),
 ]
 AllowUrls = Annotated[
     bool, typer.Option("--allow-urls", help="Fetch pictures from http(s) addresses, too; public ones only.")
@@ -60,10 +64,11 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 @app.command(cls=Command, rich_help_panel=USE)
 def ask(
     model: Model,
-    image: Annotated[str, typer.Argument(metavar="PICTURE", help="Picture file.")],
+    image: Annotated[str, typer.Argument(metavar="PICTURE", help="Picture file.", parser=expanded)],
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask.")],
     more: Annotated[
-        list[str] | None, typer.Option("--image", metavar="FILE", help="One more picture; repeatable.")
+        list[str] | None,
+        typer.Option("--image", metavar="FILE", help="One more picture; repeatable.", parser=expanded),
     ] = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 512,

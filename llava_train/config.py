@@ -6,14 +6,18 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 from llava_train.contradictions import contradictions
+from llava_train.refusals import shown
 from llava_train.run_files import CACHE_FOLDER
+from llava_train.user_paths import expand
 
 Part = Literal["projector", "language_model", "vision_tower"]
 PARTS: tuple[Part, ...] = typing.get_args(Part)
@@ -32,6 +36,9 @@ CHAT_TEMPLATES = (
     "zephyr",
 )
 
+NAME = r"^[\w][\w.\-]*$"
+"""Names of runs."""
+
 LearningRate = Annotated[float, Field(gt=0, description="Peak learning rate of AdamW.")]
 
 
@@ -46,7 +53,7 @@ class RandomLanguageModel(Section):
 
     config: dict[str, Any]
     """A transformers config, `model_type` included."""
-    tokenizer: str = "bytes"
+    tokenizer: UserPath = "bytes"
     """`bytes` for a tokenizer of the 256 bytes, else a hub id or folder."""
     seed: int = 0
     """Seed of the weights; the same seed gives the same part in every stage."""
@@ -61,17 +68,22 @@ class RandomVisionTower(Section):
     """Seed of the weights; the same seed gives the same part in every stage."""
 
 
+UserPath = Annotated[str, AfterValidator(expand)]
+"""A file, folder or hub id; `~` is replaced, a variable refused."""
+
+
 def _known_template(name: str) -> str:
     known = (*CHAT_TEMPLATES, "auto")
-    if name in known or Path(name).is_file():
-        return name
+    with suppress(OSError):  # a name that is too long
+        if name in known or Path(name).is_file():
+            return name
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"{name!r} is neither a template ({', '.join(known)}) nor a jinja file{hint}")
+    raise ValueError(f"{shown(name)} is neither a template ({', '.join(known)}) nor a jinja file{hint}")
 
 
 ChatTemplate = Annotated[
-    str,
+    UserPath,
     AfterValidator(_known_template),
     Field(json_schema_extra={"anyOf": [{"enum": [*CHAT_TEMPLATES, "auto"]}, {"type": "string"}]}),
 ]
@@ -80,9 +92,9 @@ ChatTemplate = Annotated[
 class ModelSection(Section):
     """The parts, and how they are joined."""
 
-    language_model: str | RandomLanguageModel
+    language_model: UserPath | RandomLanguageModel
     """Hub id or folder of a causal language model."""
-    vision_tower: str | RandomVisionTower
+    vision_tower: UserPath | RandomVisionTower
     """Hub id or folder of a CLIP, SigLIP, SigLIP 2 or DINOv2 encoder."""
     vision_feature_layer: int | Annotated[list[int], Field(min_length=1)] = -2
     """Index into the encoder's hidden states; -2 is the layer before the last. Of a list, the features are joined."""
@@ -152,6 +164,15 @@ def _allow_words(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [words, {"type": "number", "exclusiveMinimum": 0, "maximum": 1}, {"type": schema.pop("type")}]
 
 
+def _number_in(value: Any) -> int | float | None:
+    """The number that somebody may have meant by a value such as `1000`, `"1,000"` or `50%`."""
+    if isinstance(value, str) and (found := re.search(r"\d[\d,_]*(\.\d+)?", value)):
+        number = found[0].replace(",", "").replace("_", "")
+        return float(number) if "." in number else int(number)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12
+    return value if is_number else None
+
+
 class Take(Section):
     """How much of a source an epoch has: `all`, `first N`, a share such as `0.5`, or `repeat R`."""
 
@@ -169,14 +190,18 @@ class Take(Section):
     def _from_words(cls, value: Any) -> Any:
         if value == "all":
             return {}
-        if isinstance(value, float | int) and not isinstance(value, bool):
-            return {"fraction": value}
-        how, _, number = value.partition(" ") if isinstance(value, str) else ("", "", "")
-        if how in cls.model_fields:
+        if isinstance(value, dict | Take):
+            return value
+        if isinstance(value, str) and (words := re.fullmatch(r"(first|repeat) (\d+)|(fraction) ([\d.]+)", value)):
+            how, number = filter(None, words.groups())
             return {how: number}
-        if isinstance(value, str):
-            raise ValueError(f"{value!r} is not understood; write all, first 1000, a share such as 0.5, or repeat 3")
-        return value
+        number = _number_in(value)
+        if isinstance(value, int | float) and number is not None and 0 < number <= 1:
+            return {"fraction": value}
+        first = f"first {number}" if isinstance(number, int) and number > 1 else "first 1000"
+        is_percent = isinstance(value, str) and value.endswith("%") and number is not None and 0 < number <= 100
+        share = f"{number / 100:g}" if is_percent and number else "0.5"
+        raise ValueError(f"{shown(value)} is not understood; write all, {first}, a share such as {share}, or repeat 3")
 
     @model_validator(mode="after")
     def _one_way(self) -> Take:
@@ -188,9 +213,9 @@ class Take(Section):
 class SourceSection(Section):
     """One source of samples."""
 
-    path: str
+    path: UserPath
     """LLaVA JSON or JSONL (also gzipped), Parquet, a saved data set, or the id of one on the Hugging Face hub."""
-    images: str | Annotated[dict[str, str], Field(min_length=1)] | None = None
+    images: UserPath | Annotated[dict[str, UserPath], Field(min_length=1)] | None = None
     """Folder, ZIP or TAR that the image paths are relative to, or such by prefix; default: the folder of `path`."""
     name: Annotated[str, Field(min_length=1)] | None = None
     """What metrics and reports call it; default: from `path`."""
@@ -269,7 +294,7 @@ class EngineSection(Section):
     the kernels of liger-kernel. One of them: they do not add up."""
     hang_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """The run ends, and names the rank, when no rank has gone on for so long."""
-    deepspeed: str | dict[str, Any] | None = None
+    deepspeed: UserPath | dict[str, Any] | None = None
     """A DeepSpeed JSON file (or its keys) for whatever this stage file does not own."""
 
 
@@ -311,9 +336,9 @@ TextMetric = Literal["vqa", "exact", "pope", "anls", "caption"]
 class QuestionsSection(Section):
     """A file of questions, as `llava-train evaluate` takes it."""
 
-    path: str
+    path: UserPath
     """LLaVA's JSONL of questions with references, or training data."""
-    images: str | None = None
+    images: UserPath | None = None
     """Folder or archive that the image paths are relative to; default: the folder of `path`."""
 
 
@@ -351,14 +376,15 @@ class LoaderSection(Section):
 class StageConfig(Section):
     """One stage of training."""
 
-    name: Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")]
+    name: Annotated[str, Field(pattern=NAME)]
     """The run's folder below `output`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the order of samples, of what `take` draws, of new weights and of dropout."""
     model: ModelSection
-    init_from: str | None = None
-    """Whose trained parts this stage starts from: a run folder; a LLaVA model of transformers or of the original (full,
-    or LoRA), folder or hub id; `mm_projector.bin` or its folder; `random` for a new projector."""
+    init_from: UserPath | None = None
+    """Whose trained parts this stage starts from: a run, by its name or folder; a LLaVA model of transformers or of the
+    original (full, or LoRA), folder or hub id; `mm_projector.bin` or its folder; `random` for a new projector. Looked
+    up in this order: a run of that name in `output`, a path, a hub id."""
     trainable: TrainableSection
     data: Annotated[list[SourceSection], Field(min_length=1)]
     """What is trained on: one order runs over all sources."""
@@ -376,12 +402,21 @@ class StageConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
     eval: EvalSection | None = None
-    output: str = "runs"
+    output: UserPath = "runs"
     """Folder of run folders."""
 
     @property
     def run_dir(self) -> Path:
         return Path(self.output) / self.name
+
+    @property
+    def start(self) -> str | None:
+        """What `init_from` names: None for a new projector, the folder of a run in `output`, a path, or a hub id."""
+        if self.init_from is None or self.init_from == "random":
+            return None
+        folder = Path(self.output) / self.init_from
+        is_run = self.init_from != self.name and re.fullmatch(NAME, self.init_from) and folder.is_dir()
+        return str(folder) if is_run else self.init_from
 
     @property
     def cache_dir(self) -> Path:

@@ -19,8 +19,8 @@ def contradictions(config: StageConfig) -> Iterator[str]:
         yield f"trainable: every part is frozen, nothing would train; list at least one of {parts}"
     if rates.keys() - {"projector"} and config.init_from is None:
         yield (
-            "init_from: missing, but the stage trains more than the projector; name the run folder of the stage "
-            "that trained the projector, or `random` to start from a new projector on purpose"
+            "init_from: missing, but the stage trains more than the projector; name the run of the stage that "
+            "trained the projector, or `random` to start from a new projector on purpose"
         )
     if batch.max_tokens < batch.max_sample_tokens:
         yield (
@@ -65,7 +65,8 @@ def deepspeed_conflicts(config: StageConfig) -> Iterator[str]:
     try:
         user = user_deepspeed(config.engine)
     except (OSError, ValueError) as error:
-        yield f"engine.deepspeed: cannot read {config.engine.deepspeed}: {error}"
+        why = error.strerror if isinstance(error, OSError) else error
+        yield f"engine.deepspeed: cannot read {config.engine.deepspeed!s:.200}: {why}"
         return
     offload = {True: "cpu", False: "none"}
     owned: dict[str, tuple[str, Any]] = {

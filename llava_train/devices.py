@@ -19,6 +19,9 @@ from llava_train.failures.words import Explanation, first_lines
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _OTHER_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 
+_AMPERE = (8, 0)
+"""The least compute capability of flash attention's kernels, in torch (`varlen_attn`) and in flash-attn 2."""
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _KEEP = ((_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 2**28), (_M_MMAP_MAX, 0), (_M_ARENA_MAX, 1))
 """Settings of glibc's mallopt(3): nothing is given back, all comes from one heap, which grows by 256 MiB."""
@@ -100,6 +103,16 @@ def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
 def imitates_bf16(device: torch.device) -> bool:
     """Whether a device is a CPU without instructions for bf16: it is tens of times slower there than fp32."""
     return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def without_bf16_attention(device: torch.device) -> str | None:
+    """Returns the name of a GPU older than Ampere, for which no attention kernel computes in bf16; None for others."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) >= _AMPERE:
+        return None
+    return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
 
 
 def keep_freed_memory() -> None:

@@ -1,25 +1,35 @@
-"""Folders that are complete or ignored: a manifest of sizes and checksums, written last.
+"""Files that are whole or as they were, and folders that are complete or ignored, by a manifest that is written last.
 
-Checksums are XXH3 of 128 bits: they find what a disk or a power cut did, at the speed of memory. They are no
-protection against somebody who can write to the folder, for he can write the manifest too.
+The manifest has sizes and checksums: XXH3 of 128 bits, which finds what a disk or a power cut did, at the speed of
+memory. It is no protection against somebody who can write to the folder, for he can write the manifest too.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, Literal
 
 import xxhash
+
+from llava_train.git_lfs import lfs_problem
 
 MANIFEST = "COMPLETE"
 _CHECKSUM = "xxh128"
 """Key of a manifest's own checksum: a flipped bit in it could send a run to another step in silence."""
 _CHUNK_BYTES = 1 << 20
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_OWN_FOLDERS = ("data", "parts", "runs")
+"""Folders of our recipes: below them nobody means the hub, also where they were not made yet."""
 
 FileFacts = dict[str, Any]
 """Size (`n_bytes`) and checksum (`xxh128`) of a file."""
@@ -28,7 +38,8 @@ FileFacts = dict[str, Any]
 def is_hub_id(name: str | Path) -> bool:
     """Whether a name means a repository of the hub: `owner/name`, and there is no folder `owner` that lacks it."""
     path = Path(name)
-    return bool(_HUB_ID.fullmatch(str(name))) and not path.exists() and not path.parent.is_dir()
+    is_ours = path.parent.name in _OWN_FOLDERS
+    return bool(_HUB_ID.fullmatch(str(name))) and not is_ours and not path.exists() and not path.parent.is_dir()
 
 
 def write_manifest(folder: Path, files: dict[str, FileFacts] | None = None, **facts: Any) -> None:
@@ -69,6 +80,10 @@ def damage(folder: Path, share: slice = slice(None)) -> str | None:
         path = folder / name
         try:
             n_bytes = path.stat().st_size
+            if n_bytes != expected["n_bytes"] and (problem := lfs_problem(path)):
+                return problem
+            if n_bytes != expected["n_bytes"] and (problem := lfs_problem(path)):
+                return problem
             if n_bytes != expected["n_bytes"]:
                 return f"{name} has {n_bytes} bytes, not {expected['n_bytes']}"
             if file_facts(path) != expected:
@@ -80,8 +95,68 @@ def damage(folder: Path, share: slice = slice(None)) -> str | None:
     return None
 
 
+@contextmanager
+def written_aside(path: Path, mode: Literal["w", "wb"] = "w", durably: bool = True) -> Iterator[IO[Any]]:
+    """Opens a file to write that takes the place of `path` at the end of the block; if the block raises, nothing does.
+
+    So `path` is never half a file. Its folder is made, a link is followed, and the permissions of the file that it
+    replaces stay. What is no regular file (a pipe, /dev/null) is written in place. Of text, halves of characters are
+    written as the escapes that JSON has for them.
+
+    Args:
+        durably: wait until the disk has it, so that the machine may stop afterwards.
+
+    Raises:
+        OSError: the file cannot be written, or is write-protected.
+    """
+    text: dict[str, Any] = {} if mode == "wb" else {"encoding": "utf-8", "errors": "backslashreplace"}
+    if path.parent == Path("/dev") or (path.exists() and not path.is_file()):
+        with path.open(mode, **text) as file:
+            yield file
+        return
+    target = Path(os.path.realpath(path))
+    if target.exists() and not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    number, name = tempfile.mkstemp(dir=target.parent, prefix=".written-aside-", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(number, mode, **text) as file:
+            yield file
+            file.flush()
+            if durably:
+                os.fsync(file.fileno())
+        share(temporary)
+        with suppress(OSError):  # there is no file yet, or its permissions cannot be had
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+        if durably:
+            rename_durably(temporary, target)
+        else:
+            temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_aside(out: Path) -> Iterator[Path]:
+    """Makes a folder beside `out` that takes its place at the end of the block; if the block raises, `out` stays."""
+    folder, replaced = (out.with_name(f".{out.name}.{what}") for what in ("written", "replaced"))
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+        if out.exists():
+            out.rename(replaced)
+        rename_durably(folder, out)
+    finally:
+        if replaced.exists() and not out.exists():
+            replaced.rename(out)
+        for each in (folder, replaced):
+            shutil.rmtree(each, ignore_errors=True)
+
+
 def write_durably(path: Path, text: str) -> None:
-    """Writes a file so that it is whole or absent, whenever the machine stops."""
+    """Writes a file of a run so that it is whole or absent, whenever the machine stops."""
     temporary = _temporary(path)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -34,6 +34,7 @@ def tell(error: Exception, context: Context, verbose: bool = False) -> int:
     explained = explain(error, context) or (None if isinstance(error, UserError) else explain_file(error, context))
     code = MENDABLE if isinstance(error, UserError) or (explained and not explained.by_another_rank) else UNKNOWN
     keeps = explained is not None or not isinstance(error, UserError) or error.keeps_traceback
+    keeps = keeps and not (explained and explained.by_user)
     kept = keep(error, context) if keeps else None
     if not speaks(error, context):
         return code

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from llava_train.errors import UserError
 
@@ -14,10 +14,24 @@ class LaunchError(UserError):
 
 _BY_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _PLACES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Settings of torch's allocator: the first hides the others, which are older names."""
 _LAUNCHERS = (
     "start it by torchrun, deepspeed or srun, as in: torchrun --standalone --nproc_per_node 8 scripts/train.py ..., or "
     "by plain python for one process"
 )
+
+
+def set_for_libraries(environment: MutableMapping[str, str]) -> None:
+    """Sets variables that libraries read in each process of a run, unless the user has set them.
+
+    Call it before CUDA is used: torch reads its allocator's settings once, at the first allocation.
+    """
+    # Packs have all sizes: between blocks of fixed sizes, memory would be left that no pack fits in.
+    if not any(name in environment for name in _ALLOCATOR):
+        environment[_ALLOCATOR[0]] = "expandable_segments:True"
+    # Else each rank asks the hub, in a thread of its own, to convert a model that has only `.bin` files.
+    environment.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
 def launch_environment(environment: Mapping[str, str]) -> dict[str, str]:

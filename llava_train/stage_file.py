@@ -7,18 +7,18 @@ valid name. No other module reads YAML.
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from llava_train.config import StageConfig
 from llava_train.errors import UserError
+from llava_train.places import find_again
+from llava_train.refusals import explain, truth_values
+from llava_train.user_paths import expand
 
 RUN_CARD = "config.yaml"
 """The stage file that a run leaves in its folder, with every default written out."""
@@ -38,22 +38,47 @@ def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
     Raises:
         ConfigError: unreadable file, unknown key, wrong type or contradiction.
     """
+    path = expand(str(path))
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        text = Path(path).read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=_UniqueKeyLoader)
+        written = yaml.load(text, Loader=yaml.BaseLoader)  # the same, every scalar as it stands there
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the stage file: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    except ValueError as error:  # PyYAML's, of a date or number that cannot be
+        raise ConfigError(f"{path}: not valid YAML: {error}; write a text in quotes") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a stage file is a mapping of keys, such as `name: my-stage`")
     for override in overrides:
-        _apply_override(content, override)
-    return parse_stage(content, str(path))
+        _apply_override(content, override, yaml.SafeLoader)
+        _apply_override(written, override, yaml.BaseLoader)
+    return parse_stage(content, path, written, [override.partition("=")[0] for override in overrides])
 
 
-def load_run_card(run_dir: Path) -> StageConfig:
-    """The stage file that a run was trained with, as it left it in its folder. Raises ConfigError."""
-    stage = {key: value for key, value in _run_card(run_dir).items() if key != "about"}
+def load_run_card(run_dir: Path, needed: Sequence[str] = ()) -> StageConfig:
+    """Reads the stage file that a run left in its folder; what it names, and `output`, are where they are now.
+
+    Args:
+        needed: keys whose files must be there, with all keys below them.
+
+    Raises:
+        ConfigError: no stage file, or the file of a needed key is nowhere.
+    """
+    card = _run_card(run_dir)
+    stage = {key: value for key, value in card.items() if key != "about"}
+    missing = find_again(stage, card.get("about") or {}, run_dir)
+    for key, (text, tried) in missing.items():
+        if any(key == name or key.startswith(f"{name}.") for name in (*needed, "model.chat_template")):
+            raise ConfigError(
+                f"{run_dir} was trained with {key}: {text}, which is not there any more; looked for:\n  "
+                + "\n  ".join(tried)
+                + "\nBring it back to one of these places, or use an export of the run (`llava-train export`)"
+            )
+    if "engine.deepspeed" in missing:
+        stage["engine"]["deepspeed"] = None  # of the training; using the run needs none
+    stage["output"] = str(run_dir.absolute().parent)
     return parse_stage(stage, str(run_dir / RUN_CARD))
 
 
@@ -70,13 +95,29 @@ def _run_card(run_dir: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot read what the run was trained with: {error}") from error
 
 
-def parse_stage(content: dict[str, Any], origin: str) -> StageConfig:
-    """Validates the content of a stage file. `origin` names it in errors. Raises ConfigError."""
+def parse_stage(
+    content: dict[str, Any], origin: str, written: Any = None, overridden: Sequence[str] = ()
+) -> StageConfig:
+    """Validates the content of a stage file.
+
+    Args:
+        origin: names it in errors.
+        written, overridden: as `refusals.explain` takes them.
+
+    Raises:
+        ConfigError: unknown keys, wrong types and contradictions, a line each.
+    """
+    flags = dict(truth_values(content, StageConfig, written))
+    lines = [f"{key}: {problem}" for key, problem in flags.items()]
+    config = None
     try:
-        return StageConfig.model_validate(content)
+        config = StageConfig.model_validate(content)
     except ValidationError as error:
-        lines = [line for problem in error.errors() for line in _explain(problem).splitlines()]
-        raise ConfigError("\n".join(f"{origin}: {line}" for line in dict.fromkeys(lines))) from None
+        found = explain(error, StageConfig, written, overridden)
+        lines += [line for line in found if line.partition(": ")[0] not in flags]
+    if lines or config is None:
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines))
+    return config
 
 
 def with_suffix(stages: Sequence[StageConfig], suffix: str) -> list[StageConfig]:
@@ -85,13 +126,15 @@ def with_suffix(stages: Sequence[StageConfig], suffix: str) -> list[StageConfig]
     Raises:
         ConfigError: no folder can be called so.
     """
-    renamed = {stage.run_dir.resolve(): stage.run_dir.with_name(f"{stage.name}-{suffix}") for stage in stages}
+    renamed = {stage.run_dir.resolve() for stage in stages}
     found = []
     for stage in stages:
         content = stage.model_dump(mode="json")
-        content["name"] = renamed[stage.run_dir.resolve()].name
-        if stage.init_from is not None and Path(stage.init_from).resolve() in renamed:
-            content["init_from"] = str(renamed[Path(stage.init_from).resolve()])
+        content["name"] = f"{stage.name}-{suffix}"
+        if stage.init_from not in (None, "random", stage.name):
+            places = Path(stage.output, str(stage.init_from)), Path(str(stage.init_from))  # by name, by path
+            if any(place.resolve() in renamed for place in places):
+                content["init_from"] = f"{str(stage.init_from).rstrip('/')}-{suffix}"
         found.append(parse_stage(content, f"--suffix {suffix}"))
     return found
 
@@ -100,7 +143,7 @@ def with_overrides(config: StageConfig, overrides: Sequence[str]) -> StageConfig
     """A stage with some keys changed, as `--set` changes them. Raises ConfigError."""
     content = config.model_dump(mode="json")
     for override in overrides:
-        _apply_override(content, override)
+        _apply_override(content, override, yaml.SafeLoader)
     return parse_stage(content, "--set " + " ".join(overrides))
 
 
@@ -123,14 +166,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _apply_override(content: dict[str, Any], override: str) -> None:
+def _apply_override(content: dict[str, Any], override: str, loader: type[yaml.BaseLoader | yaml.SafeLoader]) -> None:
     """Sets one `a.b=value` in place; sections that the file leaves out are made."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {override}: write it as key=value, for example --set batch.size=64")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        parsed = yaml.load(value, Loader=loader)
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
     *parents, last = key.split(".")
     node: Any = content
@@ -138,7 +181,8 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         if isinstance(node, list):
             node = node[_list_index(node, name, override)]
         else:
-            if node.get(name) is None:
+            is_text = loader is yaml.BaseLoader and isinstance(node.get(name), str)  # an empty section
+            if node.get(name) is None or is_text:
                 node[name] = {}
             node = node[name]
         if not isinstance(node, dict | list):
@@ -153,57 +197,3 @@ def _list_index(items: list[Any], name: str, override: str) -> int:
     if not name.isdecimal() or int(name) >= len(items):
         raise ConfigError(f"--set {override}: {name} is not an index of a list of {len(items)}")
     return int(name)
-
-
-def _explain(problem: Any) -> str:
-    """One validation problem in the words of a user: `key: what is wrong; allowed: ...; did you mean ...?`."""
-    location = [step for step in problem["loc"] if not _is_union_tag(step)]
-    key = ".".join(map(str, location))
-    kind, context = problem["type"], problem.get("ctx", {})
-    if kind == "extra_forbidden":
-        allowed = sorted(_keys_at(location[:-1]))
-        near = difflib.get_close_matches(str(location[-1]), allowed, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        if location[-1] == "lora":
-            hint = "LoRA goes below trainable.language_model, beside its lr; "
-        return f"{key}: unknown key; {hint}allowed here: {', '.join(allowed)}"
-    if kind == "missing":
-        return f"{key}: required, but missing"
-    if kind == "value_error":
-        message = str(context.get("error", problem["msg"]))
-        return f"{key}: {message}" if key else message
-    if kind == "literal_error":
-        near = difflib.get_close_matches(str(problem["input"]), _plain(context["expected"]), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{key}: {problem['input']!r} is not allowed; allowed: {context['expected']}{hint}"
-    message = problem["msg"].partition(" or instance of")[0]
-    return f"{key}: {message}, not {problem['input']!r}"
-
-
-def _plain(expected: str) -> list[str]:
-    return [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
-
-
-def _is_union_tag(step: Any) -> bool:
-    """pydantic adds the name of the tried alternative to a location; users don't write that."""
-    alternatives = ("str", "int", "RandomLanguageModel", "RandomVisionTower")
-    return step in alternatives or str(step).startswith(("dict[", "list["))
-
-
-def _keys_at(location: list[Any]) -> set[str]:
-    """Names of the keys that are allowed below a location, over all alternatives of its type."""
-    models: list[type[BaseModel]] = [StageConfig]
-    for step in location:
-        if isinstance(step, int):
-            continue
-        fields = [model.model_fields[step].annotation for model in models if step in model.model_fields]
-        models = [model for annotation in fields for model in _models_in(annotation)]
-    return {name for model in models for name in model.model_fields}
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType, Annotated):
-        return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
-    return []

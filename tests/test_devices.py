@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llava_train import devices
-from llava_train.devices import pick_device, training_device
+from llava_train.devices import pick_device, training_device, without_bf16_attention
 from llava_train.errors import UserError
 
 _FAULTS = """
@@ -64,3 +64,19 @@ def test_a_device_that_is_asked_for_and_not_there_is_told_with_why(monkeypatch: 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with pytest.raises(UserError, match="the NVIDIA driver is too old for this PyTorch"):
         pick_device("cuda")
+
+
+def test_a_gpu_older_than_ampere_has_no_attention_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    for capability, expected in {
+        (7, 0): "Tesla T4 (compute capability 7.0)",
+        (7, 5): "Tesla T4 (compute capability 7.5)",
+        (8, 0): None,
+        (8, 9): None,
+        (9, 0): None,
+        (12, 0): None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert without_bf16_attention(gpu) == expected
+    assert without_bf16_attention(torch.device("cpu")) is None

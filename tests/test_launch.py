@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from transformers.utils.import_utils import is_env_variable_true
 
 from llava_train.failures.words import Context
 from llava_train.last_words import speaks
-from llava_train.launch import LaunchError, check_gpus, launch_environment, note_on_launch
+from llava_train.launch import LaunchError, check_gpus, launch_environment, note_on_launch, set_for_libraries
 
 SRUN = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77"}
 BY_TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node07", "MASTER_PORT": "29500"}
@@ -88,3 +92,34 @@ def test_one_process_beside_several_gpus_is_noted_unless_a_launcher_meant_it() -
     assert note_on_launch({}, alone, n_gpus=1) is None
     assert note_on_launch(BY_TORCHRUN, {}, n_gpus=8) is None
     assert note_on_launch({"SLURM_STEP_NUM_TASKS": "1"}, alone, n_gpus=8) is None
+
+
+def test_segments_of_gpu_memory_grow_unless_the_user_sets_the_allocator_himself() -> None:
+    environment: dict[str, str] = {}
+    set_for_libraries(environment)
+    assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        for value in ("max_split_size_mb:512", ""):
+            environment = {name: value}
+            set_for_libraries(environment)
+            assert {key: environment[key] for key in environment if "ALLOC" in key} == {name: value}
+
+
+def test_torch_reads_the_allocators_settings_when_it_is_imported_before_they_are_set() -> None:
+    program = (
+        "import os, torch; from llava_train.launch import set_for_libraries; set_for_libraries(os.environ); "
+        "print(torch._C._accelerator_getAllocatorSettings())"
+    )
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "expandable_segments:True\n"
+
+
+def test_no_rank_asks_the_hub_to_convert_a_model_unless_the_user_wants_it() -> None:
+    environment: dict[str, str] = {}
+    set_for_libraries(environment)
+    with mock.patch.dict(os.environ, environment):
+        assert is_env_variable_true("DISABLE_SAFETENSORS_CONVERSION")
+    environment = {"DISABLE_SAFETENSORS_CONVERSION": "0"}
+    set_for_libraries(environment)
+    assert environment["DISABLE_SAFETENSORS_CONVERSION"] == "0"

@@ -24,6 +24,7 @@ import pyarrow as pa
 from llava_train.data.built_once import built_once
 from llava_train.data.pictures import Picture
 from llava_train.data.problems import DataError, SampleError, shortened
+from llava_train.git_lfs import lfs_problem
 
 _SCHEMA = pa.schema(
     {
@@ -53,6 +54,8 @@ class PictureArchive:
     @classmethod
     def open(cls, path: Path, cache: Path | None = None) -> PictureArchive:
         """An archive, told by its content. Raises DataError."""
+        if problem := lfs_problem(path):
+            raise DataError(problem)
         if zipfile.is_zipfile(path):
             contents = _zip_contents
         elif _is_tar(path):

@@ -338,23 +338,23 @@ def _nearest(own: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
 def _share_of_own(ours: str, own: str, tokenizer: PreTrainedTokenizerBase) -> float:
     """Return the share of the words written by `ours` that `own` writes too, in the same order."""
     n_written = n_alike = 0
-    for written, theirs in _words_of_both(ours, own, tokenizer):
+    for matcher, written, _ in _compared(ours, own, tokenizer):
         n_written += len(written)
-        n_alike += sum(block.size for block in _matcher(written, theirs).get_matching_blocks())
+        n_alike += sum(block.size for block in matcher.get_matching_blocks())
     return n_alike / max(1, n_written)
 
 
-def _words_of_both(ours: str, own: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[str], list[str]]]:
-    """Yields the words that each of two templates writes, for each conversation that `own` renders."""
+def _compared(
+    ours: str, own: str, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[SequenceMatcher[str], list[str], list[str]]]:
+    """Yields a comparison and the words that both templates write, for each conversation that `own` renders."""
     conversation = tuple(turn for turn in _TRIAL if turn.role != "system")
     for turns, prompt in ((conversation[:1], True), (conversation[:2], False), (conversation, False), (_TRIAL, False)):
         theirs = _render_own(own, tokenizer, turns, prompt)
         if theirs:
-            yield _WORD.findall(render(ours, tokenizer, turns, prompt)[0]), _WORD.findall(theirs)
-
-
-def _matcher(ours: list[str], theirs: list[str]) -> SequenceMatcher[str]:
-    return SequenceMatcher(None, ours, theirs, autojunk=False)
+            words: list[str] = _WORD.findall(render(ours, tokenizer, turns, prompt)[0])
+            own_words: list[str] = _WORD.findall(theirs)
+            yield SequenceMatcher(a=words, b=own_words, autojunk=False), words, own_words
 
 
 def _lost_text(ours: str, own: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -362,9 +362,9 @@ def _lost_text(ours: str, own: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if _share_of_own(ours, own, tokenizer) <= _NEAR:
         return ""
     pieces: list[str] = []
-    for written, theirs in _words_of_both(ours, own, tokenizer):
-        for tag, _, _, start, end in _matcher(written, theirs).get_opcodes():
-            piece = "".join(theirs[start:end])
+    for matcher, _, own_words in _compared(ours, own, tokenizer):
+        for tag, _, _, start, end in matcher.get_opcodes():
+            piece = "".join(own_words[start:end])
             if tag != "equal" and piece.strip() and not any(piece in each for each in pieces):
                 pieces.append(piece)
     return " and ".join(repr(shortened(piece)) for piece in pieces[:_N_PIECES])

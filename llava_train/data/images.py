@@ -9,19 +9,25 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, features
 from transformers.image_processing_utils import BaseImageProcessor
 
+from llava_train.data.paths import unencodable
 from llava_train.data.pictures import Picture
 from llava_train.data.problems import SampleError
+from llava_train.data.rgb import as_rgb
+from llava_train.git_lfs import LFS_ADVICE, is_lfs_pointer
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+HAS_AVIF = "avif" in features.modules and bool(features.check("avif"))
+"""Whether this Pillow reads AVIF: from 11.3 on, unless it was built without."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if HAS_AVIF else ()))
 """What may be opened. Pillow knows formats that start other programs (EPS starts Ghostscript)."""
 
 _LONGEST_SIDE = 4096
 """Pixels that an extremely long picture is shrunk to before it is padded."""
 
-DAMAGED = (OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError, LookupError)
+DAMAGED = (OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError, LookupError, RuntimeError)
 """What Pillow raises on damaged pictures."""
 
 _TURNS = {
@@ -39,10 +45,11 @@ _TURNS = {
 def decode_image(picture: Picture) -> Image.Image:
     """Reads a picture as RGB, turned as its EXIF tag says; of an animation the first frame.
 
-    16 bits are scaled to 8, a palette becomes its colours, CMYK is converted, transparency is dropped.
+    16 bits are scaled to 8, a palette becomes its colours, CMYK is converted, transparent parts are laid on white.
 
     Raises:
-        SampleError: missing, empty, not a picture, truncated, or so large that it may be a decompression bomb.
+        SampleError: missing, empty, not a picture, truncated, of numbers whose range is not known, or so large that it
+            may be a decompression bomb.
     """
     with open_image(picture) as image:
         return decoded(image, picture)
@@ -51,7 +58,8 @@ def decode_image(picture: Picture) -> Image.Image:
 def decoded(image: Image.Image, picture: Picture) -> Image.Image:
     """The pixels of a picture whose header was read, as `decode_image` gives them. Raises SampleError."""
     with _problems_of(picture):
-        return _upright(_as_rgb(image), image.getexif().get(ExifTags.Base.Orientation))
+        _refuse_unusable(image, picture)
+        return _upright(as_rgb(image), image.getexif().get(ExifTags.Base.Orientation))
 
 
 def stored_bytes(picture: Picture) -> bytes:
@@ -67,14 +75,41 @@ def open_image(picture: Picture) -> Iterator[Image.Image]:
         file = picture.open("rb")
     with file:
         with _problems_of(picture):
-            if not file.read(1):
+            head = file.read(64)
+            if not head:
                 raise SampleError("image_empty", f"{picture}: the image file is empty (zero bytes)")
+            if is_lfs_pointer(head):
+                raise SampleError("not_an_image", f"{picture}: a Git LFS pointer, {LFS_ADVICE}")
+            if (format_name := _unread_format(head)) is not None:
+                raise SampleError("not_an_image", f"{picture}: {format_name}; save it as JPEG or PNG")
             file.seek(0)
             image = Image.open(file, formats=FORMATS)
-            if image.mode in ("I", "F"):
-                raise SampleError("image_mode", f"{picture}: of mode {image.mode}; save it with 8 or 16 bits a channel")
+            _refuse_unusable(image, picture)
         with image:
             yield image
+
+
+def _unread_format(head: bytes) -> str | None:
+    """Name a format of phones and the web that is not read here, by the first 12 bytes of a file."""
+    if head[4:8] != b"ftyp":
+        return None
+    if head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx"):
+        return "a HEIC picture, which Pillow cannot read"
+    if head[8:12] in (b"avif", b"avis") and not HAS_AVIF:
+        return "an AVIF picture, which needs Pillow 11.3 or later (pip install -U pillow)"
+    return None
+
+
+def _refuse_unusable(image: Image.Image, picture: Picture) -> None:
+    """Raises SampleError for a picture that opens, but cannot be shown to a model."""
+    if image.width == 0 or image.height == 0:
+        raise SampleError("image_empty", f"{picture}: has no pixels ({image.width} x {image.height})")
+    if image.mode in ("I", "F"):
+        raise SampleError(
+            "image_mode",
+            f"{picture}: of mode {image.mode}: numbers of 32 bits, and nothing says which of them is white; "
+            "scale it to 8 or 16 bits a channel",
+        )
 
 
 @contextmanager
@@ -89,6 +124,9 @@ def _problems_of(picture: Picture) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise SampleError("image_missing", f"{picture}: the image file is missing") from error
+    except UnicodeEncodeError as error:
+        reason = unencodable(error.object) or str(error)
+        raise SampleError("image_unreadable", f"{picture}: cannot be opened: {reason}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SampleError("decompression_bomb", f"{picture}: too large to decode: {error}") from error
     except Image.UnidentifiedImageError as error:
@@ -110,12 +148,6 @@ def _upright(image: Image.Image, orientation: object) -> Image.Image:
     """
     turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
     return image if turn is None else image.transpose(turn)
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255, not scale them
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
 
 
 class ImagePreprocessor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -66,21 +67,40 @@ class PictureFile:
 
     path: Path
     roots: tuple[Path, ...]
+    prefix: str | None = None
+    """Of the root in `images:`, where that is a mapping."""
 
     def open(self, mode: Literal["rb"]) -> IO[bytes]:
         try:
             real = self.path.resolve()
         except RuntimeError as error:  # before Python 3.13
             raise SampleError("image_unreadable", f"{self.path}: a symbolic link to itself") from error
-        if not any(real.is_relative_to(root.resolve()) for root in self.roots):
+        if not self._is_inside(real):
             raise SampleError(
                 "symlink_outside_root",
-                f"{self.path} is a link to {real}, outside {self.roots[0]}; declare that folder in `images:` too",
+                f"{self.path} is a link to {real}, outside {self.roots[0]}; {self._mapping(real)}",
             )
         try:
             return real.open(mode)
         except FileNotFoundError as error:
             raise SampleError("image_missing", f"{self}: the image file is missing{self._other_spelling()}") from error
+
+    def _mapping(self, real: Path) -> str:
+        """Says how `images:` declares the folder that a link leads to, by the name of the link."""
+        root = self.roots[0]
+        places = [root.joinpath(*self.path.relative_to(root).parts[:n]) for n in range(1, len(self.path.parts))]
+        link = next((place for place in places if place.is_symlink() and not self._is_inside(place.resolve())), None)
+        if link is None or not link.is_dir():
+            name, target = "linked", real.parent
+        else:
+            name, target = link.relative_to(root).as_posix(), link.resolve()
+        if self.prefix is None:
+            return f"write `images: {json.dumps({'': str(root), name: str(target)}, ensure_ascii=False)}`"
+        name = "/".join(filter(None, (self.prefix.rstrip("/"), name)))
+        return f"add `{json.dumps({name: str(target)}, ensure_ascii=False)[1:-1]}` to `images:`"
+
+    def _is_inside(self, real: Path) -> bool:
+        return any(real.is_relative_to(root.resolve()) for root in self.roots)
 
     def _other_spelling(self) -> str:
         """Says under which spelling of its path the file exists; empty where it does not."""
@@ -101,10 +121,11 @@ class PictureFolder:
 
     Args:
         others: declared roots that symbolic links may lead to.
+        prefix: of the folder in `images:`, where that is a mapping.
     """
 
-    def __init__(self, root: Path, others: Iterable[Path] = ()) -> None:
-        self.root, self.others = root, tuple(others)
+    def __init__(self, root: Path, others: Iterable[Path] = (), prefix: str | None = None) -> None:
+        self.root, self.others, self.prefix = root, tuple(others), prefix
 
     def find(self, name: str) -> Picture:
         path = Path(name)
@@ -112,7 +133,7 @@ class PictureFolder:
             path = next((path.relative_to(r) for r in self._roots() if path.is_relative_to(r)), path)
         if path.is_absolute() or ".." in path.parts or "\0" in name:
             raise _outside(name, f"the image folder {self.root}")
-        return PictureFile(self.root / path, (self.root, *self.others))
+        return PictureFile(self.root / path, (self.root, *self.others), self.prefix)
 
     def _roots(self) -> tuple[Path, Path]:
         return self.root.absolute(), self.root.resolve()

@@ -28,7 +28,7 @@ KINDS = {
     "symlink_outside_root": "an image whose symbolic link leaves its root",
     "image_missing": "an image that is missing",
     "image_unreadable": "an image that the system does not let read",
-    "image_empty": "an image of zero bytes",
+    "image_empty": "an image of zero bytes, or without a pixel",
     "image_truncated": "an image that is cut off",
     "image_damaged": "an image whose content is damaged",
     "image_mode": "an image of 32-bit numbers, whose range nobody knows",

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from codecs import BOM_UTF8, getincrementaldecoder
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -19,15 +21,19 @@ import pyarrow as pa
 
 from llava_train.data.built_once import built_once
 from llava_train.data.other_formats import not_records
-from llava_train.data.problems import DataError, SampleError
+from llava_train.data.problems import DataError, SampleError, shortened
 from llava_train.file_kinds import N_LOOKED_AT
 from llava_train.files import sha256
+from llava_train.git_lfs import LFS_ADVICE, is_lfs_pointer
 
 GZIP_MAGIC = b"\x1f\x8b"
 _SCHEMA = pa.schema({"record": pa.large_binary(), "line": pa.int64()})
 _VERSION = 1
 _CHUNK = 4 << 20
+_FIRST_KEY = re.compile(rb'\{\s*"([^"\n]*)"\s*:')
 _BLANK = " \t\r\n"
+_N_SHOWN = 30
+"""Characters that are shown of both sides of an error."""
 _LONGEST_TAIL = 32
 """Characters by which a number or an escape that the end of a window cuts off may go on."""
 
@@ -92,6 +98,7 @@ def _cut(path: Path) -> Iterator[tuple[bytes, int]]:
 
 
 def _cut_text(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int]]:
+    _refuse_other_text(file, path)
     first = _first_character(file)
     if first == b"[":
         yield from _cut_list(file, path)
@@ -99,6 +106,26 @@ def _cut_text(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int]]:
         yield from _cut_lines(file, path)
     elif first:
         raise DataError(not_records(path, file.read(N_LOOKED_AT)))
+
+
+def _refuse_other_text(file: BinaryIO, path: Path) -> None:
+    """Refuses Git LFS pointers, and text in UTF-32 or in UTF-16 without a byte order mark. Raises DataError.
+
+    Text in UTF-16 with a mark is left to `not_records`, which says what the text is. The file is left where it began.
+    """
+    head = file.read(64)
+    file.seek(0)
+    if is_lfs_pointer(head):
+        raise DataError(f"{path}: a Git LFS pointer, {LFS_ADVICE}")
+    encoding = json.detect_encoding(head)  # by the byte order mark, or where zeros stand
+    if encoding.startswith("utf-8") or encoding == "utf-16":
+        return
+    if encoding == "utf-32" or head.decode(encoding, "replace").lstrip()[:1] in ("[", "{"):
+        name = re.sub("-([BL]E)", r"\1", encoding.upper())
+        raise DataError(
+            f"{path}: text in {name[:6]}, not in UTF-8; convert it: iconv -f {name} -t UTF-8 OLD > NEW (in PowerShell "
+            "it is `Out-File -Encoding utf8` that writes UTF-8)"
+        )
 
 
 def _first_character(file: BinaryIO) -> bytes:
@@ -115,16 +142,28 @@ def _cut_lines(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int]]:
         if not record:
             continue
         if number == 1:
-            _check_first_line(record, path)
+            _check_first_line(record, path, file)
         yield record, number
 
 
-def _check_first_line(record: bytes, path: Path) -> None:
+def _check_first_line(record: bytes, path: Path, rest: Iterable[bytes]) -> None:
+    """Refuses a first line that is no JSON. Raises DataError.
+
+    Args:
+        rest: the lines that follow it.
+    """
     try:
         json.loads(record)
     except UnicodeDecodeError:
         pass
     except ValueError as error:
+        beginning = record + b"".join(islice(rest, 20))
+        if (key := _FIRST_KEY.match(beginning)) and b"\n" in beginning:
+            name = shortened(key.group(1).decode("utf-8", "replace"), 40)
+            raise DataError(
+                f'{path}: one JSON object over several lines, whose first key is "{name}"; wanted a JSON list of '
+                f'records, or JSONL with one JSON object a line. If the records are under "{name}", save that list'
+            ) from error
         raise DataError(
             f"{path}: line 1 is not valid JSON: {error}; wanted a JSON list of records, or JSONL with one JSON "
             "object a line"
@@ -145,7 +184,7 @@ def _cut_list(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int]]:
                 break
             text.skip(",")
     if text.peek():
-        raise text.error("something follows the end of the list")
+        raise text.error("something follows the end of the list", is_in_record=False)
 
 
 class _Text:
@@ -156,7 +195,9 @@ class _Text:
         self._decode = getincrementaldecoder("utf-8-sig")("surrogateescape").decode
         self._scan = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode  # no number is made of its digits
         self._window, self._position, self._at_end = "", 0, False
-        self._line, self._counted = 1, 0
+        self._line, self._line_start, self._counted = 1, 0, 0
+        """The line of character `_counted` of the window, and where it begins; negative before the window."""
+        self._n_records, self._last_record = 0, b""
 
     def peek(self) -> str:
         """The next character that is not blank; empty at the end."""
@@ -169,8 +210,10 @@ class _Text:
             self._read_on()
 
     def skip(self, expected: str) -> None:
-        if self.peek() != expected:
-            raise self.error(f"wanted {expected!r}, found {self.peek()!r}")
+        found = self.peek()
+        if found != expected:
+            problem = f"wanted {expected!r}, found {found!r}" if found else "the list has no end, as in a cut-off copy"
+            raise self.error(problem, is_in_record=False)
         self._position += 1
 
     def element(self) -> tuple[bytes, int]:
@@ -186,25 +229,48 @@ class _Text:
             except json.JSONDecodeError as error:
                 cut_off = error.msg.startswith("Unterminated string") or error.pos + _LONGEST_TAIL > len(self._window)
                 if self._at_end or not cut_off:
-                    raise self.error(error.msg, error.pos) from error
+                    raise self.error(error.msg, position=error.pos) from error
             self._read_on()
         record, line = self._window[self._position : end], self._line_at(self._position)
         self._position = end
-        return record.encode("utf-8", "surrogateescape"), line
+        self._n_records, self._last_record = self._n_records + 1, record.encode("utf-8", "surrogateescape")
+        return self._last_record, line
 
-    def error(self, what: str, position: int | None = None) -> DataError:
-        line = self._line_at(self._position if position is None else position)
-        return DataError(f"{self._path}: not valid JSON: {what} (line {line}); mend it, or keep the file as JSONL")
+    def error(self, what: str, *, position: int | None = None, is_in_record: bool = True) -> DataError:
+        """The error at a position of the window: lines do not tell a place in a file of one line, so records do."""
+        position = self._position if position is None else position
+        line = self._line_at(position)
+        records = [f"in record {self._n_records + 1:,}"] if is_in_record else []
+        if self._n_records:
+            records.append(f"after record {self._n_records:,}{_id_in_words(self._last_record)}")
+        place = ", ".join([f"line {line}", f"column {position - self._line_start + 1:,}", *records])
+        near = self._window[max(0, position - _N_SHOWN) : position + _N_SHOWN]
+        return DataError(
+            f"{self._path}: not valid JSON: {what} ({place}), at {near!r}; fix it, or keep the file as JSONL, where a "
+            "broken line spoils no other"
+        )
 
     def _line_at(self, position: int) -> int:
-        self._line += self._window.count("\n", self._counted, position)
-        self._counted = position
+        n_ends = self._window.count("\n", self._counted, position)
+        if n_ends:
+            self._line_start = self._window.rindex("\n", self._counted, position) + 1
+        self._line, self._counted = self._line + n_ends, position
         return self._line
 
     def _read_on(self) -> None:
         """Moves the window on by a chunk, or by its own length where a record is long."""
         self._line_at(self._position)
         rest = self._window[self._position :]
+        self._line_start -= self._position
         chunk = self._file.read(max(_CHUNK, len(rest)))
         self._at_end = not chunk
         self._window, self._position, self._counted = rest + self._decode(chunk, self._at_end), 0, 0
+
+
+def _id_in_words(record: bytes) -> str:
+    """` with the id 'a'`; empty where a record has none."""
+    try:
+        stated = json.loads(record).get("id")
+    except (ValueError, AttributeError, RecursionError):
+        return ""
+    return "" if stated is None else f" with the id {str(stated)!r:.100}"

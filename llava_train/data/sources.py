@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
@@ -16,18 +17,20 @@ import pyarrow as pa
 from llava_train.data.archives import PictureArchive
 from llava_train.data.formats import parse_record, record_id
 from llava_train.data.other_formats import not_records
+from llava_train.data.paths import advice_on_path
 from llava_train.data.pictures import PictureFolder, Pictures, PictureStore, PrefixedStores
-from llava_train.data.problems import DataError, SampleError
+from llava_train.data.problems import DataError, SampleError, shortened
 from llava_train.data.records import GZIP_MAGIC, JsonRecords
 from llava_train.data.samples import Sample
 from llava_train.failures import explain
 from llava_train.failures.words import Context
 from llava_train.files import is_hub_id
+from llava_train.git_lfs import lfs_problem
 
 if TYPE_CHECKING:
     import datasets
 
-_SUFFIXES_OF_FILES = (".json", ".jsonl", ".gz", ".parquet", ".arrow", ".zip", ".tar")
+_SUFFIXES_OF_FILES = (".json", ".jsonl", ".gz", ".parquet", ".arrow", ".zip", ".tar", ".csv")
 """What misses such a file must not be told of the hub."""
 _BINARY_MAGIC = {b"PAR1": "parquet", b"ARRO": "arrow", b"\xff\xff\xff\xff": "arrow"}
 
@@ -70,15 +73,20 @@ class HubRecords:
 
 def _as_python(value: pa.Scalar) -> Any:
     """An Arrow value as Python objects, binary ones as buffers: of an embedded picture nothing is read yet."""
-    if isinstance(value, pa.StringScalar | pa.LargeStringScalar) or not value.is_valid:
-        return value.as_py()
+    if not value.is_valid:
+        return None
+    if isinstance(value, pa.StringScalar | pa.LargeStringScalar):
+        return value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")  # what is not UTF-8 spoils its text
     if isinstance(value, pa.BinaryScalar | pa.LargeBinaryScalar):
         return value.as_buffer()
     if isinstance(value, pa.ListScalar | pa.LargeListScalar):
         return [_as_python(inner) for inner in value.values]
     if isinstance(value, pa.StructScalar):
         return {name: _as_python(inner) for name, inner in value.items()}
-    return value.as_py()
+    try:
+        return value.as_py()
+    except (ValueError, OverflowError):  # a date beyond the year 9999, say
+        return f"{value.type} out of range"
 
 
 class Source:
@@ -140,38 +148,52 @@ def open_source(
     Raises:
         DataError: the source or its images cannot be read.
     """
-    records = _open_records(Path(path), subset, split, cache)
+    records = _open_records(str(path), subset, split, cache)
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     return Source(str(path), name or Path(path).name.split(".")[0], records, _open_pictures(images, folder, cache))
 
 
-def _open_records(path: Path, subset: str | None, split: str | None, cache: Path | None) -> Records:
+def _open_records(stated: str, subset: str | None, split: str | None, cache: Path | None) -> Records:
+    path = Path(stated)
     try:
         kind = _kind_of_file(path) if path.is_file() else None
+        is_folder = path.is_dir()
     except OSError as error:
-        raise _unreadable(path, error.strerror) from error
+        raise _unreadable(stated, error.strerror) from error
     if kind and (subset or split):
         raise DataError(f"{path}: a file has no `subset:` or `split:`; remove the key, or name a data set")
     if kind == "json":
         return JsonRecords(path, cache)
-    import datasets  # an eighth of all that a start imports, and JSON does not need it
+    if is_folder and (problem := _lfs_problem_in(path)):
+        raise DataError(problem)
+    if not (kind or is_folder or _looks_like_hub_id(path)):
+        raise _unreadable(stated, "No such file or directory")
     from datasets.exceptions import DatasetsError
 
-    split = split or "train"
     try:
-        if kind == "parquet":
-            return HubRecords(datasets.Dataset.from_parquet(str(path), cache_dir=str(cache) if cache else None))
-        if kind == "arrow":
-            return HubRecords(datasets.Dataset.from_file(str(path)))
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return HubRecords(_split_of(datasets.load_from_disk(str(path)), split))
-        if path.is_dir() or _looks_like_hub_id(path):
-            return HubRecords(datasets.load_dataset(str(path), subset, split=split))
+        if cache is not None:
+            return _load_rows(path, kind, subset, split or "train", cache)
+        with TemporaryDirectory(prefix="llava_train-") as folder:  # rows stay mapped from files that are deleted
+            return _load_rows(path, kind, subset, split or "train", Path(folder))
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        told = explain(error, Context(subject=str(path)))
+        told = explain(error, Context(subject=stated))
         unknown = str(error) if path.exists() else f"{error} There is no such file either."
         raise DataError(f"{path}: the data set cannot be loaded: {told or unknown}") from error
-    raise _unreadable(path, "No such file or directory")
+
+
+def _load_rows(path: Path, kind: str | None, subset: str | None, split: str, cache: Path) -> HubRecords:
+    """The rows of a file, a folder or a hub id. Copies are kept in `cache`: a home folder may be small or read-only."""
+    import datasets  # an eighth of all that a start imports, and JSON does not need it
+
+    if kind == "parquet":
+        return HubRecords(datasets.Dataset.from_parquet(str(path), cache_dir=str(cache)))
+    if kind == "arrow":
+        return HubRecords(datasets.Dataset.from_file(str(path)))
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return HubRecords(_split_of(datasets.load_from_disk(str(path)), split))
+    if path.is_dir():
+        return HubRecords(datasets.load_dataset(str(path), subset, split=split, cache_dir=str(cache)))
+    return HubRecords(datasets.load_dataset(str(path), subset, split=split))
 
 
 def _kind_of_file(path: Path) -> str:
@@ -186,11 +208,17 @@ def _looks_like_hub_id(path: Path) -> bool:
     return is_hub_id(path) and path.suffix not in _SUFFIXES_OF_FILES
 
 
-def _unreadable(path: Path, reason: str | None) -> DataError:
-    return DataError(
-        f"{path}: cannot read the data file: {reason}; mend its path in the stage file, "
-        f"which is relative to the current folder ({Path.cwd()})"
+def _lfs_problem_in(folder: Path) -> str | None:
+    """Says which data file of a folder is a Git LFS pointer; None where all are there."""
+    files = (path for path in folder.rglob("*") if path.suffix in _SUFFIXES_OF_FILES)
+    return next((problem for path in files if (problem := lfs_problem(path))), None)
+
+
+def _unreadable(path: str, reason: str | None) -> DataError:
+    advice = advice_on_path(path) or (
+        f"fix its path in the stage file, which is relative to the current folder ({Path.cwd()})"
     )
+    return DataError(f"{shortened(path)}: cannot read the data file: {reason}; {advice}")
 
 
 def _split_of(loaded: datasets.Dataset | datasets.DatasetDict, split: str) -> datasets.Dataset:
@@ -206,17 +234,30 @@ def _open_pictures(images: str | Path | Mapping[str, str] | None, default: Path,
         return Pictures(PictureFolder(default))
     if isinstance(images, Mapping):
         folders = [Path(path) for path in images.values() if Path(path).is_dir()]
-        return Pictures(PrefixedStores({prefix: _open_store(Path(p), cache, folders) for prefix, p in images.items()}))
-    return Pictures(_open_store(Path(images), cache))
+        stores = {prefix: _open_store(path, cache, prefix, folders) for prefix, path in images.items()}
+        return Pictures(PrefixedStores(stores))
+    return Pictures(_open_store(str(images), cache))
 
 
-def _open_store(path: Path, cache: Path | None, folders: Iterable[Path] = ()) -> PictureStore:
-    """A folder or an archive; `folders` are all declared ones, which links may lead to."""
-    if path.is_file():
-        return PictureArchive.open(path, cache)
-    if path.is_dir():
-        return PictureFolder(path, folders)
-    raise DataError(
-        f"{path}: there is no such image folder or archive; mend `images:` in the stage file, "
-        f"which is relative to the current folder ({Path.cwd()})"
+def _open_store(
+    stated: str, cache: Path | None, prefix: str | None = None, folders: Iterable[Path] = ()
+) -> PictureStore:
+    """A folder or an archive.
+
+    Args:
+        prefix: of a mapping of prefixes.
+        folders: all declared ones, which links may lead to.
+    """
+    path = Path(stated)
+    try:
+        if path.is_file():
+            return PictureArchive.open(path, cache)
+        if path.is_dir():
+            return PictureFolder(path, folders, prefix)
+        reason = "there is no such image folder or archive"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+    advice = advice_on_path(stated) or (
+        f"fix `images:` in the stage file, which is relative to the current folder ({Path.cwd()})"
     )
+    raise DataError(f"{shortened(stated)}: {reason}; {advice}")

@@ -25,8 +25,8 @@ _DISK_BYTES = 20e9
 
 _TOOLS = {
     "git": "the commit of a run in its config.yaml",
-    "c++": "compiling DeepSpeed's parts for offloading and for ranks on one CPU",
-    "nvcc": "compiling DeepSpeed's and others' CUDA kernels",
+    "c++": "`engine.kernels: compile`",
+    "nvcc": "building packages with CUDA kernels, such as flash-attn",
     "sbatch": "`llava-train slurm`",
 }
 _LAUNCHER_TOOLS = ("deepspeed", "torchrun")

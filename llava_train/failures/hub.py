@@ -25,6 +25,7 @@ def _gated(error: BaseException, context: Context) -> Explanation | None:
             "or name a folder with a copy of it instead.",
         ),
         name,
+        by_user=True,
     )
 
 
@@ -39,6 +40,7 @@ def _not_on_hub(error: BaseException, context: Context) -> Explanation | None:
             "A private repository needs `hf auth login` with an account that may read it (or HF_TOKEN).",
         ),
         context.subject or repository_of(error),
+        by_user=True,
     )
 
 
@@ -57,6 +59,7 @@ def _no_hub(error: BaseException, context: Context) -> Explanation | None:
             "it is no folder here and not in the hub's cache, and HF_HUB_OFFLINE forbids to download it",
             ("Unset HF_HUB_OFFLINE where there is a network, or give the folder of a copy.", copied),
             name,
+            by_user=True,
         )
     by_datasets = isinstance(error, ConnectionError) and "on the Hub" in str(error)
     if not (is_local or by_datasets or _is_of_http(error)):

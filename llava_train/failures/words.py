@@ -44,6 +44,8 @@ class Explanation:
     subject: str = ""
     by_another_rank: bool = False
     """It only follows from the failure of another rank."""
+    by_user: bool = False
+    """A name, an account or a setting of the user is wrong, so that a traceback would tell nothing more."""
 
     def __str__(self) -> str:
         return "\n".join([self.what, *self.mend])

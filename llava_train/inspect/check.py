@@ -31,6 +31,7 @@ from llava_train.data.order import n_steps_of, step_samples
 from llava_train.data.packing import plan_packs
 from llava_train.data.pictures import Picture
 from llava_train.data.problems import DataError, SampleError, shortened
+from llava_train.data.rgb import has_transparency
 from llava_train.data.samples import Sample
 from llava_train.data.sources import Source
 from llava_train.data.survey import Survey, refuse_without_pictures, warnings_of
@@ -42,7 +43,10 @@ NOTES = {
     "duplicate_id": "samples whose id another sample of the source has; all are trained on",
     "wrong_extension": "pictures whose name says another format; read by their content",
     "animated": "animated pictures; the first frame is read",
-    "unusual_mode": "pictures in CMYK, 16 bits, a palette or with transparency; converted to RGB",
+    "several_pages": "TIFF files of several pages; the first is read",
+    "unusual_mode": "pictures in CMYK, 16 bits or a palette; converted to RGB",
+    "transparent": "pictures with an alpha channel or a transparent colour; laid on white",
+    "white_on_white": "transparent pictures that are white all over once laid on white",
     "rotated": "pictures that their EXIF tag turns; turned",
     "picture_markup": "samples without a picture whose text has markup of one: it is trained on as letters",
     "extreme_shape": "pictures of one pixel, or more than 20 times as long as wide",
@@ -164,7 +168,10 @@ class Examiner:
         with open_image(picture) as image:
             yield from picture_notes(image, str(picture))
             if self.decode:
-                self.data.preprocessor(decoded(image, picture))
+                is_transparent, rgb = has_transparency(image), decoded(image, picture)
+                if is_transparent and rgb.getextrema() == ((255, 255),) * 3:
+                    yield "white_on_white", f"{picture}: nothing is left to see"
+                self.data.preprocessor(rgb)
 
 
 def picture_notes(image: Image.Image, name: str) -> Iterator[tuple[str, str]]:
@@ -173,14 +180,20 @@ def picture_notes(image: Image.Image, name: str) -> Iterator[tuple[str, str]]:
     stated = extensions.get(PurePath(name).suffix.lower())
     if stated is not None and stated != image.format and {stated, image.format} != {"JPEG", "MPO"}:
         yield "wrong_extension", f"{name} is a {image.format}"
-    if image.mode not in ("RGB", "L", "1"):
+    if image.mode not in ("RGB", "L", "1", "RGBA", "LA"):
         yield "unusual_mode", f"{name} is of mode {image.mode}"
+    if has_transparency(image):
+        how = "an alpha channel" if "A" in image.getbands() else "a transparent colour"
+        yield "transparent", f"{name} has {how}"
     if (orientation := _orientation(image)) not in (0, 1):
         yield "rotated", f"{name} has orientation {orientation}"
     short, long = sorted(image.size)
     if long == 1 or long > 20 * short:
         yield "extreme_shape", f"{name} has {image.width} x {image.height} pixels"
-    if (n_frames := _n_frames(image)) > 1:
+    n_frames = 1 if image.format == "MPO" else _n_frames(image)  # a phone's MPO: its depth, gain map or preview
+    if n_frames > 1 and image.format == "TIFF":
+        yield "several_pages", f"{name} has {n_frames} pages"
+    elif n_frames > 1:
         yield "animated", f"{name} has {n_frames} frames"
 
 
@@ -195,7 +208,7 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def _n_frames(image: Image.Image) -> int:
-    """Frames of an animation; 1 where they cannot be counted, for the first may be whole all the same."""
+    """Frames or pages of a file; 1 where they cannot be counted, for the first may be whole all the same."""
     try:
         return int(getattr(image, "n_frames", 1))
     except DAMAGED:

@@ -26,6 +26,7 @@ from llava_train.data.order import step_samples
 from llava_train.data.packing import plan_packs
 from llava_train.data.problems import SampleError
 from llava_train.data.samples import Sample
+from llava_train.files import written_aside
 from llava_train.inspect.opening import StageData
 from llava_train.inspect.report import printable
 
@@ -155,8 +156,8 @@ def write_page(config: StageConfig, data: StageData, samples: list[dict[str, Any
         ranks=packs_of_first_step(config, data, n_ranks),
         size=data.preprocessor.size,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content, encoding="utf-8")
+    with written_aside(path) as file:
+        file.write(content)
 
 
 def for_page(seen: Seen, preprocessor: ImagePreprocessor) -> dict[str, Any]:

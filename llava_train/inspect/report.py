@@ -142,6 +142,8 @@ def print_report(console: Console, found: dict[str, Any]) -> None:
         console.print("What can be trained on was written; in the stage file it is", highlight=False)
         for section in found["clean"]:
             console.print(escape(f"  - {json.dumps(section, ensure_ascii=False)}"), highlight=False)
+    for note in found["clean_notes"]:
+        console.print(f"[yellow]{escape(printable(note))}[/]", highlight=False)
     if found["refusal"]:
         console.print(f"[bold red]A run would be refused:[/] {escape(found['refusal'])}", highlight=False)
     for question in found["wrong_images"]:

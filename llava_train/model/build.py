@@ -32,7 +32,14 @@ from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, 
 from llava_train.failures import cannot_load
 from llava_train.model.attention import PACKED
 from llava_train.model.compatibility import BuildError, check_packing, refuse_unlike_llava
-from llava_train.model.processor import IMAGE_TOKEN, Front, build_processor, config_from, tower_class
+from llava_train.model.processor import (
+    IMAGE_TOKEN,
+    Front,
+    build_processor,
+    config_from,
+    refuse_lfs_pointers,
+    tower_class,
+)
 
 VOCABULARY_MULTIPLE = 64
 NOT_LOADED = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError, TypeError, LookupError)
@@ -79,6 +86,8 @@ def build_llava(section: ModelSection, image: ImageSection, dtype: torch.dtype, 
 def load_language_model(part: str | RandomLanguageModel, dtype: torch.dtype, n_tokens: int) -> PreTrainedModel:
     """A causal language model with embeddings for at least `n_tokens` tokens. Raises BuildError."""
     origin = part if isinstance(part, str) else f"a {part.config.get('model_type')} with tokenizer {part.tokenizer}"
+    if isinstance(part, str):
+        refuse_lfs_pointers("language_model", part, "config", "weights")
     try:
         if isinstance(part, RandomLanguageModel):
             config = config_from(part.config, "language_model")
@@ -113,6 +122,7 @@ def load_vision_tower(part: str | RandomVisionTower, config: PreTrainedConfig, d
     """A vision encoder, of a two-tower model (CLIP, SigLIP) only the vision half. Raises BuildError."""
     if isinstance(part, RandomVisionTower):
         return _seeded(part.seed, lambda: tower_class(config, config.model_type)(config)).to(dtype)
+    refuse_lfs_pointers("vision_tower", part, "config", "weights")
     try:
         tower, loaded = tower_class(config, part).from_pretrained(
             part, config=config, dtype=dtype, output_loading_info=True

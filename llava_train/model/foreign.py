@@ -35,6 +35,7 @@ from llava_train.model.mm_projector import feature_settings
 from llava_train.model.original import Original, named_like, read_original
 from llava_train.model.processor import IMAGE_TOKEN, INTERPOLATING, Front, build_processor, count_encoder_tokens
 from llava_train.model.trainable import part_module
+from llava_train.refusals import SectionError, validated
 
 _TOKENIZER_FILES = (".json", ".model", ".txt")
 
@@ -114,12 +115,16 @@ def _front(original: Original) -> tuple[ModelSection, Front]:
     settings = original.settings
     image = ImageSection(aspect="pad" if settings.get("image_aspect_ratio") == "pad" else "crop")
     with _language_model_alone(original) as folder:
-        section = ModelSection(
-            language_model=folder,
-            projector="linear" if original.is_linear else "mlp2x_gelu",
-            chat_template="vicuna_v1",
-            **feature_settings(settings),
-        )
+        try:
+            section = validated(
+                ModelSection,
+                language_model=folder,
+                projector="linear" if original.is_linear else "mlp2x_gelu",
+                chat_template="vicuna_v1",
+                **feature_settings(settings),
+            )
+        except SectionError as error:
+            raise ForeignError(f"{original.folder / 'config.json'}: {error}") from None
         return section, build_processor(section, image)
 
 

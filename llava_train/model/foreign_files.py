@@ -23,6 +23,7 @@ from llava_train.errors import UserError
 from llava_train.failures import reason
 from llava_train.file_kinds import kind_of_file
 from llava_train.files import is_hub_id
+from llava_train.git_lfs import lfs_problem_of_model
 from llava_train.model.not_a_model import not_a_model, what_to_name
 
 State = dict[str, torch.Tensor]
@@ -87,6 +88,9 @@ def kind_of(path: Path) -> Kind:
     Raises:
         ForeignError: nothing that is understood; the message says what was found.
     """
+    for place in (path, path / ADAPTER_FOLDER):
+        if problem := lfs_problem_of_model(place):
+            raise ForeignError(problem)
     if path.is_file():
         if any("mm_projector." in name for name in tensor_names([path])):
             return Kind.MM_PROJECTOR

@@ -8,9 +8,12 @@ length share it too. `liger` puts the kernels of liger-kernel in their place. Th
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
+from types import MethodType
+from typing import Any
 
 import torch
 from deepspeed.utils import set_z3_leaf_modules
@@ -19,6 +22,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_train.errors import UserError
+from llava_train.model.recompute import layers_of
 
 
 def use_kernels(model: LlavaForConditionalGeneration, kernels: str, device: torch.device, zero: int) -> None:
@@ -48,11 +52,6 @@ def check_kernels(kernels: str, device: torch.device) -> None:
         raise UserError("engine.kernels: liger needs a package; pip install liger-kernel")
 
 
-def layers_of(module: nn.Module) -> list[nn.Module]:
-    """The transformer layers in a model of transformers."""
-    return [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
-
-
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Runs compiled layers as they were written: what is run now and then (evaluation) is not worth compiling for."""
@@ -67,9 +66,30 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 def _compile_layers(model: LlavaForConditionalGeneration, zero: int) -> None:
     layers = layers_of(model)
     for layer in layers:
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+        layer.forward = _compiled_forward(layer)
     if zero == 3:  # fetched as a whole, for the hooks of its parts would cut it into pieces
         set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
+
+
+def _compiled_forward(layer: Any) -> Callable[..., Any]:
+    """Returns the forward pass of a layer, compiled, with activation checkpointing around it where it is enabled.
+
+    transformers 5.23 checkpoints inside `forward`, and torch.compile compiles nothing that torch.utils.checkpoint
+    calls. So here the checkpoint calls what is compiled.
+    """
+    if "__call__" in vars(GradientCheckpointingLayer):  # transformers before 5.23 checkpoints there, around `forward`
+        return torch.compile(layer.forward, dynamic=True)
+    wrapped: Any = type(layer).forward
+    written = wrapped.__wrapped__  # the model's own forward, without the checkpointing around it
+    compiled = torch.compile(MethodType(written, layer), dynamic=True)
+
+    def forward(*arguments: Any, **settings: Any) -> Any:
+        if layer.gradient_checkpointing and layer.training:
+            checkpoint: Any = layer._gradient_checkpointing_func
+            return checkpoint(partial(compiled, **settings), *arguments)
+        return compiled(*arguments, **settings)
+
+    return forward
 
 
 def _use_liger(language_model: PreTrainedModel) -> None:

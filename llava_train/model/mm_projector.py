@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from transformers import LlavaForConditionalGeneration
@@ -27,7 +27,7 @@ _SINGLE_LAYERS = ({"weight", "bias"}, {"0.weight", "0.bias"})
 _KEY = re.compile(r"(?:.*\.)?mm_projector\.(.+)")
 
 
-def save_mm_projector(model: LlavaForConditionalGeneration, path: Path) -> None:
+def save_mm_projector(model: LlavaForConditionalGeneration, file: IO[bytes]) -> None:
     """Writes the projector as the original's pretraining does, for its `--pretrain_mm_mlp_adapter`."""
     state = part_module(model, "projector").state_dict()
     names = {"linear_1": "model.mm_projector"}
@@ -39,7 +39,7 @@ def save_mm_projector(model: LlavaForConditionalGeneration, path: Path) -> None:
             for ours, theirs in names.items()
             for kind in ("weight", "bias")
         },
-        path,
+        file,
     )
 
 

@@ -9,6 +9,7 @@ build_processor(section, image) = the tokenizer, with an `<image>` token
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from llava_train.config import ImageSection, ModelSection, RandomLanguageModel, RandomVisionTower
 from llava_train.failures import cannot_load
+from llava_train.files import is_hub_id
+from llava_train.git_lfs import lfs_problem_of_model
 from llava_train.model.compatibility import BuildError, check_class_token, check_processor
 
 IMAGE_TOKEN = "<image>"
@@ -77,6 +80,8 @@ def build_processor(section: ModelSection, image: ImageSection) -> Front:
 def load_tokenizer(part: str | RandomLanguageModel) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a language model, with `<image>` and a padding token. Raises BuildError."""
     name = part if isinstance(part, str) else part.tokenizer
+    _refuse_missing_folder("model.language_model", name)
+    refuse_lfs_pointers("language_model", name, "config", "tokenizer")
     try:
         own_bytes = isinstance(part, RandomLanguageModel) and name == "bytes"
         tokenizer = byte_tokenizer() if own_bytes else AutoTokenizer.from_pretrained(name)
@@ -88,6 +93,14 @@ def load_tokenizer(part: str | RandomLanguageModel) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _refuse_missing_folder(key: str, name: str) -> None:
+    """Raises BuildError for a folder that is not there: transformers would take it for a hub id."""
+    if "/" in name and not is_hub_id(name) and not Path(name).exists():
+        counts = "" if Path(name).is_absolute() else f"; its path counts from {Path.cwd()}"
+        made = "; `python data/build_small_parts.py` makes those of configs/small" if name.startswith("parts/") else ""
+        raise BuildError(f"{key}: cannot load {name}: there is no such folder{counts}{made}")
 
 
 def _hidden_size(part: str | RandomLanguageModel) -> int:
@@ -109,6 +122,8 @@ def load_vision_config(part: str | RandomVisionTower) -> tuple[PreTrainedConfig,
         config = config_from(part.config, "vision_tower")
         tower_class(config, part.config["model_type"])
         return config, {}
+    _refuse_missing_folder("model.vision_tower", part)
+    refuse_lfs_pointers("vision_tower", part, "config")
     try:
         config = AutoConfig.from_pretrained(part)
         config = getattr(config, "vision_config", config)
@@ -119,6 +134,12 @@ def load_vision_config(part: str | RandomVisionTower) -> tuple[PreTrainedConfig,
     except (OSError, ValueError) as error:
         raise BuildError(cannot_load("model.vision_tower", part, error)) from error
     return config, settings
+
+
+def refuse_lfs_pointers(part: str, name: str, *read: str) -> None:
+    """Refuses a part whose files Git LFS has not fetched; `read` as in `lfs_problem_of_model`. Raises BuildError."""
+    if problem := lfs_problem_of_model(name, read):
+        raise BuildError(f"model.{part}: {problem}")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -34,6 +36,11 @@ KEPT = frozenset(
 """Operators whose results `selective` keeps, by their names: some exist only where a package is installed."""
 
 
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """Returns the transformer layers of a model of transformers, in the order in which they run."""
+    return [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+
 def enable_recompute(module: PreTrainedModel, recompute: Recompute) -> None:
     """Sets what a model of transformers computes again in its backward pass, layer by layer, in training mode."""
     if recompute == "none":
@@ -41,7 +48,10 @@ def enable_recompute(module: PreTrainedModel, recompute: Recompute) -> None:
     settings: dict[str, Any] = {"use_reentrant": False}
     if recompute == "selective":
         settings["context_fn"] = _selective_contexts
-    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    if hasattr(module, "activation_checkpointing_enable"):
+        module.activation_checkpointing_enable(settings)
+    else:  # transformers before 5.23, which is what Python 3.10 gets
+        module.gradient_checkpointing_enable(settings)
 
 
 def _selective_contexts() -> Any:

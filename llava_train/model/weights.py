@@ -21,6 +21,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from llava_train.config import ModelSection
 from llava_train.errors import UserError
 from llava_train.files import damage, sha256, share
+from llava_train.git_lfs import lfs_problem_of_model
 from llava_train.model.export_files import write_model
 from llava_train.model.fit import copy_weights, misfits, shapes_of
 from llava_train.model.foreign import load_transformers
@@ -71,14 +72,17 @@ def load_init(init_from: str, model: LlavaForConditionalGeneration, section: Mod
     """Loads what an earlier stage trained into `model`; returns a line that says what it was.
 
     Args:
-        init_from: a run folder or a folder of such a result, a LLaVA model of transformers or of the original (with
-            or without LoRA), a folder with `mm_projector.bin` or that file, or the hub id of any of these.
+        init_from: as `StageConfig.start` has it: a run folder or a folder of such a result, a LLaVA model of
+            transformers or of the original (with or without LoRA), a folder with `mm_projector.bin` or that file, or
+            the hub id of any of these.
 
     Raises:
         HandOffError: nothing there, a wrong hash, or parts that do not fit.
     """
     check_init(init_from)
     path = _result_of(init_from)
+    if problem := lfs_problem_of_model(path):
+        raise ForeignError(problem)
     if (path / PROJECTOR_CARD).is_file():
         return _load_projector(path, model, section)
     kind = kind_of(path)
@@ -115,8 +119,17 @@ def check_init(init_from: str, output: str | None = None) -> None:
         HandOffError: the run does not exist or is not finished.
     """
     folder, remedy = Path(init_from), "run that stage to its end first"
-    if output is not None and Path(output) in folder.parents and not folder.exists():
-        raise HandOffError(f"init_from: there is no run {init_from}; {remedy}")
+    if output is not None and not folder.exists():
+        if (Path(output) / folder.name).is_dir():
+            found = f"but a run {folder.name} in {output}; write `init_from: {folder.name}`"
+            raise HandOffError(f"init_from: there is no {init_from}, {found}")
+        if Path(output) in folder.parents:
+            raise HandOffError(f"init_from: there is no run {init_from}; {remedy}")
+        if "/" not in init_from:
+            raise HandOffError(
+                f"init_from: there is no run {init_from} in {output}, and no such file or folder in {Path.cwd()}; "
+                f"{remedy}, or name another run, a model, or a hub id (owner/name)"
+            )
     if (folder / RESULT_FOLDER).is_dir():
         reason = damage(folder / RESULT_FOLDER)
         if reason is not None:
@@ -159,7 +172,7 @@ def _load_projector(folder: Path, model: LlavaForConditionalGeneration, section:
             f"{card['sha256'][:16]}...: the file changed after the stage that wrote it; run that stage again"
         )
     for key, ours in _joined(section, model).items():
-        if card[key] != ours:
+        if (_identity(card[key]) if key in ("vision_tower", "language_model") else card[key]) != ours:
             raise HandOffError(
                 f"init_from: the projector in {folder} was trained with {key} = {card[key]!r}, this stage has "
                 f"{ours!r}; use the same parts in both stages"
@@ -218,7 +231,10 @@ def _joined(section: ModelSection, model: LlavaForConditionalGeneration) -> dict
 
 def _identity(part: Any) -> Any:
     """A part's name without its place: `lmsys/vicuna-7b-v1.5` is also `/models/vicuna-7b-v1.5`."""
-    return Path(part).name if isinstance(part, str) else part.model_dump(mode="json")
+    if isinstance(part, str):
+        return Path(part).name
+    part = part if isinstance(part, dict) else part.model_dump(mode="json")
+    return {key: Path(value).name if key == "tokenizer" else value for key, value in part.items()}
 
 
 def _contiguous(state: Mapping[str, torch.Tensor]) -> State:

@@ -127,8 +127,9 @@ def _or_not_finite(value: Any) -> str:
 
 
 def differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Keys of config.yaml that are not alike, each with its value in every run."""
-    flat = [dict(flatten({**record.config, "about": record.about})) for record in records]
+    """Keys of config.yaml that are not alike, each with its value in every run; where files were is left out."""
+    abouts = [{key: value for key, value in record.about.items() if key != "places"} for record in records]
+    flat = [dict(flatten({**each.config, "about": about})) for each, about in zip(records, abouts, strict=True)]
     keys = list({key: None for each in flat for key in each})
     values = {key: [_shown(each.get(key, "not set")) for each in flat] for key in keys}
     different = [(key, shown) for key, shown in values.items() if len(set(shown)) > 1]

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from llava_train.files import rename_durably
+from llava_train.files import written_aside
 from llava_train.report import facts
 from llava_train.report.figures import N_COLOURS
 from llava_train.report.histograms import histogram_figures
@@ -36,14 +36,9 @@ def write_report(folders: Sequence[Path], path: Path, ended: bool = False) -> li
         ReportError: a folder is no run, or has logged nothing yet.
     """
     records = _told_apart([read_run(folder) for folder in folders])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     text = page_of(records, ended)
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")  # JSON may hold half a character
-        rename_durably(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_aside(path) as file:
+        file.write(text)
     return records
 
 

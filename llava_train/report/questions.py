@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from llava_train.data.rgb import as_rgb
 from llava_train.report.read import Line, RunRecord, list_of, text_of
 
 _PICTURE_PIXELS, _MOST_QUESTIONS = 320, 40
@@ -64,7 +65,7 @@ def _pictures(folder: Path, line: Line) -> Iterator[str]:
             if not path.is_relative_to(folder.resolve()) or not path.is_file():  # a pipe would keep us waiting
                 continue
             with Image.open(path, formats=["JPEG", "PNG"]) as image:
-                image.thumbnail((_PICTURE_PIXELS, _PICTURE_PIXELS))
-                small = io.BytesIO()
-                image.convert("RGB").save(small, "JPEG", quality=80)
+                shown, small = as_rgb(image), io.BytesIO()
+                shown.thumbnail((_PICTURE_PIXELS, _PICTURE_PIXELS))
+                shown.save(small, "JPEG", quality=80)
             yield "data:image/jpeg;base64," + base64.b64encode(small.getvalue()).decode("ascii")

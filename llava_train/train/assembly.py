@@ -15,7 +15,7 @@ from llava_train.data.images import ImagePreprocessor
 from llava_train.data.loader import StepDataset, first_pictures
 from llava_train.data.mixture import Mixture
 from llava_train.data.packing import attention_cost_of
-from llava_train.devices import DTYPES
+from llava_train.devices import DTYPES, without_bf16_attention
 from llava_train.errors import UserError
 from llava_train.files import write_manifest
 from llava_train.model.build import Llava, build_llava
@@ -26,7 +26,6 @@ from llava_train.model.standardize import feature_statistics, standardize
 from llava_train.model.trainable import set_trainable
 from llava_train.model.weights import (
     State,
-    check_init,
     export_model,
     is_whole_model,
     load_init,
@@ -41,13 +40,25 @@ START_PATIENCE = 6.0
 """How many times `engine.hang_timeout_s` a part of the start may take: downloads and large models do."""
 
 
+def check_devices(config: StageConfig, world: World) -> None:
+    """Refuses a precision that the GPU of some rank cannot train in. Every rank must call it. Raises UserError."""
+    if config.engine.precision != "bf16":
+        return
+    if old := [gpu for gpu in world.gather(without_bf16_attention(world.device)) if gpu]:
+        remedy = "set it to fp32"
+        if is_quantized(config.trainable):
+            remedy += ", and remove trainable.language_model.lora.quantize_base, which needs bf16"
+        raise UserError(
+            "engine.precision: bf16 needs a GPU of compute capability 8.0 (Ampere: A100, RTX 30) or newer, and here is "
+            f"{old[0]}; {remedy}, or train on a newer GPU"
+        )
+
+
 def build(config: StageConfig, world: World, mixture: Mixture) -> tuple[Llava, str, Callable[..., StepDataset]]:
     """The model, ready to train; where its trained parts came from; and what makes data sets of mixtures for it."""
     world.beat("building the model", patience=START_PATIENCE)
     check_quantization(config.trainable)
     check_kernels(config.engine.kernels, world.device)
-    if config.init_from not in (None, "random"):
-        check_init(str(config.init_from), config.output)
     llava, came_from = starting_point(config)
     if is_quantized(config.trainable):
         quantize_base(llava.model, world.device)
@@ -62,9 +73,9 @@ def starting_point(config: StageConfig) -> tuple[Llava, str]:
     """The model before this stage, and a line that says where its trained parts came from."""
     llava = build_llava(config.model, config.image, DTYPES[config.engine.precision], config.seed)
     llava.processor.chat_template = load_template(config.model.chat_template, llava.tokenizer)
-    if config.init_from in (None, "random"):
+    if config.start is None:
         return llava, "a new projector"
-    return llava, load_init(str(config.init_from), llava.model, config.model)
+    return llava, load_init(config.start, llava.model, config.model)
 
 
 def chat_encoder(config: StageConfig, llava: Llava) -> ChatEncoder:
@@ -104,7 +115,7 @@ def _standardize_features(config: StageConfig, world: World, llava: Llava, datas
     mean, deviation = feature_statistics(llava.model, pictures, world.device)
     for tensor in (mean, deviation):
         torch.distributed.broadcast(tensor, src=0)
-    standardize(llava.model, mean, deviation, is_new=config.init_from in (None, "random"))
+    standardize(llava.model, mean, deviation, is_new=config.start is None)
 
 
 def prepare_modes(llava: Llava, config: StageConfig, recompute: Recompute) -> None:
@@ -124,7 +135,7 @@ def write_result(config: StageConfig, trained: State, folder: Path) -> None:
     peft_model = set_trainable(llava.model, config.trainable, config.seed)
     unexpected = llava.model.load_state_dict(trained, strict=False).unexpected_keys
     assert not unexpected, f"trained parameters without a place: {unexpected}"
-    from_parts = config.init_from in (None, "random") or not is_whole_model(str(config.init_from))
+    from_parts = config.start is None or not is_whole_model(config.start)
     if from_parts and config.trainable.learning_rates().keys() == {"projector"}:
         save_projector(llava.model, config.model, folder)
     else:

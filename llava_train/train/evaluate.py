@@ -142,6 +142,12 @@ def evaluate(
         if id(item) in answers
     )
     measured = [item for item in held_out.measured if id(item) in answers]
+    if held_out.measured and not measured:
+        first = held_out.measured[0]
+        raise BadSampleError(
+            f"eval.metric: none of its {len(held_out.measured)} questions can be asked, the first is {first.id} "
+            f"({first.where}): their pictures cannot be read, or their texts cannot be encoded"
+        )
     return Evaluated(loss, n_bad, kept, _scores(section, measured, [answers[id(item)] for item in measured]))
 
 
@@ -177,7 +183,8 @@ def held_out_loss(
     torch.distributed.all_reduce(totals)
     loss_sum, n_supervised, n_bad = totals.tolist()
     if not n_supervised:
-        raise BadSampleError("eval.data: none of its samples can be read; `llava-train check` says why")
+        why = "can be read" if n_bad else "has a supervised token"
+        raise BadSampleError(f"eval.data: none of its samples {why}; `llava-train check` says more")
     return loss_sum / n_supervised, int(n_bad)
 
 

@@ -35,9 +35,9 @@ def next_commands(config: StageConfig, file: Path) -> list[str]:
     """
     run = config.run_dir
     if holds_projector_only(run):
-        found = stages_from(run, file.parent)
-        named = [shlex.quote(str(path)) for path in found] or [f"STAGE2.yaml   # with init_from: {run}"]
-        return [f"llava-train train --config {path}" for path in named]
+        found = stages_from(config, file.parent)
+        named = [_arguments(path, config) for path in found] or [f"STAGE2.yaml   # with init_from: {run}"]
+        return [f"llava-train train --config {arguments}" for arguments in named]
     picture, question = a_question(run)
     asked = " ".join(shlex.quote(word) for word in (str(run), picture, question))
     return [f"llava-train ask {asked}", f"llava-train report {shlex.quote(str(run))}"]
@@ -48,9 +48,10 @@ def holds_projector_only(run: Path) -> bool:
     return (run / RESULT_FOLDER / PROJECTOR_FILE).is_file()
 
 
-def stages_from(run: Path, folder: Path) -> list[Path]:
-    """The stage files of a folder that start from a run."""
-    return [path for path in sorted(folder.glob("*.yaml")) if _init_from(path) == str(run)]
+def stages_from(config: StageConfig, folder: Path) -> list[Path]:
+    """The stage files of a folder that start from a run, which they name or whose path they give."""
+    starts = (config.name, str(config.run_dir))
+    return [path for path in sorted(folder.glob("*.yaml")) if _value(path, "init_from") in starts]
 
 
 def a_question(run: Path) -> tuple[str, str]:
@@ -62,9 +63,17 @@ def a_question(run: Path) -> tuple[str, str]:
     return "PICTURE", "What is in this picture?"
 
 
-def _init_from(path: Path) -> str | None:
+def _arguments(path: Path, config: StageConfig) -> str:
+    """A stage file that starts from a run, and the `output` of that run where the file has another one."""
+    quoted, output = shlex.quote(str(path)), _value(path, "output") or "runs"
+    is_same = Path(output).resolve() == Path(config.output).resolve()
+    return quoted if is_same else f"{quoted} --set {shlex.quote(f'output={config.output}')}"
+
+
+def _value(path: Path, key: str) -> str | None:
+    """A path that a stage file gives, with `~` replaced."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return str(Path(content["init_from"]))
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return str(Path(content[key]).expanduser())
+    except (OSError, ValueError, RuntimeError, yaml.YAMLError, KeyError, TypeError):
         return None

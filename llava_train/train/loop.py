@@ -31,6 +31,7 @@ from llava_train.train.out_of_memory import noted
 from llava_train.train.schedule import lr_factor, step_seed
 from llava_train.train.session import Session
 from llava_train.train.stopwatch import Stopwatch
+from llava_train.train.trackers import Metrics
 from llava_train.train.tracking import Tracking
 from llava_train.train.window import Window
 from llava_train.train.world import World
@@ -53,6 +54,25 @@ class TooManyBadError(BadSampleError):
             f"out, more than {config.max_bad_share:.1%}: "
             f"{quarantine_summary(path)}. {path} has them all, and `llava-train check` looks through the data "
             "before a run; mend the data, or raise max_bad_share"
+        )
+
+
+class NothingTrainedError(BadSampleError):
+    """No step had a supervised token, or none was taken: there is no result worth writing."""
+
+    def __init__(self, n_bad: int, n_skipped: int, step: int, config: StageConfig) -> None:
+        n_samples, path = step * config.batch.size, config.run_dir / QUARANTINE_FILE
+        reasons = []
+        if n_bad:
+            reasons.append(f"{n_bad} samples were left out ({quarantine_summary(path)}; {path} has them all)")
+        if n_skipped:
+            bad_steps = config.run_dir / BAD_STEPS_FILE
+            reasons.append(f"{n_skipped} steps had a loss or gradient that is not finite ({bad_steps} has them all)")
+        if n_bad < n_samples and not n_skipped:
+            reasons.append("no token of the others is supervised")
+        super().__init__(
+            f"nothing was trained in {step} steps ({n_samples} samples): {'; '.join(reasons)}. No result is written. "
+            "`llava-train check` looks through the data before a run; fix the data, and start again under another name"
         )
 
 
@@ -117,8 +137,10 @@ class Loop:
             if line := self.clock.line():
                 self.tracking.say(line)
             self.window.add(batch, self.world, sums, norm, taken)
-            self._log(batch.step + 1)
+            self.window.n_trained += n_supervised * taken
+            metrics = self._log(batch.step + 1)
             self._count_bad(batch, sums, norm, taken)
+            self._refuse_untrained(metrics)
             self.world.beat(f"what follows step {batch.step + 1}")
             with self.window.paused("evaluation"):
                 self.after_step(batch.step + 1)
@@ -152,15 +174,25 @@ class Loop:
             raise NotSavedError(f"{message}, for the last steps could not be saved")
         raise Preempted(message)
 
-    def _log(self, step: int) -> None:
+    def _log(self, step: int) -> Metrics | None:
+        """Shows and keeps the line of a logged step, and returns it. Raises TooManyBadError."""
         if step % self.config.logging.every and step not in (1, self.n_steps):
             self.tracking.step(step)
-            return
+            return None
         metrics = self.window.metrics(self.engine, self.world, step, self.n_steps)
         self.tracking.step(step, metrics)
         if too_many_bad(metrics["n_bad"], step, self.n_steps, self.config):
             raise TooManyBadError(metrics["n_bad"], step, self.config)
         self.window = self.window.next()
+        return metrics
+
+    def _refuse_untrained(self, metrics: Metrics | None) -> None:
+        """Raises NothingTrainedError if the run ends and trained on nothing, or if many samples gave it no token."""
+        if self.window.n_trained or metrics is None:
+            return
+        step, n_bad, n_skipped = metrics["step"], metrics["n_bad"], metrics["skipped_steps"]
+        if step == self.n_steps or (not n_skipped and step * self.config.batch.size >= _FEW_SAMPLES):
+            raise NothingTrainedError(n_bad, n_skipped, step, self.config)
 
     def _count_bad(self, batch: StepBatch, sums: torch.Tensor, norm: GradNorm, taken: bool) -> None:
         """Records a skipped step with its samples. Raises BadNumbersError after too many in a row."""

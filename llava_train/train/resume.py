@@ -114,10 +114,19 @@ def load(engine: deepspeed.DeepSpeedEngine, world: World, resumption: Resumption
     if hasattr(engine.optimizer, "clip_grad"):
         engine.optimizer.clip_grad = engine.gradient_clipping()
     if changed:
-        for state in engine.optimizer.optimizer.state.values():  # ZeRO 3 gives all of them one and the same step
-            state["step"] = state["step"].clone()
+        _separate_steps(engine.optimizer.optimizer)
         world.barrier()
         world.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def _separate_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Gives each parameter a step of its own, on the parameter's device, after a load in the universal format.
+
+    DeepSpeed reads the step to the CPU, and ZeRO 3 gives one tensor to all parameters. Fused AdamW wants all tensors of
+    a parameter on one device (pytorch #111123), and would count up a shared step once for each parameter.
+    """
+    for parameter, state in optimizer.state.items():
+        state["step"] = state["step"].to(parameter.device, copy=True)
 
 
 def _misfit(checkpoint: Path, error: Exception) -> CheckpointError:

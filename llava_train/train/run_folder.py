@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import time
@@ -26,10 +27,11 @@ from typing import Any, TextIO
 import yaml
 
 from llava_train import __version__
-from llava_train.config import StageConfig
+from llava_train.config import NAME, StageConfig
 from llava_train.data.mixture import Mixture
 from llava_train.errors import UserError
 from llava_train.files import MANIFEST, rename_durably, sha256, write_durably
+from llava_train.places import is_path_key, places_of
 from llava_train.run_files import RESULT_FOLDER, flatten
 from llava_train.stage_file import RUN_CARD
 
@@ -145,9 +147,9 @@ def describe(config: StageConfig, mixture: Mixture | None = None) -> dict[str, A
     data = [
         {"path": s.path, "name": s.name, "n_samples": len(s), "fingerprint": s.fingerprint()} for s in mixture.sources
     ]
-    about: dict[str, Any] = {"data": data}
+    about: dict[str, Any] = {"data": data, "places": places_of(config)}
     with suppress(OSError, TypeError):
-        about["init_from"] = sha256(Path(config.init_from or "") / RESULT_FOLDER / MANIFEST)
+        about["init_from"] = sha256(Path(config.start or "") / RESULT_FOLDER / MANIFEST)
     return {**resolved, "about": about}
 
 
@@ -173,9 +175,30 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if "about" not in now and (_below(key, _CONTENT) or key == _CONTENT_OF_START):
             continue
         was, is_ = old.get(key, "not set"), new.get(key, "not set")
-        if was != is_ and not (key in POLICIES and was == "error"):
+        if was != is_ and not (key in POLICIES and was == "error") and not _is_one_place(key, before, now):
             found.append(f"{key}: {_shown(was)} -> {_shown(is_)}")
     return found
+
+
+def _is_one_place(key: str, *cards: dict[str, Any]) -> bool:
+    """True for a key whose values in two cards are two names of one file, folder or run."""
+    if key == "init_from":
+        contents = {card.get("about", {}).get("init_from") for card in cards}
+        first, second = map(_starts, cards)
+        return (len(contents) == 1 and None not in contents) or bool(first & second)
+    values = [dict(flatten(card)).get(key) for card in cards]
+    places = {Path(value).expanduser().resolve() if isinstance(value, str) else None for value in values}
+    return is_path_key(key) and len(places) == 1 and None not in places
+
+
+def _starts(card: dict[str, Any]) -> set[Path]:
+    """Where the start of a run is, or may have been: its `init_from` as the name of a run, and as a path."""
+    init_from, of_run = str(card.get("init_from")), Path(card.get("output", "runs")) / str(card.get("init_from"))
+    is_name = re.fullmatch(NAME, init_from) is not None and init_from != card.get("name")
+    if is_name and of_run.is_dir():
+        return {of_run.resolve()}
+    found = {Path(init_from).expanduser().resolve()}
+    return found | {of_run.resolve()} if is_name and not Path(init_from).exists() else found
 
 
 def read_card(run_dir: Path) -> dict[str, Any] | None:
@@ -189,6 +212,23 @@ def read_card(run_dir: Path) -> dict[str, Any] | None:
         config = StageConfig.model_validate({key: value for key, value in card.items() if key != "about"})
         card |= json.loads(config.model_dump_json())
     return card
+
+
+def check_finished(run_dir: Path, card: dict[str, Any]) -> None:
+    """Refuses a finished run whose stage file has changed: it takes no further steps, whatever is allowed.
+
+    Raises:
+        RunFolderError: something that decides the result has changed.
+    """
+    before = read_card(run_dir)
+    if found := changes(before, card) if before is not None else []:
+        listed = "\n  ".join(found)
+        raise RunFolderError(
+            f"{run_dir} is finished, and was trained with another stage file:\n  {listed}\n"
+            "It takes no more steps: that would change the learning rate, or the samples, of steps already taken.\n"
+            "Undo the change, or leave this stage out of the command. To train on from its result, write a new `name` "
+            f"and `init_from: {run_dir.name}` in the stage file"
+        )
 
 
 def check_unchanged(run_dir: Path, card: dict[str, Any], saved_hash: str | None, allowed: bool) -> list[str]:
@@ -205,7 +245,8 @@ def check_unchanged(run_dir: Path, card: dict[str, Any], saved_hash: str | None,
         found = changes(before, card)
     else:
         found = ["config.yaml is lost, and the checkpoint was saved with another one"]
-        found = found if saved_hash not in (None, config_hash(card)) else []
+        as_path = {**card, "init_from": f"{card['output']}/{card['init_from']}"}  # as earlier versions named runs
+        found = found if saved_hash not in (None, config_hash(card), config_hash(as_path)) else []
     if found and not allowed:
         listed = "\n  ".join(found)
         raise RunFolderError(

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from llava_train.data.images import decode_image
+from llava_train.files import written_aside
 from llava_train.run_files import PICTURES_FOLDER
 from llava_train.use.questions import Item
 
@@ -34,7 +35,7 @@ def save_pictures(items: Sequence[Item], run_dir: Path) -> list[list[str]]:
             image.save(content, "JPEG", quality=85)
             name = f"{PICTURES_FOLDER}/{hashlib.sha256(content.getvalue()).hexdigest()[:16]}.jpg"
             with suppress(OSError):  # a full disk: the run goes on without
-                (run_dir / PICTURES_FOLDER).mkdir(parents=True, exist_ok=True)
-                (run_dir / name).write_bytes(content.getvalue())
+                with written_aside(run_dir / name, "wb", durably=False) as file:
+                    file.write(content.getvalue())
                 saved[-1].append(name)
     return saved

@@ -25,13 +25,14 @@ from llava_train.model.kernels import use_kernels
 from llava_train.model.loss import PackedLoss
 from llava_train.model.standardize import fold
 from llava_train.model.trainable import parameter_groups, summarize
-from llava_train.model.weights import State
+from llava_train.model.weights import State, check_init
 from llava_train.report.page import report_after_run
 from llava_train.run_files import RESULT_FOLDER
 from llava_train.train.assembly import (
     START_PATIENCE,
     build,
     chat_encoder,
+    check_devices,
     prepare_modes,
     write_result,
 )
@@ -52,7 +53,15 @@ from llava_train.train.overview import Overview
 from llava_train.train.pace import expected_step_s
 from llava_train.train.precompute import cached_features
 from llava_train.train.resume import Resumption, find_resumption, load
-from llava_train.train.run_folder import check_unchanged, config_hash, describe, held, write_card
+from llava_train.train.run_folder import (
+    RunFolderError,
+    check_finished,
+    check_unchanged,
+    config_hash,
+    describe,
+    held,
+    write_card,
+)
 from llava_train.train.session import Session
 from llava_train.train.stopwatch import Stopwatch
 from llava_train.train.tracking import Tracking
@@ -81,11 +90,11 @@ def run_stage(config: StageConfig, session: Session) -> Path:
     with ExitStack() as stack:
         world.on_main(lambda: stack.enter_context(held(config.run_dir, config.cache_dir / f"{config.name}.lock")))
         if world.on_main(lambda: damage(result) is None):
-            card, allowed = describe(config), session.allow_config_change
-            world.on_main(lambda: check_unchanged(config.run_dir, card, None, allowed))
+            world.on_main(lambda: check_finished(config.run_dir, describe(config)))
             world.say(f"{config.name}: complete, see {result}")
             return result
-        world.say(f"{config.name}: run folder {config.run_dir}")
+        if config.start is not None:
+            check_init(config.start, config.output)
         stop_file = config.run_dir / STOP_FILE
         session.stop.stop_files.append(stop_file)
         stack.enter_context(_reported(config, world))
@@ -121,6 +130,7 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
     """
     world, clock = session.world, session.clock
     clock.start()
+    check_devices(config, world)
     world.beat("opening the data", patience=START_PATIENCE)
     session.waiting.show("opening the data")
     mixture = open_mixture(config.data, config.seed, config.cache_dir)
@@ -129,6 +139,11 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
     n_steps = n_steps_of(len(mixture), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
     card = describe(config, mixture)
     resumption, changes = _find_resumption(config, session, card)
+    if resumption.step > n_steps:
+        raise RunFolderError(
+            f"{config.run_dir} has taken {resumption.step:,} steps, and the stage file now asks for {n_steps:,}; ask "
+            "for more (schedule.epochs, schedule.max_steps), or give the run another name"
+        )
     clock.mark("data")
 
     session.waiting.show("building the model")
@@ -149,6 +164,7 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
     if world.is_main:
         pace, pack = expected_step_s(dataset, yardstick), estimator.pack(config)
         known = (mixture, held_out, n_steps, world.n_ranks, world.device, pack, choice.line, pace, resumption)
+        world.say(f"{config.name}: run folder {config.run_dir}")
         show_overview(session.waiting.console, Overview(config, parts, came_from, *known))
     _say_notes(config, world, llava, found, is_new=resumption.checkpoint is None)
     steps, features = range(resumption.step, n_steps), None

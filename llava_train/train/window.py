@@ -50,6 +50,8 @@ class Window:
     by_source: torch.Tensor | None = None
     """float64 [sources, 2]: this rank's summed cross entropy and supervised tokens, of the steps that were taken."""
     last: tuple[torch.Tensor, GradNorm] | None = None
+    n_trained: float = 0.0
+    """Supervised tokens of the steps taken since the run began, over all ranks. The training loop counts them."""
 
     def __post_init__(self) -> None:
         self.n_samples = [0] * len(self.source_names)
@@ -62,7 +64,7 @@ class Window:
 
     def next(self) -> Window:
         """The window after this one."""
-        return Window(self.source_names, self.n_bad, self.yardstick, self.watch)
+        return Window(self.source_names, self.n_bad, self.yardstick, self.watch, n_trained=self.n_trained)
 
     @contextmanager
     def paused(self, name: str) -> Iterator[None]:
@@ -78,10 +80,12 @@ class Window:
         own = None if self.by_source is None else self.by_source.tolist()
         sums, histograms = zip(*world.gather((own, self.histograms)), strict=True)
         total = sum(histograms, start=Histograms())
-        return {"n_samples": self.n_samples, "sums": list(sums), "histograms": total.rows()}
+        summed = {"n_samples": self.n_samples, "sums": list(sums), "histograms": total.rows()}
+        return {"n_trained": self.n_trained, **summed}
 
     def restore(self, state: dict[str, Any], world: World) -> None:
         """Goes on from a checkpoint's; on another number of ranks, rank 0 takes what all had."""
+        self.n_trained = state.get("n_trained", 1.0)  # older checkpoints do not say, and hardly hold nothing
         if len(state["n_samples"]) != len(self.source_names):
             return  # other data, on purpose
         nothing = [[0.0, 0.0]] * len(self.source_names)

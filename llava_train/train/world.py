@@ -6,6 +6,7 @@ stop flag, the number of supervised tokens and the state of a checkpoint go over
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from torch import distributed
 from llava_train.devices import keep_freed_memory, training_device
 from llava_train.errors import OtherRankFailed, UserError
 from llava_train.failures import file_trouble
-from llava_train.launch import check_gpus, launch_environment, note_on_launch
+from llava_train.launch import check_gpus, launch_environment, note_on_launch, set_for_libraries
 from llava_train.onednn import limit_kernels
 from llava_train.train.watchdog import Watchdog
 
@@ -127,6 +128,8 @@ def start_distributed(timeout_s: float = 600.0) -> World:
         LaunchError: the environment does not say which of the processes this is, or a process has no GPU.
         UserError: there is a GPU, and torch cannot use it.
     """
+    atexit.unregister(_destroy_groups)
+    set_for_libraries(os.environ)
     found = launch_environment(os.environ)
     device = training_device()
     n_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
@@ -142,9 +145,10 @@ def start_distributed(timeout_s: float = 600.0) -> World:
     else:
         keep_freed_memory()
         limit_kernels()
-    # On CPUs DeepSpeed would compile a collective of its own. That takes a compiler, and a build that was killed
-    # leaves a lock on which every later run waits for ever. Gloo does the work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # On CPUs DeepSpeed would compile a collective of its own. That takes a compiler, and a build that was killed
+        # leaves a lock on which every later run waits for ever. Gloo does the work. The whole table is set: DeepSpeed
+        # fills it when it is first read, for which it runs a compiler and asks the GPUs about each of its operators.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     interface = os.environ.get("NCCL_SOCKET_IFNAME", "^")
     if interface[0] not in "^=" and "," not in interface:  # what NCCL is told of the network holds for gloo too
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -175,7 +179,12 @@ def said_after(wait_s: float | None, text: str) -> Iterator[None]:
 
 @contextmanager
 def guarded(world: World, timeout_s: float) -> Iterator[World]:
-    """The world with a watchdog that ends the job when no rank has gone on for `timeout_s`."""
+    """The world with a watchdog that ends the job when no rank has gone on for `timeout_s`.
+
+    After a clean end, the process groups are destroyed when the process ends: NCCL warns of groups that are left. Not
+    earlier, for a later run in this process uses them; and not after a failure, for destroying a group may wait for
+    ranks that hang in a collective.
+    """
 
     def share_port(port: int | None) -> int:
         found: list[Any] = [port]
@@ -185,3 +194,9 @@ def guarded(world: World, timeout_s: float) -> Iterator[World]:
     host = os.environ["MASTER_ADDR"]
     with Watchdog(world.rank, world.n_ranks, host, share_port, timeout_s) as watchdog:
         yield replace(world, watchdog=watchdog)
+    atexit.register(_destroy_groups)
+
+
+def _destroy_groups() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -24,7 +24,7 @@ from starlette.middleware import Middleware
 from llava_train.errors import UserError
 from llava_train.model.weights import ADAPTER_FOLDER, RESULT_FOLDER
 from llava_train.use.demo_intake import Page, RequestLimit
-from llava_train.use.demo_visits import Answers, Limits, Visit
+from llava_train.use.demo_visits import Answers, Limits, Visit, thumbnail
 from llava_train.use.examples import Example
 from llava_train.use.llava import LLaVA
 
@@ -85,7 +85,7 @@ def shown_name(name: str) -> str:
 def _left(examples: Sequence[Example], limits: Limits) -> tuple[gr.Image, gr.Dataset]:
     picture = gr.Image(label="Picture", sources=["upload", "clipboard"], buttons=[], elem_id="picture", height=320)
     gr.Markdown(f"Up to {limits.upload_mb:g} MB and {limits.megapixels:g} megapixels.")
-    samples = [[example.picture] for example in examples]
+    samples = [[thumbnail(example.picture)] for example in examples]
     shown = [gr.Image(render=False)]
     return picture, gr.Dataset(label="Examples", components=shown, samples=samples, type="index", layout="gallery")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image
+from PIL import Image, ImageOps
 
 from llava_train.data.images import decoded, open_image
 from llava_train.data.pictures import EmbeddedPicture
@@ -27,6 +27,12 @@ from llava_train.use.llava import LLaVA, Question
 
 _PREVIEW_SIDE = 1024
 """Pixels of the longer side of what the page shows of a picture."""
+
+THUMBNAIL_SIDE = 160
+"""Pixels of a side of an example's thumbnail, which is square."""
+
+_NO_PICTURE = "<em>(no picture: the model saw only your question)</em><br>"
+"""HTML before each answer of a conversation without a picture; answers themselves are escaped."""
 
 Messages = list[dict[str, str]]
 
@@ -59,7 +65,11 @@ class Conversation:
     def messages(self, asked: str | None = None) -> Messages:
         """As gradio shows them, which takes text for HTML; `asked` waits for its answer."""
         turns = self.turns if asked is None else (*self.turns, Turn("user", asked))
-        return [{"role": turn.role, "content": html.escape(turn.text, quote=False)} for turn in turns]
+        return [{"role": turn.role, "content": self._shown(turn)} for turn in turns]
+
+    def _shown(self, turn: Turn) -> str:
+        text = html.escape(turn.text, quote=False)
+        return _NO_PICTURE + text if turn.role == "assistant" and self.picture is None else text
 
 
 def preview(picture: Path | Image.Image, limits: Limits) -> Image.Image:
@@ -74,6 +84,11 @@ def preview(picture: Path | Image.Image, limits: Limits) -> Image.Image:
     shown = picture.copy()
     shown.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
     return shown
+
+
+def thumbnail(picture: Image.Image) -> Image.Image:
+    """Return the middle of an example's picture as a square, so that a panorama is more than a line."""
+    return ImageOps.fit(picture, (THUMBNAIL_SIDE, THUMBNAIL_SIDE))
 
 
 @dataclass

@@ -240,6 +240,10 @@ def _score(
             f"{files[PICTURE].path} lacks {len(lost)} answers, the first to question {items[lost[0]].id} "
             f"({items[lost[0]].where}): something else changed it; the same command answers them"
         )
+    if not both:
+        raise EvaluationError(
+            f"none of the {len(asked)} questions can be asked, so there is no score: {next(iter(skipped.values()))}"
+        )
     given = {way: [found[index] for index in both] for way, found in answers.items()}
     chosen, reasons = [items[index] for index in both], list(skipped.values())
     report = report_on(plan.name, str(plan.data), plan.metric, chosen, given, reasons)

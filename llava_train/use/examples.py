@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import yaml
 from PIL import Image, ImageDraw
 
-from llava_train.config import StageConfig
 from llava_train.data.images import decode_image
 from llava_train.data.mixture import open_mixture
 from llava_train.data.problems import SampleError
 from llava_train.data.samples import IMAGE_PLACEHOLDER
 from llava_train.errors import UserError
+from llava_train.stage_file import load_run_card
 
 _N_SHOWN = 6
 _N_LOOKED_AT = 200
@@ -68,13 +67,12 @@ def of_run(model: Path) -> list[Example]:
     if card is None:
         return []
     try:
-        content = yaml.safe_load(card.read_text(encoding="utf-8"))
-        stage = StageConfig.model_validate({key: value for key, value in content.items() if key != "about"})
+        stage = load_run_card(card.parent)
         sections = stage.eval.data if stage.eval else []
         if not sections or not all(Path(section.path).exists() for section in sections):
             return []
         mixture = open_mixture(sections)
-    except (OSError, yaml.YAMLError, AttributeError, ValueError):  # UserError and pydantic's are ValueErrors
+    except (OSError, ValueError):  # UserErrors are ValueErrors
         return []
     found: dict[str, Example] = {}
     for index in range(min(_N_LOOKED_AT, len(mixture))):

@@ -24,7 +24,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 
 from llava_train.devices import cast_parameters, pick_dtype
 from llava_train.errors import UserError
-from llava_train.files import read_manifest, rename_durably, share, write_manifest
+from llava_train.files import folder_written_aside, read_manifest, share, write_manifest, written_aside
 from llava_train.model.build import Llava
 from llava_train.model.export_files import write_model
 from llava_train.model.export_template import portable
@@ -130,8 +130,8 @@ def export_projector(source: str, out: Path, dtype: torch.dtype | None = None, o
     if path.exists() and not overwrite:
         raise ExportError(f"{path} exists; --overwrite replaces it")
     llava = load_llava(source, dtype)
-    out.mkdir(parents=True, exist_ok=True)
-    save_mm_projector(llava.model, path)
+    with written_aside(path, "wb") as file:
+        save_mm_projector(llava.model, file)
     return path
 
 
@@ -171,21 +171,11 @@ def _without_adapter(run_dir: Path, trained: Llava) -> Llava:
 @contextmanager
 def _beside(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when all went well, and is gone when not."""
-    folder, replaced = (out.with_name(f".{out.name}.{what}") for what in ("exporting", "replaced"))
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        yield folder
-        if out.exists():
-            out.rename(replaced)
-        rename_durably(folder, out)
+        with folder_written_aside(out) as folder:
+            yield folder
     except (OSError, SafetensorError) as error:
         raise ExportError(f"cannot write {out}: {error}") from error
-    finally:
-        if replaced.exists() and not out.exists():
-            replaced.rename(out)
-        for each in (folder, replaced):
-            shutil.rmtree(each, ignore_errors=True)
 
 
 def _write(llava: Llava, folder: Path) -> None:

@@ -12,6 +12,7 @@ from llava_train.data.images import decode_image, decoded
 from llava_train.data.pictures import EmbeddedPicture, data_url_content
 from llava_train.errors import UserError
 from llava_train.use.fetch import fetch, is_url
+from llava_train.user_paths import expand
 
 ImageLike: TypeAlias = str | Path | bytes | IO[bytes] | Image.Image
 """A picture: a path, an open file, its bytes, a decoded picture, a data: URL, or (where allowed) an http(s) address."""
@@ -35,10 +36,20 @@ def read_image(image: ImageLike, allow_urls: bool = False) -> Image.Image:
         return decode_image(EmbeddedPicture(fetch(image), f"{image:.200}"))
     if isinstance(image, str) and re.match(r"(?!data:)\w{2,}://", image):
         raise UserError(f"{image:.200}: only http(s) addresses are fetched; a file is named by its path")
-    if hasattr(image, "read"):
-        return read_image(image.read(), allow_urls)
+    if not isinstance(image, str | Path) and hasattr(image, "read"):
+        return decode_image(EmbeddedPicture(_content(image), "the picture"))
     if isinstance(image, str) and image.startswith("data:"):
         return decode_image(EmbeddedPicture(data_url_content(image), "the picture"))
     if isinstance(image, str | Path):
-        return decode_image(Path(image))
+        return decode_image(Path(expand(str(image))))
     raise UserError(f"a picture is a path, bytes, a PIL image or an address, not {type(image).__name__}")
+
+
+def _content(file: IO[bytes]) -> bytes:
+    """Bytes of an open file. Raises UserError where it gives text."""
+    try:
+        if isinstance(content := file.read(), bytes):
+            return content
+    except UnicodeDecodeError:
+        pass
+    raise UserError("the picture's file is open in text mode; open it with mode 'rb'")

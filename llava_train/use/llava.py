@@ -27,11 +27,13 @@ from llava_train.devices import cast_parameters, pick_device, pick_dtype
 from llava_train.errors import Note, UserError
 from llava_train.model.build import Llava, build_llava
 from llava_train.model.processor import load_vision_config
+from llava_train.refusals import validated
 from llava_train.use.generation import Prompt, Sampling, answers_of, model_inputs, stream_answer
 from llava_train.use.images import ImageLike, read_image
 from llava_train.use.loading import load_llava, quantized
 from llava_train.use.projectors import load_projector, settings_of_projector
 from llava_train.use.prompts import Prompts
+from llava_train.user_paths import expand
 
 Precision: TypeAlias = Literal["auto", "bf16", "fp16", "fp32"] | torch.dtype
 Quantization = Literal["4bit", "8bit"]
@@ -90,11 +92,14 @@ class LLaVA:
     ) -> None:
         """Joins parts with a projector between them."""
         place = pick_device(device)
+        projector = None if projector is None else expand(str(projector))
         trained, image = ({}, ImageSection()) if projector is None else settings_of_projector(str(projector))
-        has_class_token = not load_vision_config(str(vision_model_path))[0].model_type.startswith("siglip")
-        section = ModelSection(
+        vision_tower = expand(str(vision_model_path))
+        has_class_token = not load_vision_config(vision_tower)[0].model_type.startswith("siglip")
+        section = validated(
+            ModelSection,
             language_model=str(language_model_path),
-            vision_tower=str(vision_model_path),
+            vision_tower=vision_tower,
             chat_template=chat_template,
             **{"vision_feature_select": "patch" if has_class_token else "full", **trained},
         )
@@ -104,7 +109,7 @@ class LLaVA:
             warn(_FRESH_PROJECTOR, Note, stacklevel=2)
         else:
             load_projector(str(projector), llava, section)
-        llava.processor.chat_template = load_template(chat_template, llava.tokenizer)
+        llava.processor.chat_template = load_template(section.chat_template, llava.tokenizer)
         llava.model.model.language_model.set_attn_implementation("sdpa")
         self._hold(llava, place, dtype, f"{vision_model_path} + {language_model_path}")
 

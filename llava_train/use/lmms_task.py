@@ -3,7 +3,8 @@
 TASKS/NAME/NAME.yaml         what lmms-eval reads
            lmms_functions.py   what it calls
            questions.jsonl     a question a line, its pictures by path
-           images/             pictures that lie in an archive or in the records
+           images/             pictures that lie in an archive or in the records, and those that Pillow's own
+                               conversion would show otherwise than training does, as PNG
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from typing import Any
 
 import yaml
 
-from llava_train.data.images import open_image
+from llava_train.data.images import decode_image, open_image
 from llava_train.data.pictures import Picture, PictureFile
+from llava_train.data.rgb import has_transparency
 from llava_train.errors import UserError
+from llava_train.files import folder_written_aside
 from llava_train.use import lmms_functions
 from llava_train.use.questions import Item, read_questions
 
@@ -41,28 +44,25 @@ def write_task(questions: Path, images: Path | None, tasks: Path) -> str:
     """
     name = "local_" + re.sub(r"\W", "_", questions.name.split(".")[0])
     items = read_questions(questions, "exact", str(images) if images else None)
-    folder = tasks / name
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    with (folder / "questions.jsonl").open("w", encoding="utf-8") as file:
-        for item in items:
-            try:
-                file.write(json.dumps(_question_of(item, folder / "images")) + "\n")
-            except UserError as error:
-                raise TaskError(f"{item.where}: {error}; mend or leave out that record") from error
-    shutil.copy(lmms_functions.__file__, folder)
-    (folder / f"{name}.yaml").write_text(_task_yaml(name), encoding="utf-8")
+    with folder_written_aside(tasks / name) as folder:
+        with (folder / "questions.jsonl").open("w", encoding="utf-8") as file:
+            for item in items:
+                try:
+                    file.write(json.dumps(_question_of(item, folder / "images", tasks / name / "images")) + "\n")
+                except UserError as error:
+                    raise TaskError(f"{item.where}: {error}; mend or leave out that record") from error
+        shutil.copy(lmms_functions.__file__, folder)
+        (folder / f"{name}.yaml").write_text(_task_yaml(name), encoding="utf-8")
     return name
 
 
-def _question_of(item: Item, images: Path) -> dict[str, Any]:
-    """A question in the form that `lmms_functions` reads. Raises UserError."""
+def _question_of(item: Item, images: Path, later: Path) -> dict[str, Any]:
+    """A question in the form that `lmms_functions` reads; `images` and `later` as in `_path_of`. Raises UserError."""
     if not item.pictures:  # it takes the error of transformers for an empty answer
         raise TaskError("a question without a picture, which lmms-eval's llava_hf cannot ask")
     if len(item.turns) > 1:
         raise TaskError("a system turn, which lmms-eval's llava_hf does not hand on")
-    paths = [_path_of(picture, images) for picture in item.pictures]
+    paths = [_path_of(picture, images, later) for picture in item.pictures]
     return {
         "id": str(item.id),
         "question": item.turns[-1].text,
@@ -71,16 +71,28 @@ def _question_of(item: Item, images: Path) -> dict[str, Any]:
     }
 
 
-def _path_of(picture: Picture, folder: Path) -> str:
-    """A path of the picture, after a look at its header; one that is no file is written into `folder`."""
-    with open_image(picture):
-        if isinstance(picture, PictureFile):
-            return str(picture.path.absolute())
+def _path_of(picture: Picture, folder: Path, later: Path) -> str:
+    """Return a path of the picture, after a look at its header.
+
+    One that is no file is written into a folder, and so is, decoded, one that `lmms_functions` would show otherwise
+    than training does: with transparency, 16 bits, or in a format that the environment of lmms-eval may not read.
+
+    Args:
+        folder: where it is written now.
+        later: where that folder will be.
+    """
+    with open_image(picture) as image:
+        is_plain = image.mode in ("RGB", "L", "1") and not has_transparency(image) and image.format != "AVIF"
+    if is_plain and isinstance(picture, PictureFile):
+        return str(picture.path.absolute())
     folder.mkdir(exist_ok=True)
     path = folder / str(len(list(folder.iterdir())))
-    with picture.open("rb") as file:
-        path.write_bytes(file.read())
-    return str(path.absolute())
+    if is_plain:
+        with picture.open("rb") as file:
+            path.write_bytes(file.read())
+    else:
+        decode_image(picture).save(path, "PNG")
+    return str(later.absolute() / path.name)
 
 
 def _task_yaml(name: str) -> str:

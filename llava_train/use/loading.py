@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from llava_train.devices import DTYPES
 from llava_train.errors import UserError
 from llava_train.failures import reason
 from llava_train.files import read_manifest
+from llava_train.git_lfs import lfs_problem_of_model
 from llava_train.model.build import Llava, build_llava
 from llava_train.model.foreign import load_whole
 from llava_train.model.quantize import is_quantized, round_like_nf4
 from llava_train.model.trainable import part_module
 from llava_train.model.weights import ADAPTER_FOLDER, PROJECTOR_CARD, PROJECTOR_FILE, RESULT_FOLDER, load_init
 from llava_train.stage_file import RUN_CARD, load_run_card
+from llava_train.user_paths import expand
 
 _NOT_QUANTIZED = ["vision_tower", "multi_modal_projector", "lm_head"]
 
@@ -52,7 +55,10 @@ def load_llava(
         LoadError: no model there, an unfinished run, or one that `settings` cannot be used with.
         BuildError, HandOffError: parts of the run that are missing or have changed.
     """
+    name = expand(str(name))
     folder = _result_of(Path(name))
+    if problem := lfs_problem_of_model(folder):
+        raise LoadError(problem)
     is_adapter = folder.name == ADAPTER_FOLDER and (folder.parent / RUN_CARD).is_file()
     if is_adapter or (folder / PROJECTOR_CARD).is_file():
         if settings:
@@ -64,7 +70,7 @@ def load_llava(
         trusted = {"trust_remote_code": True} if trust_remote_code else {}
         llava = load_whole(folder if folder.exists() else name, dtype, **settings, **trusted)
     if chat_template or not llava.processor.chat_template:
-        llava.processor.chat_template = load_template(chat_template or "vicuna_v1", llava.tokenizer)
+        llava.processor.chat_template = load_template(expand(chat_template or "vicuna_v1"), llava.tokenizer)
     llava.model.model.language_model.set_attn_implementation("sdpa")
     llava.model.eval()
     return llava
@@ -77,25 +83,26 @@ def load_base(run_dir: Path, dtype: torch.dtype | None = None) -> Llava:
         LoadError: no finished run.
         BuildError, HandOffError: parts of the run that are missing or have changed.
     """
-    config = run_config(run_dir)
+    is_projector = (run_dir / RESULT_FOLDER / PROJECTOR_CARD).is_file()
+    config = run_config(run_dir, ["model"] if is_projector else ["model", "init_from"])
     llava = build_llava(config.model, config.image, dtype or DTYPES[config.engine.precision], config.seed)
     llava.processor.chat_template = load_template(config.model.chat_template, llava.tokenizer)
-    if (run_dir / RESULT_FOLDER / PROJECTOR_CARD).is_file():
+    if is_projector:
         load_init(str(run_dir), llava.model, config.model)
         return llava
-    if config.init_from not in (None, "random"):
-        load_init(str(config.init_from), llava.model, config.model)
+    if config.start is not None:
+        load_init(config.start, llava.model, config.model)
     if is_quantized(config.trainable):
         round_like_nf4(llava.model)  # the adapter was trained on such weights
     part_module(llava.model, "projector").load_state_dict(load_file(run_dir / ADAPTER_FOLDER / PROJECTOR_FILE))
     return llava
 
 
-def run_config(run_dir: Path) -> StageConfig:
-    """The stage file that a run was trained with. Raises LoadError."""
+def run_config(run_dir: Path, needed: Sequence[str] = ()) -> StageConfig:
+    """The stage file that a run was trained with; `needed` as in `load_run_card`. Raises LoadError, ConfigError."""
     if not (run_dir / RUN_CARD).is_file():
         raise LoadError(f"{run_dir} holds no {RUN_CARD}, which says what parts its projector belongs to")
-    return load_run_card(run_dir)
+    return load_run_card(run_dir, needed)
 
 
 def _result_of(folder: Path) -> Path:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_train.data.formats import images_beside, is_conversation, system_turn
+from llava_train.data.paths import advice_on_path
 from llava_train.data.pictures import EmbeddedPicture, Picture
 from llava_train.data.samples import IMAGE_PLACEHOLDER, Sample, Turn, check_placeholders, check_unicode
 from llava_train.data.sources import Source, open_source
@@ -84,7 +85,8 @@ def read_questions(path: Path, metric: Metric, images: str | None = None, suffix
     """
     for given in (path, Path(images or path)):
         if not given.exists():
-            raise QuestionError(f"{given}: there is no such file or folder")
+            advice = advice_on_path(str(given))
+            raise QuestionError(f"{given}: there is no such file or folder{'; ' * bool(advice)}{advice}")
     source, items = open_source(path, images), list[Item]()
     for index in range(len(source)):
         line = source.line(index)

@@ -14,7 +14,7 @@ from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
 from llava_train.errors import UserError
-from llava_train.launch import check_gpus, launch_environment
+from llava_train.launch import check_gpus, launch_environment, set_for_libraries
 
 T = TypeVar("T")
 
@@ -84,6 +84,7 @@ def joined_ranks() -> Iterator[Ranks]:
     Raises:
         LaunchError: a process without a GPU beside some that have one, or one that no launcher placed as it should.
     """
+    set_for_libraries(os.environ)
     found = launch_environment(os.environ)
     if int({**os.environ, **found}.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()

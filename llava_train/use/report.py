@@ -11,7 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from llava_train.files import write_durably
+from llava_train.files import written_aside
 from llava_train.use.answers import Answer
 from llava_train.use.metrics import (
     Metric,
@@ -55,7 +55,8 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Writes the scores as JSON."""
-        write_durably(path, json.dumps(self.as_record(), indent=1, ensure_ascii=False) + "\n")
+        with written_aside(path) as file:
+            file.write(json.dumps(self.as_record(), indent=1, ensure_ascii=False) + "\n")
 
     def table(self) -> Table:
         """The scores with their 95 % intervals, a way of answering a column."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from llava_train.train.world import start_distributed
+from llava_train.train.world import World, start_distributed
 from tests.benchmarks.parts_that_die import dies
 from tests.scripts import ROOT, load_script
 from tests.train.helpers import environment
@@ -57,6 +57,39 @@ def test_without_time_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, tmp_path
     record = gpu.Record(tmp_path / "found.json", {"device": "d", "date": "2026-01-01"}, {}, ["a", "b"])
     gpu.supervise(gpu.Wanted("cpu", None, None), record, time.monotonic() + 5)
     assert record.parts == dict.fromkeys("ab", {"error": "no time left"})
+
+
+@pytest.mark.parametrize("fastest", ["eager", "compile", "liger"])
+@pytest.mark.parametrize("part", parts.PARTS, ids=lambda part: part.name)
+def test_every_part_asks_only_for_what_a_stage_file_may_say(
+    part: Any, fastest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that need a GPU too: each stops where it would build its model, for want of memory."""
+    asked = []
+
+    def start_rig(config: Any, world: Any) -> None:
+        asked.append(config)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(parts, "start_rig", start_rig)
+    if part.run in (parts.correctness, parts.attention):
+        return  # they build no rig
+    bench = parts.Bench(World(0, 1, torch.device("cpu")))
+    bench.results["7b lora, x"] = {"kernels": fastest, "tokens_per_s": 1.0}
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):  # as torch.OutOfMemoryError is
+        part.run(bench)
+    assert asked, "a stage file was refused before a model was built"
+
+
+def test_every_backend_of_attention_on_a_gpu_is_there_and_gives_the_shape_of_the_others() -> None:
+    """On `meta`, where kernels for CUDA have shapes alone."""
+    lengths = (3, 5)
+    borders = torch.tensor([0, 3, 8], dtype=torch.int32, device="meta")
+    tensors = [torch.empty(1, 4, 8, 16, dtype=torch.bfloat16, device="meta") for _ in range(3)]
+    backends = dict(kernels._backends(cuda=True))
+    assert {"by document", "torch varlen"} <= set(backends)
+    for attend in backends.values():
+        assert attend(*tensors, borders, lengths).shape == (1, 8, 4, 16)
 
 
 def test_what_does_not_fit_is_freed_before_the_next_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.slurm import Cluster, ClusterUnavailable, start_cluster
-from tests.train.helpers import ROOT, TIMEOUT_S, environment
+from tests.train.helpers import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -24,9 +23,5 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data of the smoke recipe: `data`, in a folder where runs can have folders of their own beside it."""
-    folder = tmp_path_factory.mktemp("shared")
-    counts = ["--captions", "48", "--conversations", "48", "--held-out", "9"]
-    draw = [sys.executable, str(ROOT / "data/draw_scenes.py"), "--out", "data/smoke", "--seed", "0", *counts]
-    subprocess.run(draw, cwd=folder, env=environment(), check=True, timeout=TIMEOUT_S)
-    return folder / "data"
+    """The data of the smoke recipe, in a folder where runs can have folders of their own beside it."""
+    return Path(shutil.copytree(ROOT / "configs/smoke/data", tmp_path_factory.mktemp("shared") / "data"))

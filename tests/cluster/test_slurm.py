@@ -44,7 +44,7 @@ class Submitted:
     def __init__(self, cluster: Cluster, data: Path, name: str, options: str) -> None:
         self.cluster, folder = cluster, data.parent / name
         self.runs = folder / "runs"
-        shutil.copytree(data, folder / "data")
+        shutil.copytree(data, folder / "configs/smoke/data")
         stages = [copy_stage(folder, stage) for stage in ("stage1", "stage2")]
         command = [sys.executable, "-m", "llava_train", "slurm", "--config", *stages, *options.split()]
         done = subprocess.run(command, cwd=folder, env=cluster.env, capture_output=True, text=True, check=False)

@@ -142,7 +142,8 @@ def test_other_names_of_a_stated_picture_are_no_other_picture() -> None:
         assert len(parse({**known, **more}).images) == 1
     assert kind_of({**known, "image2": "b.jpg"}) == "unread_picture"
     assert kind_of({**known, "mask": "coco/a_mask.jpg"}) == "unread_picture"
-    assert kind_of({**known, "thumbnail": png()}) == "unread_picture"
+    assert len(parse({**known, "thumbnail": {"bytes": png(), "path": "t.png"}}).images) == 1
+    assert kind_of({**known, "picture2": png()}) == "unread_picture"
     embedded = {"image": {"bytes": png(), "path": None}, "file_name": "a.png", "conversations": SHOWN}
     assert len(parse(embedded).images) == 1
     assert kind_of({**known, "images": ["b.jpg"]}) == "unread_picture"
@@ -491,7 +492,7 @@ MUTATIONS_OF_RECORDS: list[Mutation] = [
     ("unread picture", at_record(image_path=["z.png", "y.png", "x.png"]), "unread_picture"),
     ("unread spelling", at_record(Picture=["z.png", "x.png", "y.png"]), "unread_picture"),
     ("unread nested picture", at_record(meta={"files": ["z.webp", "y.webp"], "more": ["x.gif"]}), "unread_picture"),
-    ("unread bytes", at_record(thumb=png()), "unread_picture"),
+    ("unread bytes", at_record(picture2=png()), "unread_picture"),
     ("video", at_record(video="v.mp4"), "video_or_sound"),
     ("sound", at_record(audio_path="v.wav"), "video_or_sound"),
     ("tools", at_record(tools=[{"name": "f"}]), "unsupported_key"),
@@ -501,9 +502,7 @@ MUTATIONS_OF_RECORDS: list[Mutation] = [
     ("missing values", at_record(img=None, video=math.nan, tools=[], audio="", chosen=[None]), unchanged),
     ("metadata", at_record(score=0.3, image_width=8, source="web", tags=["a", "b"]), unchanged),
     ("an id", at_record(id="7"), lambda sample: replace(sample, id="7")),
-    ("one picture more", lambda record: record.update(images=[*record.get("images", []), "z.png"]), "placeholders"),
     ("no picture is named", lambda record: record.update(images=[*record.get("images", []), None, ""]), unchanged),
-    ("number as picture", lambda record: record.update(images=[*record.get("images", ["q"]), 3][-1:] * 9), "placeholders"),
 ]  # fmt: skip
 MUTATIONS_OF_TURNS: list[Mutation] = [
     ("picture in the turn", lambda turn: turn.update(image="z.png"), "unread_picture"),
@@ -531,6 +530,14 @@ def test_each_mutation_of_a_record_has_its_verdict(good: Good, mutation: Mutatio
     record = copy.deepcopy(good.record)
     mutation[1](record)
     check_verdict(good, record, mutation[2])
+
+
+@given(good_records().filter(lambda good: good.turns_key == "conversations"), st.sampled_from(["z.png", png(), 3]))
+def test_a_picture_without_a_placeholder_is_refused(good: Good, picture: Any) -> None:
+    more = {**good.record, "images": [*good.record.get("images", []), picture]}
+    assert kind_of(more) == "placeholders"
+    if good.sample.images:
+        assert kind_of({**good.record, "images": [3] * len(good.sample.images)}) == "image_value"
 
 
 @given(good_records().filter(lambda good: good.turns_key is not None), st.sampled_from(MUTATIONS_OF_TURNS))

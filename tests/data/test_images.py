@@ -3,6 +3,8 @@ from __future__ import annotations
 import contextlib
 import random
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from PIL import Image, ImageOps
 
 from llava_train.config import ImageSection
-from llava_train.data.images import ImagePreprocessor, decode_image
+from llava_train.data import images
+from llava_train.data.images import HAS_AVIF, ImagePreprocessor, decode_image, decoded
+from llava_train.data.pictures import EmbeddedPicture
 from llava_train.data.problems import SampleError
 from llava_train.model.build import build_llava
 from tests.tiny import model_section
@@ -31,8 +35,9 @@ def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
     ("mode", "colour", "rgb"),
     [
         ("L", 128, (128, 128, 128)),
-        ("LA", (128, 7), (128, 128, 128)),
-        ("RGBA", (1, 2, 3, 0), (1, 2, 3)),
+        ("LA", (128, 255), (128, 128, 128)),
+        ("RGBA", (1, 2, 3, 255), (1, 2, 3)),
+        ("RGBA", (1, 2, 3, 0), (255, 255, 255)),
         ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
         ("1", 1, (255, 255, 255)),
         ("I;16", 32768, (128, 128, 128)),
@@ -46,13 +51,17 @@ def test_colours_survive_the_way_to_rgb(mode: str, colour: object, rgb: tuple[in
     assert decode_image(path).getpixel((2, 2)) == rgb
 
 
-@pytest.mark.parametrize("transparency", [0, b"\0\xff"])
-def test_a_palette_becomes_its_colours(transparency: int | bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transparency", [None, 0, b"\0\xff"])
+def test_a_palette_becomes_its_colours_and_its_transparent_one_white(
+    transparency: int | bytes | None, tmp_path: Path
+) -> None:
     picture = Image.new("P", (2, 1))
     picture.putpalette([10, 20, 30, 40, 50, 60])
     picture.putpixel((1, 0), 1)
-    image = decode_image(saved(picture, tmp_path / "x.png", transparency=transparency))
-    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(10, 20, 30), (40, 50, 60)]
+    options = {} if transparency is None else {"transparency": transparency}
+    image = decode_image(saved(picture, tmp_path / "x.png", **options))
+    first = (10, 20, 30) if transparency is None else (255, 255, 255)
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [first, (40, 50, 60)]
 
 
 def test_of_an_animation_the_first_frame_is_read(tmp_path: Path) -> None:
@@ -96,6 +105,77 @@ def test_a_gif_that_is_called_jpg_is_read(tmp_path: Path) -> None:
     assert decode_image(path).size == (3, 3)
 
 
+def test_of_a_phones_mpo_the_picture_is_read(tmp_path: Path) -> None:
+    shot, depth = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    path = saved(shot, tmp_path / "x.mpo", save_all=True, append_images=[depth]).rename(tmp_path / "x.jpg")
+    assert Image.open(path).n_frames == 2
+    assert decode_image(path).getpixel((4, 4)) == (254, 0, 0)
+
+
+AVIF_FILES = pytest.mark.skipif(not HAS_AVIF, reason="this Pillow reads no AVIF")
+
+
+@AVIF_FILES
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_avif_is_read_and_turned_where_pillow_has_it(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.effect_noise((24, 16), 50).convert("RGB")
+    path = saved(picture, tmp_path / "x.avif", quality=100, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    assert decode_image(path).tobytes() == expected.tobytes()
+    assert decode_image(path).size == ((16, 24) if orientation in (6, 8) else (24, 16))
+
+
+def test_avif_is_refused_in_words_where_pillow_lacks_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "HAS_AVIF", False)
+    (tmp_path / "x.avif").write_bytes(b"\0\0\0\x1cftypavif\0\0\0\0")
+    with pytest.raises(SampleError, match=r"x.avif: an AVIF picture, which needs Pillow 11.3 or later .*; save it as"):
+        decode_image(tmp_path / "x.avif")
+
+
+def test_a_pillow_that_does_not_know_avif_is_asked_without_a_warning() -> None:
+    code = (
+        "import warnings; warnings.simplefilter('error'); from PIL import features; del features.modules['avif']; "
+        "from llava_train.data.images import FORMATS; print(*FORMATS)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "JPEG PNG WEBP GIF BMP TIFF\n", done.stderr
+
+
+def test_a_phones_heic_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "x.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    with pytest.raises(SampleError, match="x.heic: a HEIC picture, which Pillow cannot read; save it as JPEG or PNG"):
+        decode_image(tmp_path / "x.heic")
+
+
+REFUSED = {
+    "F": (Image.new("F", (5, 4), 0.5), "image_mode", "of mode F"),
+    "I": (Image.new("I", (5, 4), 300), "image_mode", "of mode I"),
+    "no width": (Image.new("RGB", (0, 4)), "image_empty", r"has no pixels \(0 x 4\)"),
+    "no height": (Image.new("RGBA", (5, 0)), "image_empty", r"has no pixels \(5 x 0\)"),
+    "nothing": (Image.new("I;16", (0, 0)), "image_empty", r"has no pixels \(0 x 0\)"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_picture_in_memory_that_no_model_can_see_is_refused(name: str) -> None:
+    image, kind, message = REFUSED[name]
+    with pytest.raises(SampleError, match=f"the picture: {message}") as refused:
+        decoded(image, EmbeddedPicture(b"", "the picture"))
+    assert refused.value.kind == kind
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_numbers_of_32_bits_are_refused_from_a_file_as_from_memory(mode: str, tmp_path: Path) -> None:
+    path, said = saved(Image.new(mode, (5, 4)), tmp_path / "x.tiff"), []
+    for read in (lambda: decode_image(path), lambda: decoded(Image.open(path), path)):
+        with pytest.raises(SampleError) as refused:
+            read()
+        said.append((refused.value.kind, str(refused.value)))
+    assert said[0] == said[1]
+
+
 def test_a_truncated_picture_is_refused(tmp_path: Path) -> None:
     path = saved(Image.effect_noise((64, 64), 50), tmp_path / "x.png")
     path.write_bytes(path.read_bytes()[:500])
@@ -115,7 +195,7 @@ def test_a_folder_is_no_picture(tmp_path: Path) -> None:
         decode_image(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "gif", "bmp", "tiff"])
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "gif", "bmp", "tiff", pytest.param("avif", marks=AVIF_FILES)])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_damaged_picture_is_read_or_refused_and_nothing_else(kind: str, tmp_path: Path) -> None:
     exif = Image.Exif()

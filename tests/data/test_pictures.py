@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import pickle
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 from llava_train.data import archives
@@ -95,7 +99,7 @@ def test_a_link_out_of_the_root_is_refused_until_its_target_is_declared(folder: 
     (folder / "inner").symlink_to(folder / "deep")
     pictures = pictures_of(folder, tmp_path)
     assert decode_image(pictures.picture("inner/c.png")).size == (30, 20)
-    with pytest.raises(SampleError, match=r"is a link to .*elsewhere/x.png, outside .*declare that folder") as caught:
+    with pytest.raises(SampleError, match=r"is a link to .*elsewhere/x.png, outside .*; write `images: ") as caught:
         decode_image(pictures.picture("coco/x.png"))
     assert caught.value.kind == "symlink_outside_root"
     linked = pictures_of({"": str(folder), "other": str(other)}, tmp_path)
@@ -103,6 +107,83 @@ def test_a_link_out_of_the_root_is_refused_until_its_target_is_declared(folder: 
     declared = pictures_of({"": str(folder), "coco": str(other)}, tmp_path)
     assert decode_image(declared.picture("coco/x.png")).size == (30, 20)
     assert decode_image(declared.picture("a.png")).size == (30, 20)
+
+
+@pytest.mark.parametrize("link", ["coco", "deep/coco", "one.png"])
+@pytest.mark.parametrize("stated", ["folder", "mapping", "prefix"])
+def test_the_mapping_that_a_refused_link_shows_is_the_one_that_works(
+    stated: str, link: str, folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "else where"
+    other.mkdir()
+    (other / "x.png").write_bytes(encoded())
+    is_file = link.endswith(".png")
+    (folder / link).symlink_to(other / "x.png" if is_file else other)
+    images: Any = {"folder": str(folder), "mapping": {"": str(folder)}, "prefix": {"all": str(folder)}}[stated]
+    name = ("all/" if stated == "prefix" else "") + (link if is_file else f"{link}/x.png")
+    with pytest.raises(SampleError) as caught:
+        decode_image(pictures_of(images, tmp_path).picture(name))
+    shown = yaml.safe_load("{" + str(caught.value).split("`")[1] + "}")
+    images = shown["images"] if stated == "folder" else {**images, **shown}
+    assert decode_image(pictures_of(images, tmp_path).picture(name)).size == (30, 20)
+    assert decode_image(pictures_of(images, tmp_path).picture(name.replace(link, "a.png").removesuffix("/x.png")))
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_a_picture_that_git_lfs_has_not_fetched_is_named_as_such(kind: str, folder: Path, tmp_path: Path) -> None:
+    (folder / "a.png").write_bytes(LFS_POINTER)
+    pictures = pictures_of(folder if kind == "folder" else packed(kind, folder), tmp_path)
+    with pytest.raises(SampleError, match="a.png: a Git LFS pointer, .* `git lfs pull`") as caught:
+        decode_image(pictures.picture("a.png"))
+    assert caught.value.kind == "not_an_image"
+
+
+def test_an_archive_that_git_lfs_has_not_fetched_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pictures.zip").write_bytes(LFS_POINTER)
+    with pytest.raises(DataError, match=r"pictures.zip is a Git LFS pointer, .* `git lfs pull`"):
+        pictures_of(tmp_path / "pictures.zip", tmp_path)
+
+
+READ_NAMES = """
+import sys
+from pathlib import Path
+from llava_train.data.images import decode_image
+from llava_train.data.sources import open_source
+for path, images in (("data.json", "images"), ("北京.json", "images"), ("data.json", "北京")):
+    try:
+        decode_image(open_source(path, images).pictures.picture("ünï/北京.png"))
+    except Exception as error:
+        print(type(error).__name__, getattr(error, "kind", ""), ascii(str(error)))
+    else:
+        print("read")
+"""
+
+
+@pytest.mark.parametrize("encodes", [True, False])
+def test_a_name_that_the_locale_cannot_encode_is_told_as_that(encodes: bool, folder: Path, tmp_path: Path) -> None:
+    for path in ("data.json", "北京.json"):
+        (tmp_path / path).write_text('[{"id": "x"}]')
+    (tmp_path / "北京").symlink_to(folder)
+    settings = {"LC_ALL": "C", "PYTHONUTF8": str(int(encodes)), "PYTHONCOERCECLOCALE": "0"}
+    environment = {**os.environ, **settings, "PYTHONPATH": str(Path(__file__).parents[2])}
+    (tmp_path / "read.py").write_text(READ_NAMES, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "read.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr
+    if encodes:
+        assert lines == ["read"] * 3
+        return
+    assert lines[0].startswith("SampleError image_unreadable")
+    assert [line.split()[0] for line in lines[1:]] == ["DataError"] * 2
+    for line in lines:
+        assert "the locale cannot encode" in line
+        assert "PYTHONUTF8=1" in line
+        assert "not a readable image" not in line
 
 
 def test_a_root_may_be_a_link_and_an_absolute_path_may_lie_inside_it(folder: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from llava_train.data.records import JsonRecords
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": " A cat "}]
 ROW = {"id": "a", "image": "x.png", "conversations": TURNS}
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -30,7 +31,7 @@ def write(path: Path, content: str | bytes) -> Path:
 def test_lists_and_lines_are_told_by_their_content(as_lines: bool, zipped: bool, kept: bool, tmp_path: Path) -> None:
     rows = [{**ROW, "id": str(i)} for i in range(3)]
     text = "\n\n".join(map(json.dumps, rows)) if as_lines else json.dumps(rows, indent=1)
-    content = gzip.compress(text.encode()) if zipped else text
+    content = gzip.compress(text.encode(), mtime=0) if zipped else text
     found = JsonRecords(write(tmp_path / "data", content), tmp_path / "cache" if kept else None)
     assert [found[i] for i in range(len(found))] == rows
     lines = text.split("\n")
@@ -68,15 +69,32 @@ def test_any_list_is_cut_into_its_values_whatever_the_chunks(rows, chunk, indent
         ("", "holds no sample"),
         (" \n", "holds no sample"),
         ("[]", "holds no sample"),
-        ('[{"id": 1},', "not valid JSON: Expecting value \\(line 1\\)"),
-        ('[{"id": 1}', "not valid JSON: wanted ',', found '' \\(line 1\\)"),
-        ('[{"id": 1}\n {"id": 2}]', "not valid JSON: wanted ',', found '{' \\(line 2\\)"),
-        ('[{"id": 1}]\n[]', "something follows the end of the list \\(line 2\\)"),
-        ('[\n{"id": 1},\n{"id": nought}]' + " " * 99, "not valid JSON: Expecting value \\(line 3\\)"),
+        (
+            '[{"id": 1},',
+            "not valid JSON: Expecting value .line 1, column 12, in record 2, after record 1 with the id '1'.",
+        ),
+        ('[{"id": 1}', "not valid JSON: the list has no end, as in a cut-off copy .line 1, column 11, after record 1"),
+        ('[{"id": 1}\n {"id": 2}]', "not valid JSON: wanted ',', found '{' .line 2, column 2, after record 1"),
+        ('[{"id": 1}]\n[]', "something follows the end of the list .line 2, column 1, after record 1"),
+        (
+            '[\n{"id": 1},\n{"id": nought}]' + " " * 99,
+            "not valid JSON: Expecting value .line 3, column 8, in record 2, after record 1 with the id '1'.*nought",
+        ),
+        ('[1, "a" "b"]', "wanted ',', found '\"' .line 1, column 9, after record 2., at"),
         ('[{"id": "1}]', "not valid JSON: Unterminated string"),
         ('{\n"id": 1}', "line 1 is not valid JSON"),
         ("hello", "this is a text; wanted a JSON list of records, or JSONL"),
         (b"\xff\xfe", "begins with b'.xff.xfe'; wanted"),
+        ('[{"id": 1}]'.encode("utf-16"), "a JSON file in UTF-16; .*iconv -f UTF-16 -t UTF-8"),
+        (b"\xfe\xff" + '{"id": 1}'.encode("utf-16-be"), "a JSON file in UTF-16; .*iconv -f UTF-16 -t UTF-8"),
+        ("id,text\n1,a\n".encode("utf-16"), "in UTF-16; .*onvert"),
+        ('[{"id": 1}]'.encode("utf-32"), "text in UTF-32, not in UTF-8; convert it: iconv -f UTF-32 -t UTF-8"),
+        (b"\0\0\xfe\xff" + '[{"id": 1}]'.encode("utf-32-be"), "text in UTF-32"),
+        ('[{"id": 1}]'.encode("utf-16-le"), "text in UTF-16, not in UTF-8; convert it: iconv -f UTF-16LE"),
+        ('\n{"id": 1}'.encode("utf-32-be"), "text in UTF-32, not in UTF-8; convert it: iconv -f UTF-32BE"),
+        (gzip.compress('[{"id": 1}]'.encode("utf-16"), mtime=0), "a JSON file in UTF-16"),
+        (LFS_POINTER, "a Git LFS pointer, which stands for a file that was not fetched: run `git lfs install`"),
+        (LFS_POINTER.replace("git-lfs.github", "hawser.github"), "a Git LFS pointer"),
         (b"\x1f\x8b1234567890", "the gzip file is damaged"),
         (gzip.compress(b"[1, 2]" * 99, mtime=0)[:30], "the gzip file is damaged"),
     ],
@@ -88,6 +106,20 @@ def test_a_file_that_is_no_data_file_is_refused(content: str | bytes, message: s
             JsonRecords(path, cache)
         assert str(path) in str(caught.value)
     assert not list(tmp_path.glob("cache/*.tmp"))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100, 4 << 20])
+def test_a_break_in_a_file_of_one_line_is_told_by_its_column_and_records(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "_CHUNK", chunk)
+    text = json.dumps([{"id": 1000 + i, "text": "北京" * i} for i in range(40)], ensure_ascii=False)
+    broken = text.replace('"id": 1031,', '"id": 1031')
+    column = broken.index('"id": 1031') + len('"id": 1031') + 2
+    with pytest.raises(DataError) as caught:
+        JsonRecords(write(tmp_path / "data.json", broken))
+    assert f"(line 1, column {column:,}, in record 32, after record 31 with the id '1030'), at '" in str(caught.value)
+    assert '"id": 1031 "text"' in str(caught.value)
 
 
 @pytest.mark.parametrize("as_lines", [True, False])

@@ -7,7 +7,11 @@ import io
 import json
 import lzma
 import multiprocessing
+import os
 import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +133,59 @@ def test_a_row_may_name_its_picture_instead(tmp_path: Path) -> None:
     [
         ("nowhere.json", "nowhere.json: cannot read the data file: No such file"),
         ("no/such.json", "no/such.json: cannot read the data file: No such file"),
+        ("file:///data/a%20b.json", "this is an address; write the path alone: /data/a b.json"),
+        ("file://localhost/data/a.json", "write the path alone: /data/a.json"),
+        ("FILE:/data/a.json", "write the path alone: /data/a.json"),
+        ("s3://bucket/a.json", "only files of this machine are read; copy it here .aws s3 cp --recursive."),
+        ("gs://bucket/shards", "only files of this machine are read; copy it here .gcloud storage cp -r."),
+        ("https://example.org/a.json", "only files of this machine are read; copy it here .wget."),
+        ("abfss://box@account/a.json", "only files of this machine are read; copy it here and write its path"),
+        ("https://huggingface.co/datasets/owner/name", "name a data set of the hub by its id: owner/name"),
+        ("hf://datasets/owner/name", "name a data set of the hub by its id: owner/name"),
+        ("C:\\data\\a.json", "this is a path of Windows"),
+        ("D:/data/a.json", "this is a path of Windows"),
+        ("\\\\server\\share\\a.json", "this is a path of Windows"),
+        ("shards/*.parquet", "patterns are not expanded .and nothing matches"),
+        ("shards/[ab].json", "patterns are not expanded"),
+        (
+            "my%20data/a.json",
+            "it is percent-encoded, as addresses are; write the characters themselves: my data/a.json",
+        ),
+        ("x" * 5000, "cannot read the data file: File name too long"),
     ],
 )
 def test_a_missing_file_is_refused(name: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         open_source(name)
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ("file:///nowhere/pictures", "write the path alone: /nowhere/pictures"),
+        ("s3://bucket/pictures", "only files of this machine are read"),
+        ("pictures/*", "patterns are not expanded"),
+        ("C:\\pictures", "this is a path of Windows"),
+        ("my%20pictures", "write the characters themselves: my pictures"),
+        ({"coco": "gs://bucket/coco"}, "gs://bucket/coco: .*only files of this machine are read"),
+    ],
+)
+def test_images_that_are_no_path_are_refused_with_what_to_write(stated: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text("[{}]")
+    with pytest.raises(DataError, match=message):
+        open_source(tmp_path / "data.json", stated)
+
+
+def test_a_path_that_exists_in_another_spelling_is_named(tmp_path: Path) -> None:
+    (tmp_path / "my data").mkdir()
+    for name in ("a.json", "b*.json", "a%20b.json"):
+        (tmp_path / "my data" / name).write_text('[{"id": "x"}]')
+        assert len(open_source(tmp_path / "my data" / name)) == 1, "a name that looks like another thing is a name"
+    for stated in (f"{tmp_path}/my%20data/a.json", f"{tmp_path}\\my data\\a.json".replace("\\", "\\")):
+        with pytest.raises(DataError, match=f"write {tmp_path}/my data/a.json"):
+            open_source(stated)
+    with pytest.raises(DataError, match=rf"patterns are not expanded .this one matches {tmp_path}/my data/a.json"):
+        open_source(f"{tmp_path}/my data/a*.json")
 
 
 def test_a_hub_data_set_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +214,74 @@ def test_a_hub_id_may_hold_dots_and_a_file_has_no_split(tmp_path: Path, monkeypa
     (tmp_path / "x.json").write_text("[{}]")
     with pytest.raises(DataError, match="a file has no `subset:` or `split:`"):
         open_source(tmp_path / "x.json", split="train")
+
+
+@pytest.mark.parametrize("kept", ["folder", "file"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_parquet_is_copied_to_the_cache_and_never_to_the_home_folder(
+    kept: str, cached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    for name in ("HF_DATASETS_CACHE", "HF_CACHE_HOME"):
+        monkeypatch.setattr(datasets.config, name, Path("/proc/no/such/home"))
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "tmp").mkdir()
+    for number in range(3):
+        rows_of("llava", True).select([number]).to_parquet(tmp_path / f"shards/{number}.parquet")
+    path, cache = tmp_path / "shards", tmp_path / "cache"
+    source = open_source(path / "0.parquet" if kept == "file" else path, cache=cache if cached else None)
+    assert read(source) == EXPECTED[: len(source)]
+    assert len(source) == (1 if kept == "file" else 3)
+    assert bool(list(cache.rglob("*.arrow"))) == cached
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_folder_is_read_where_there_is_no_home_folder(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    rows_of("llava", True).to_parquet(tmp_path / "shards/0.parquet")
+    code = "from llava_train.data.sources import open_source as o; print(len(o('shards', cache=__import__('pathlib').Path('c'))))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+    command = [sys.executable, "-c", code]
+    place = {
+        "cwd": tmp_path,
+        "env": {**environment, "HOME": "/proc/none", "PYTHONPATH": str(Path(__file__).parents[2])},
+    }
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **place)
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
+
+
+@pytest.mark.parametrize("kept", ["shards", "saved"])
+def test_a_folder_whose_files_git_lfs_has_not_fetched_is_refused(kept: str, tmp_path: Path) -> None:
+    rows, folder = rows_of("llava", True), tmp_path / "data"
+    if kept == "saved":
+        rows.save_to_disk(folder)
+    else:
+        (folder / "train").mkdir(parents=True)
+        rows.to_parquet(folder / "train/0.parquet")
+    for file in [*folder.rglob("*.arrow"), *folder.rglob("*.parquet")]:
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n")
+    with pytest.raises(DataError, match=r"data/.* is a Git LFS pointer.*git lfs pull"):
+        open_source(folder, cache=tmp_path / "cache")
+
+
+def test_values_that_python_cannot_hold_spoil_no_sample(tmp_path: Path) -> None:
+    conversation = pa.array([SHAPES["llava"]["conversations"][0]])
+    not_utf8 = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xffa"))
+    table = pa.table(
+        {
+            "image": pa.array([PICTURES[0]["bytes"]]),
+            "conversations": conversation,
+            "far": pa.array([2**62], pa.timestamp("s")),
+            "note": not_utf8,
+        }
+    )
+    with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    source = open_source(tmp_path / "x.arrow")
+    assert read(source)[0][1] == EXPECTED[0][1]
+    record = source.records[0]
+    assert record["far"] == "timestamp[s] out of range"
+    assert record["note"] == "\udcffa"
 
 
 def test_of_an_embedded_picture_nothing_is_read_before_it_is_opened(tmp_path: Path) -> None:
@@ -210,7 +330,7 @@ def test_a_table_is_named_with_a_conversion_that_works(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv.gz", gzip.compress(b"id,text\n1,x\n2,y\n"), "a.csv.gz: this is a CSV table"),
+        ("a.csv.gz", gzip.compress(b"id,text\n1,x\n2,y\n", mtime=0), "a.csv.gz: this is a CSV table"),
         ("a.json", json.dumps([{"id": 1}]).encode("utf-16"), "a JSON file in UTF-16; .* iconv -f UTF-16 -t UTF-8"),
         ("a.json", b"<!doctype html><html></html>", "an HTML page, .* Download the file again"),
         ("a.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9", "a Git LFS pointer, .*git lfs"),

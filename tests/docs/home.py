@@ -40,6 +40,7 @@ def make_home(home: Path) -> None:
     (home / "data").mkdir()
     for script in (ROOT / "data").glob("*.*"):
         (home / "data" / script.name).symlink_to(script)
+    shutil.copytree(ROOT / "configs/smoke/data", home / "configs/smoke/data")
     for stage in (ROOT / "configs").glob("*/*.yaml"):
         shrink_stage(stage, home / stage.relative_to(ROOT))
     for name, stage_file in OWN_STAGES.items():
@@ -70,7 +71,6 @@ def shrink_stage(stage: Path, target: Path) -> None:
 def make_data(home: Path) -> None:
     """The data that the stage files name."""
     run_ranks(["data/draw_scenes.py", "--out", "data/scenes", *SCENES], home).check()
-    shutil.copytree(home / "data/scenes", home / "data/smoke")
     for name, images in (
         ("LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "data/LLaVA-Pretrain/images"),
         ("llava_v1_5_mix665k.json", "data/images"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 import math
@@ -9,14 +10,18 @@ import os
 import random
 import signal
 import struct
+import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -37,6 +42,7 @@ from llava_train.inspect.check import LOSSES, NOTES, Checked, Finding, check_dat
 from llava_train.inspect.opening import open_stage_data
 from llava_train.model.processor import build_processor
 from llava_train.stage_file import parse_stage
+from tests.test_files import fill_the_disk
 from tests.tiny import model_section, stage_content
 
 MAX_TOKENS = 200
@@ -200,7 +206,34 @@ CASES = {
     "cmyk": with_file("cmyk.jpg", encoded(noise(9, 9).convert("CMYK"), "JPEG"), unusual_mode="CMYK"),
     "16-bits": with_file("16.png", encoded(Image.new("I;16", (9, 9), 300), "PNG"), unusual_mode="I;16"),
     "palette": with_file("palette.png", encoded(noise(9, 9).convert("P"), "PNG"), unusual_mode="mode P"),
-    "alpha": with_file("alpha.png", encoded(noise(9, 9).convert("RGBA"), "PNG"), unusual_mode="RGBA"),
+    "alpha": with_file("alpha.png", encoded(noise(9, 9).convert("RGBA"), "PNG"), transparent="an alpha channel"),
+    "gray-alpha": with_file("gray.png", encoded(noise(9, 9).convert("LA"), "PNG"), transparent="an alpha channel"),
+    "clear-palette": with_file(
+        "clear.png",
+        encoded(noise(9, 9).convert("P"), "PNG", transparency=3),
+        transparent="a transparent colour",
+        unusual_mode="mode P",
+    ),
+    "clear-colour": with_file(
+        "key.png", encoded(noise(9, 9), "PNG", transparency=(1, 2, 3)), transparent="a transparent colour"
+    ),
+    "invisible": with_file(
+        "invisible.png",
+        encoded(Image.new("RGBA", (9, 9), (200, 60, 20, 0)), "PNG"),
+        transparent="an alpha channel",
+        white_on_white="invisible.png: nothing is left to see",
+    ),
+    "mpo": with_file("phone.jpg", encoded(noise(9, 9), "MPO", save_all=True, append_images=[noise(9, 9)])),
+    "pages": with_file(
+        "pages.tiff",
+        encoded(noise(9, 9), "TIFF", save_all=True, append_images=[noise(9, 9)]),
+        several_pages="pages.tiff has 2 pages",
+    ),
+    "moving-png": with_file(
+        "moving.png",
+        encoded(noise(9, 9), "PNG", save_all=True, append_images=[noise(9, 9).rotate(90)]),
+        animated="2 frames",
+    ),
     "rotated": with_file("rotated.jpg", rotated(), rotated="orientation 6"),
     "one-pixel": with_file("one.png", encoded(noise(1, 1), "PNG"), extreme_shape="1 x 1 pixels"),
     "flat": with_file("flat.png", encoded(noise(20_000, 1), "PNG"), extreme_shape="20000 x 1 pixels"),
@@ -527,7 +560,7 @@ def test_fast_reads_headers_only(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["problems"].keys() == {"image_missing", "image_empty"}
 
 
-def samples_of(path: Path, images: Path | None = None, without: tuple[int, ...] = ()) -> list[Any]:
+def samples_of(path: Path, images: Any = None, without: tuple[int, ...] = ()) -> list[Any]:
     """Ids, turns and pixels of a source."""
     source = open_source(path, images)
     samples = [source[i] for i in range(len(source)) if i not in without]
@@ -601,6 +634,93 @@ def test_embedded_pictures_become_files_beside_the_clean_file(tmp_path: Path) ->
     written = sorted(file.read_bytes() for file in (tmp_path / "out" / "clean-images").iterdir())
     assert written == sorted([PNG, JPEG, rotated()])
     assert command(clean).exit_code == 0
+
+
+def odd_rows(folder: Path) -> Path:
+    """A Parquet file whose pictures are by path and in the record, beside values that JSON cannot hold."""
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(PNG)
+    columns = {
+        "id": pa.array([Decimal("1.10"), Decimal("2.20")]),
+        "image": pa.array([{"bytes": None, "path": "a.png"}, {"bytes": JPEG, "path": None}]),
+        "conversations": pa.array([turns("<image>\nWhat?")] * 2),
+        "when": pa.array([datetime.datetime(2020, 1, 2, 3, 4, 5)] * 2),
+        "day": pa.array([datetime.date(2020, 1, 2)] * 2),
+        "took": pa.array([datetime.timedelta(seconds=5)] * 2),
+        "hash": pa.array([b"\xff\x00"] * 2),
+        "hashes": pa.array([[b"\xff", b"\x00"]] * 2),
+        "wrapped": pa.array([{"bytes": b"\xff", "path": None}] * 2),
+        "score": pa.array([float("nan"), 1.5]),
+        "scores": pa.array([[0.5, float("inf")]] * 2),
+    }
+    pq.write_table(pa.table(columns), folder / "rows.parquet")
+    return folder / "rows.parquet"
+
+
+def test_values_that_json_cannot_hold_are_written_as_text_or_left_out_with_a_word(tmp_path: Path) -> None:
+    path, clean = odd_rows(tmp_path / "data"), tmp_path / "out/clean.jsonl"
+    done = command(path, "--write-clean", clean, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    first, second = (json.loads(line, parse_constant=pytest.fail) for line in clean.read_text("utf-8").splitlines())
+    assert (first["id"], first["when"], first["day"]) == ("1.10", "2020-01-02 03:04:05", "2020-01-02")
+    assert first["took"] == "0:00:05"
+    assert (first["score"], second["score"], first["scores"]) == (None, 1.5, [0.5, None])
+    assert not {"hash", "wrapped"} & first.keys()
+    for words in (
+        "2 binary values of 'hash'",
+        "4 binary values of 'hashes'",
+        "1 numbers that are not finite of 'score'",
+    ):
+        assert any(words in note for note in found["clean_notes"]), found["clean_notes"]
+    (section,) = found["clean"]
+    assert samples_of(clean, section["images"]) == samples_of(path), "pictures by path and in the record"
+    assert command(clean, data=found["clean"]).exit_code == 0
+
+
+def test_a_clean_file_that_cannot_be_finished_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, clean = odd_rows(tmp_path / "data"), tmp_path / "out/clean.jsonl"
+    clean.parent.mkdir()
+    clean.write_text("precious")
+    fill_the_disk(monkeypatch)
+    done = command(path, "--write-clean", clean)
+    assert (done.exit_code, clean.read_text()) == (2, "precious")
+    assert "the disk is full" in done.stderr
+    assert {file.name for file in clean.parent.iterdir()} <= {"clean.jsonl", "clean-images"}
+
+
+def test_where_no_sample_is_good_the_old_file_stays(tmp_path: Path) -> None:
+    path = write_cases(tmp_path / "all", {"missing": CASES["missing"]})
+    (tmp_path / "clean.jsonl").write_text("precious")
+    done = command(path, "--write-clean", tmp_path / "clean.jsonl")
+    assert (tmp_path / "clean.jsonl").read_text() == "precious"
+    assert "is not written: no sample of its source can be trained on" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["held_out.jsonl", "pictures.zip", "shards/more.jsonl"])
+def test_the_clean_file_replaces_nothing_that_the_stage_reads(name: str, tmp_path: Path) -> None:
+    path = write_cases(tmp_path, {"good": CASES["good"]})
+    (tmp_path / "held_out.jsonl").write_bytes(path.read_bytes())
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/a.jsonl").write_bytes(path.read_bytes())
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        archive.writestr("a.png", PNG)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.suffix in (".jsonl", ".zip")}
+    data = [{"path": str(path), "images": str(tmp_path / "pictures.zip")}, {"path": str(tmp_path / "shards")}]
+    if name.startswith("shards"):
+        data = data[1:]
+    held_out = {"every": 1, "data": [{"path": str(tmp_path / "held_out.jsonl"), "name": "x"}]}
+    if name == "pictures.zip":
+        data = data[:1]
+    elif name == "held_out.jsonl":
+        data = [{"path": str(path)}]
+    done = command(path, "--write-clean", tmp_path / name, data=data, eval=held_out)
+    assert done.exit_code == 2
+    assert "a source of the stage" in done.stderr
+    assert {file: file.read_bytes() for file in before} == before
+    assert not (tmp_path / "shards/more.jsonl").exists()
 
 
 def test_a_conversation_that_the_template_refuses_or_cuts_is_found(data: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -17,19 +18,23 @@ from llava_train.errors import UserError
 from llava_train.model import kernels
 from llava_train.model.kernels import check_kernels, layers_of, uncompiled, use_kernels
 from llava_train.model.loss import PackedLoss
+from llava_train.model.recompute import Recompute, enable_recompute
 from llava_train.model.trainable import set_trainable
 from tests.tiny import dataset_of, tiny_llava, write_data
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def trained_llava(how: str):
+def trained_llava(how: str, recompute: Recompute = "none"):
     llava = tiny_llava()
     lora = LoraSection(rank=4, alpha=8)
     set_trainable(llava.model, TrainableSection(projector={"lr": 1.0}, language_model={"lr": 1.0, "lora": lora}))
     for name, parameter in llava.model.named_parameters():
         if ".lora_B." in name:
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    llava.model.train()
+    llava.model.model.vision_tower.eval()
+    enable_recompute(llava.model.model.language_model, recompute)
     use_kernels(llava.model, how, CPU, zero=2)
     return llava
 
@@ -42,10 +47,13 @@ def gradients(llava, pack) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach(), **found}
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
 def test_compiled_layers_give_the_same_gradients_and_packs_of_any_length_share_their_compilation(
-    tmp_path: Path,
+    recompute: Recompute, tmp_path: Path
 ) -> None:
-    eager, compiled = trained_llava("eager"), trained_llava("compile")
+    torch.compiler.reset()
+    eager, compiled = trained_llava("eager"), trained_llava("compile", recompute)
+    compile_nothing(compiled.model.model.vision_tower)  # only the language model is recomputed: its graphs are counted
     data = write_data(tmp_path, 12)
     packs = [dataset_of(eager, data, batch_size=size)[0].micro_batches[0] for size in (2, 3, 5, 7, 9, 4)]
     assert len({pack.input_ids.shape for pack in packs}) == len(packs)
@@ -55,6 +63,30 @@ def test_compiled_layers_give_the_same_gradients_and_packs_of_any_length_share_t
         torch.testing.assert_close(gradients(compiled, pack), gradients(eager, pack), rtol=1e-4, atol=1e-4)
         n_compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert n_compiled[-1] == n_compiled[1] > 0, n_compiled
+
+
+def compile_nothing(module: nn.Module) -> None:
+    for layer in layers_of(module):
+        del layer.forward
+
+
+def test_a_compiled_layer_is_recomputed_in_the_backward_pass(tmp_path: Path) -> None:
+    """transformers calls a layer's checkpointing function in another place than before 5.23."""
+    runs: list[nn.Module] = []
+    llava = trained_llava("compile", "full")
+    layer = layers_of(llava.model.model.language_model)[0]
+    checkpoint = layer._gradient_checkpointing_func
+
+    def counted(function: Any, *arguments: Any) -> Any:
+        def run(*given: Any) -> Any:
+            runs.append(layer)
+            return function(*given)
+
+        return checkpoint(run, *arguments)
+
+    layer._gradient_checkpointing_func = counted
+    gradients(llava, dataset_of(llava, write_data(tmp_path, 12))[0].micro_batches[0])
+    assert len(runs) == 2, "in the forward pass, and again in the backward pass"
 
 
 def test_layers_run_uncompiled_inside_and_compiled_again_afterwards() -> None:

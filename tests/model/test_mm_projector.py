@@ -22,7 +22,8 @@ def test_it_goes_out_and_comes_back_bit_for_bit_under_the_original_names(kind: s
     layers = llava.model.model.multi_modal_projector
     for parameter in [*layers.linear_1.parameters(), *(layers.linear_2.parameters() if kind != "linear" else ())]:
         torch.nn.init.normal_(parameter)
-    save_mm_projector(llava.model, tmp_path / "mm_projector.bin")
+    with (tmp_path / "mm_projector.bin").open("wb") as file:
+        save_mm_projector(llava.model, file)
     names = list(torch.load(tmp_path / "mm_projector.bin", weights_only=True))
     middle = [""] if kind == "linear" else ["0.", "2."]
     assert names == [f"model.mm_projector.{layer}{what}" for layer in middle for what in ("weight", "bias")]

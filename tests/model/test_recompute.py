@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,11 @@ def test_no_way_of_checkpointing_changes_a_bit_of_loss_or_gradients(
     for found in others:
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTES)
+def test_checkpointing_is_enabled_by_no_function_that_transformers_will_remove(recompute: Recompute) -> None:
+    language_model = tiny_llava().model.model.language_model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enable_recompute(language_model, recompute)

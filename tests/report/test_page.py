@@ -157,7 +157,12 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> Non
 def test_the_comparison_is_written_here_by_default(runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert report(runs / "a", *runs.glob("b-*")).stdout == "wrote compare.html\n"
-    assert (tmp_path / "compare.html").is_file()
+    first = (tmp_path / "compare.html").read_bytes()
+    assert report(*runs.glob("b-*"), runs / "a").stdout == "wrote compare-2.html\n"
+    assert report(*runs.glob("b-*"), runs / "a").stdout == "wrote compare-3.html\n"
+    assert (tmp_path / "compare.html").read_bytes() == first, "an earlier comparison stays"
+    assert report(runs / "a", "--out", "compare.html").stdout == "wrote compare.html\n"
+    assert (tmp_path / "compare.html").read_bytes() != first, "a name that was asked for is written"
 
 
 def test_what_cannot_be_reported_is_one_line_and_exit_code_2(runs: Path, tmp_path: Path) -> None:

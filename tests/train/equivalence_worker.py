@@ -99,6 +99,7 @@ CASES = {
     **_each("offload-optimizer", (1, 2), engine=OFFLOAD_OPTIMIZER),
     **_each("offload-both", (3,), engine=OFFLOAD_BOTH),
     **_each("compiled", (3,), engine={"kernels": "compile"}),
+    **_each("compiled-checkpointing", (3,), engine={"kernels": "compile", **CHECKPOINTING}),
     **_each("bf16-one-pack", (0, 1, 2, 3), max_tokens=4096, precision="bf16"),
     **_each("bf16-unpacked", (0, 1, 2, 3), packing=False, precision="bf16"),
 }

@@ -42,6 +42,7 @@ ONE_RANK: dict[str, list[str]] = {
     **{f"some {name}": [name, "some.2-nan.3-inf.5-gradient"] for name in STAGES if name not in ON_TWO_RANKS},
     "short": ["zero0", "short", *CONSTANT, "schedule.max_steps=4"],
     "bad end": ["zero0", "end.5-nan.6-inf", *CONSTANT, "schedule.max_steps=6"],
+    "none": ["zero0", "none.1-nan.2-inf", *CONSTANT, "schedule.max_steps=2"],
     "one": ["zero0", "one.2-nan", "max_bad_steps=1"],
     "ruined": ["zero0", "ruined.3-weights"],
 }
@@ -113,6 +114,14 @@ def test_three_bad_steps_in_a_row_stop_the_run_before_harm_is_saved(folder: Path
     assert again.code == 0, again.stderr
     assert "resuming after step 4 of 7" in again.stdout
     assert (folder / "mended/zero2/bad_steps.jsonl").read_text() == ""
+
+
+def test_a_run_that_takes_no_step_writes_no_result(folder: Path, outcomes: dict[str, Outcome]) -> None:
+    assert outcomes["none"].code == 2
+    words = "nothing was trained in 2 steps (8 samples): 2 steps had a loss or gradient that is not finite"
+    assert words in outcomes["none"].stderr
+    assert not (folder / "none.1-nan.2-inf/zero0/model").exists()
+    assert [record["step"] for record in read_lines(folder / "none.1-nan.2-inf/zero0/bad_steps.jsonl")] == [1, 2]
 
 
 def test_max_bad_steps_is_a_key(outcomes: dict[str, Outcome]) -> None:

@@ -37,6 +37,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
     write_samples(folder / "data.json", KINDS)
     write_samples(folder / "fine.json", "ittt")
+    write_samples(folder / "many.json", "r" * 1200)
+    write_samples(folder / "one-good.json", "rrri", seed=1)
+    write_samples(folder / "cut.json", "iiii", seed=1)
+    cut = json.loads((folder / "cut.json").read_text())
+    for record in cut:
+        record["conversations"][0]["value"] += " what" * 400
+    (folder / "cut.json").write_text(json.dumps(cut))
     for name, kinds in {"missing": "itx", "roles": "itr", "picture": "itb", "long": "itl", "all-bad": "xxrr"}.items():
         write_samples(folder / f"{name}.json", kinds)
     return folder
@@ -65,6 +72,11 @@ def on_one_rank(folder: Path) -> dict[str, Outcome]:
         "alone": stage(folder, "alone"),
         "truncate": stage(folder, "truncate", batch={**BATCH, "over_long": "truncate"}),
         "all-bad": stage(folder, "all-bad", data=[{"path": "all-bad.json"}]),
+        "all-bad-many": stage(
+            folder, "all-bad-many", data=[{"path": "many.json"}], batch={**BATCH, "size": 20}, logging={"every": 10}
+        ),
+        "cut-off": stage(folder, "cut-off", data=[{"path": "cut.json"}], batch={**BATCH, "over_long": "truncate"}),
+        "first-bad": stage(folder, "first-bad", data=[{"path": "one-good.json"}], batch={**BATCH, "size": 1}),
         "held-out": stage(folder, "held-out", eval=held_out("data.json")),
         "held-out-stops": stage(folder, "held-out-stops", **stops, data=fine, eval=held_out("picture.json")),
         "held-out-none": stage(folder, "held-out-none", data=fine, eval=held_out("all-bad.json")),
@@ -77,6 +89,7 @@ def on_one_rank(folder: Path) -> dict[str, Outcome]:
         }
         write_samples(folder / f"{name}.json", kinds)
         commands[name] = ["--config", write_stage(folder / f"{name}.yaml", **settings)]
+    commands["all-bad-again"] = commands["all-bad"]
     return {name: outcomes[0] for name, outcomes in run_many(commands, folder).items()}
 
 
@@ -171,12 +184,30 @@ def test_truncate_trains_on_the_beginning_of_an_over_long_sample(folder: Path, o
     assert 200 < counts["truncate"] - counts["alone"] < 400
 
 
-def test_a_step_of_bad_samples_alone_changes_nothing_and_ends(folder: Path, on_one_rank: dict[str, Outcome]) -> None:
-    assert on_one_rank["all-bad"].code == 0, on_one_rank["all-bad"].stderr
-    [line] = read_lines(folder / "runs/all-bad/metrics.jsonl")
-    assert (line["loss"], line["n_supervised"], line["grad_norm"]) == (0.0, 0, 0.0)
-    changes = json.loads((folder / "runs/all-bad/changes.json").read_text())
-    assert not any(change["changed"] for change in changes.values())
+@pytest.mark.parametrize("name", ["all-bad", "all-bad-many", "all-bad-again", "cut-off"])
+def test_a_run_that_trained_on_nothing_writes_no_result_and_says_why(
+    name: str, folder: Path, on_one_rank: dict[str, Outcome]
+) -> None:
+    outcome, run = on_one_rank[name], folder / "runs" / name.removesuffix("-again")
+    assert outcome.code == 2, outcome.stderr
+    [line] = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
+    assert "nothing was trained in " in line and "fix the data" in line
+    reasons = ["2 x an image that is missing", "2 x user and assistant do not take turns"]
+    if name == "cut-off":
+        reasons = ["4 samples were left out (4 x more tokens than batch.max_sample_tokens"]
+    elif name == "all-bad-many":
+        reasons = ["1000 samples were left out (1000 x "]
+    assert all(reason in line for reason in reasons), line
+    assert "finished" not in outcome.stdout and not (run / "model").exists()
+    metrics = read_lines(run / "metrics.jsonl")
+    assert {(each["loss"], each["n_supervised"], each["grad_norm"]) for each in metrics} == {(0.0, 0, 0.0)}
+    assert metrics[-1]["step"] == {"all-bad": 1, "all-bad-again": 1, "all-bad-many": 50, "cut-off": 1}[name]
+
+
+def test_bad_steps_beside_good_ones_end_no_run(folder: Path, on_one_rank: dict[str, Outcome]) -> None:
+    assert on_one_rank["first-bad"].code == 0, on_one_rank["first-bad"].stderr
+    counts = [line["n_supervised"] for line in read_lines(folder / "runs/first-bad/metrics.jsonl")]
+    assert 0 in counts and max(counts) > 0
 
 
 def test_quarantine_says_what_kind_of_problem_and_which_line(folder: Path, on_one_rank: dict[str, Outcome]) -> None:
@@ -217,7 +248,7 @@ def test_held_out_samples_are_left_out_and_counted_or_stop_the_run(
     assert "4 samples left out" in on_one_rank["held-out"].stdout
     for name, words in {
         "held-out-stops": "picture.json: sample 'picture-2-b'",
-        "held-out-none": "eval.data: none",
+        "held-out-none": "eval.data: none of its samples can be read",
     }.items():
         assert on_one_rank[name].code == 2
         assert words in on_one_rank[name].stderr

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from llava_train.train import resume
+from llava_train.train.resume import Resumption
+from llava_train.train.world import World
 from tests.train.helpers import Outcome, read_lines, run_many, write_samples, write_stage
 from tests.train.test_resume import FULL, command, results
 
@@ -119,3 +123,32 @@ def test_the_log_says_that_a_checkpoint_is_converted_and_why(
 def test_nothing_of_the_conversion_is_left(folder: Path, outcomes: dict[str, Outcome]) -> None:
     assert outcomes
     assert not list(folder.glob("from-*/*/*/checkpoints/.step-*"))
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_after_a_conversion_each_step_count_is_a_tensor_of_its_own_on_the_device_of_its_parameter(
+    zero: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed leaves them on the CPU. Parameters on `meta` stand for those on a GPU, one on the CPU for an offloaded."""
+    devices = ("meta", "meta", "cpu")
+    parameters = [torch.nn.Parameter(torch.empty(3, device=device)) for device in devices]
+    optimizer = torch.optim.AdamW(parameters)
+
+    def load_checkpoint(*arguments: Any, **settings: Any) -> None:
+        one_for_all = torch.tensor(3.0)
+        for parameter in parameters:
+            step = one_for_all if zero == 3 else torch.tensor(3.0)
+            optimizer.state[parameter] = {"step": step, "exp_avg": torch.zeros_like(parameter)}
+
+    engine = SimpleNamespace(
+        zero_optimization_stage=lambda: zero,
+        optimizer=SimpleNamespace(param_groups=optimizer.param_groups, optimizer=optimizer),
+        load_checkpoint=load_checkpoint,
+    )
+    monkeypatch.setattr(resume, "_convert", lambda *arguments: None)
+    manifest = {"n_ranks": 2, "zero": zero}
+    resume.load(engine, World(0, 1, torch.device("cpu")), Resumption(tmp_path / "step-00000003", manifest))
+    steps = [optimizer.state[parameter]["step"] for parameter in parameters]
+    assert [step.device.type for step in steps] == list(devices)
+    assert len({id(step) for step in steps}) == len(steps)
+    assert steps[-1] == 3.0

@@ -153,6 +153,11 @@ def test_what_cannot_be_measured_is_told_before_training(folder: Path) -> None:
         "no-file": {"metric": "vqa", "questions": {"path": "none.jsonl"}},
     }
     held_out = {"every": 1, "data": [{"path": "held-out.json"}]}
+    (folder / "images/broken.png").write_bytes(b"no picture")
+    rows = [{"question_id": i, "image": "images/broken.png", "text": "Is it?", "label": "yes"} for i in range(3)]
+    (folder / "unreadable.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    readable = {"data": [{"path": "data.json"}]}
+    stages["none-asked"] = {"metric": "pope", "questions": {"path": "unreadable.jsonl"}, **readable}
     paths = {name: write_stage(folder / f"{name}.yaml", eval={**held_out, **more}) for name, more in stages.items()}
     done = run_many({name: ["--config", path] for name, path in paths.items()}, folder)
     told = {name: ranks[0].stderr for name, ranks in done.items()}
@@ -161,6 +166,7 @@ def test_what_cannot_be_measured_is_told_before_training(folder: Path) -> None:
     assert "eval.questions: no score is computed over them; set eval.metric" in told["no-metric"]
     assert "pope.jsonl:1: metric vqa measures by answers or answer" in told["no-answers"]
     assert "none.jsonl: there is no such file or folder" in told["no-file"]
+    assert "eval.metric: none of its 3 questions can be asked, the first is 0" in told["none-asked"]
     assert not any((folder / "runs" / name / "metrics.jsonl").is_file() for name in stages)
 
 

@@ -34,6 +34,24 @@ def test_after_a_stage_1_the_stage_files_beside_it_that_start_from_it_come_next(
     ]
 
 
+def test_stage_files_that_name_the_run_come_next_too_and_look_where_it_is(in_folder: Path) -> None:
+    config = stage(Path("data.json"))
+    (in_folder / "runs/tiny/model/projector.safetensors").touch()
+    write_stage(in_folder / "stage2.yaml", init_from="tiny")
+    write_stage(in_folder / "stage3.yaml", init_from="tiny", output="./runs/")
+    write_stage(in_folder / "other.yaml", init_from="other")
+    assert next_commands(config, Path("stage1.yaml")) == [
+        "llava-train train --config stage2.yaml",
+        "llava-train train --config stage3.yaml",
+    ]
+    (in_folder / "my runs").mkdir()
+    (in_folder / "runs/tiny").rename(in_folder / "my runs/tiny")
+    config = stage(Path("data.json"), output="my runs")
+    assert (
+        next_commands(config, Path("stage1.yaml"))[0] == "llava-train train --config stage2.yaml --set 'output=my runs'"
+    )
+
+
 def test_a_whole_model_can_be_asked_what_the_run_itself_asked_it(in_folder: Path) -> None:
     config, report = stage(Path("data.json")), "llava-train report runs/tiny"
     assert next_commands(config, Path("stage2.yaml")) == [

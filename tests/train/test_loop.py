@@ -36,6 +36,7 @@ def test_evaluation_and_checkpoints_are_not_counted_as_training_time(
 
     monkeypatch.setattr(loop, "train_step", train_step)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(StepBatch, "n_supervised", 1)
     engine: Any = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]), skipped_steps=0)
     batches = [StepBatch(step, (), (1,), ()) for step in range(4)]
     config = stage(Path("x"), logging={"every": log_every}, checkpoint={"every": 1})
@@ -65,6 +66,7 @@ def trained(
         loop, "train_step", lambda *_: (torch.ones(1, 2, dtype=torch.float64), GradNorm(1.0), next(answers))
     )
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(StepBatch, "n_supervised", 1)
     engine: Any = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[]), skipped_steps=0)
     checkpoints, saved = Mock(saved_step=None), []
 

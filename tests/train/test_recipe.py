@@ -27,13 +27,13 @@ from llava_train.model.build import build_llava
 from llava_train.model.weights import HandOffError, load_init
 from llava_train.stage_file import load_stage
 from llava_train.train.assembly import starting_point
-from tests.train.helpers import ROOT, TIMEOUT_S, TRAIN, environment, free_port, read_lines, write_stage
+from tests.train.helpers import ROOT, TIMEOUT_S, TRAIN, environment, free_port, read_lines, run_ranks, write_stage
 
 BIN = Path(sys.executable).parent
-SMOKE = [ROOT / f"configs/smoke/{name}.yaml" for name in ("stage1", "stage2", "stage2-lora")]
+SMOKE = [Path(f"configs/smoke/{name}.yaml") for name in ("stage1", "stage2", "stage2-lora")]
 RUNS = ["smoke-stage1", "smoke-stage2", "smoke-stage2-lora"]
-N_SAMPLES, BATCH_SIZE = 48, 8
-HELD_OUT = [{"path": "data/smoke/held_out.json"}]
+N_STEPS = 6
+HELD_OUT = [{"path": "configs/smoke/data/held_out.json"}]
 
 
 @dataclass
@@ -68,21 +68,21 @@ def launch(command: list[Any], cwd: Path, **more: str) -> subprocess.CompletedPr
 
 def linear_stages(folder: Path) -> list[Path]:
     """Stage files of LLaVA v1's recipe, a linear projector, and a third stage that trains the projector once more."""
-    content = load_stage(SMOKE[1]).model.model_dump(mode="json") | {"projector": "linear"}
+    content = load_stage(ROOT / SMOKE[1]).model.model_dump(mode="json") | {"projector": "linear"}
     common = {"model": content, "batch": {"size": 8, "max_tokens": 2048, "max_sample_tokens": 1024}}
     first = write_stage(
         folder / "linear-stage1.yaml",
         **common,
         trainable={"projector": {"lr": 1e-3}},
-        data=[{"path": "data/smoke/captions.json"}],
+        data=[{"path": "configs/smoke/data/captions.json"}],
         engine={"zero": 3, "precision": "fp32"},
         schedule={"max_steps": 3, "warmup": 0.0},
     )
     second = write_stage(
         folder / "linear-stage2.yaml",
         **common,
-        init_from="runs/linear-stage1",
-        data=[{"path": "data/smoke/conversations.json"}],
+        init_from="linear-stage1",
+        data=[{"path": "configs/smoke/data/conversations.json"}],
         engine={"zero": 2, "precision": "fp32"},
         schedule={"max_steps": 3, "warmup": 0.0},
         eval={"every": 100, "data": HELD_OUT, "generate": 0},
@@ -92,15 +92,16 @@ def linear_stages(folder: Path) -> list[Path]:
         **common,
         init_from="runs/linear-stage2",
         trainable={"projector": {"lr": 1e-2}},
-        data=[{"path": "data/smoke/conversations.json"}],
+        data=[{"path": "configs/smoke/data/conversations.json"}],
         schedule={"max_steps": 2, "warmup": 0.0},
     )
     return [first, second, third]
 
 
-def draw_scenes(folder: Path) -> None:
-    draw = [sys.executable, ROOT / "data/draw_scenes.py", "--out", "data/smoke", "--seed", 0]
-    launch([*draw, "--captions", N_SAMPLES, "--conversations", N_SAMPLES, "--held-out", 9], folder)
+def clone(folder: Path) -> None:
+    """Makes a folder what the recipe needs of a fresh clone: nothing is drawn or downloaded."""
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    (folder / "scripts").symlink_to(ROOT / "scripts")
 
 
 def fingerprint(folder: Path) -> dict[str, tuple[str, int]]:
@@ -111,9 +112,9 @@ def fingerprint(folder: Path) -> dict[str, tuple[str, int]]:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     folder = tmp_path_factory.mktemp("recipe")
-    draw_scenes(folder)
+    clone(folder)
     deepspeed = [BIN / "deepspeed", "--num_accelerators", 2, "--master_port", free_port()]
-    printed = launch([*deepspeed, TRAIN, "--config", *SMOKE], folder).stdout
+    printed = launch([*deepspeed, "scripts/train.py", "--config", *SMOKE], folder).stdout
     before = fingerprint(folder / "runs")
     again = launch([sys.executable, TRAIN, "--config", *SMOKE], folder)
     after = fingerprint(folder / "runs")
@@ -127,7 +128,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 @pytest.fixture(scope="module")
 def in_plain_transformers(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What a process without llava_train finds in each exported model."""
-    config = load_stage(SMOKE[1])
+    config = load_stage(ROOT / SMOKE[1])
     llava, _ = starting_point(config.model_copy(update={"init_from": "random"}))
     encoder = ChatEncoder(llava.tokenizer, llava.processor.chat_template, llava.n_image_tokens, 1024)
     samples = []
@@ -152,13 +153,32 @@ def test_nothing_is_compiled(recipe: Recipe) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_keeps_every_step_and_a_complete_result(recipe: Recipe, name: str) -> None:
     steps = [line["step"] for line in read_lines(recipe.run(name) / "metrics.jsonl") if "loss" in line]
-    assert steps == list(range(1, N_SAMPLES // BATCH_SIZE + 1))
+    assert steps == list(range(1, N_STEPS + 1))
     assert damage(recipe.run(name) / "model") is None
     assert f"{name}: finished, result in runs/{name}/model" in recipe.printed
     assert sorted(path.name for path in (recipe.run(name) / "checkpoints").glob("step-*")) == [
         "step-00000004",
         "step-00000006",
     ]
+
+
+def test_the_recipe_runs_in_one_process_and_elsewhere_by_one_override(recipe: Recipe) -> None:
+    run_ranks([TRAIN, "--config", *SMOKE, "--set", "output=alone/runs"], recipe.folder).check()
+    for name in RUNS[:2]:  # without dropout, which draws by rank
+        alone, by_two = (
+            [line["loss"] for line in read_lines(folder / name / "metrics.jsonl") if "loss" in line]
+            for folder in (recipe.folder / "alone/runs", recipe.folder / "runs")
+        )
+        assert alone == pytest.approx(by_two, rel=1e-4) and len(alone) == N_STEPS
+    assert damage(recipe.folder / "alone/runs/smoke-stage2-lora/model") is None
+
+
+def test_the_data_of_the_recipe_are_committed_and_small() -> None:
+    files = [path for path in (ROOT / "configs/smoke/data").rglob("*") if path.is_file()]
+    assert len(files) == 23 and sum(path.stat().st_size for path in files) < 32_000
+    tracked = subprocess.run(["git", "ls-files", "configs/smoke/data"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode == 0 and tracked.stdout:  # in a checkout
+        assert set(tracked.stdout.split()) == {str(path.relative_to(ROOT)) for path in files}
 
 
 def test_a_run_prints_what_trains(recipe: Recipe) -> None:
@@ -231,7 +251,7 @@ def test_a_projector_with_a_flipped_byte_is_refused(recipe: Recipe, tmp_path: Pa
     content[-1] ^= 1
     file.write_bytes(content)
     write_manifest(tmp_path / "stage1/model")  # else the manifest would notice first
-    config = load_stage(SMOKE[1])
+    config = load_stage(ROOT / SMOKE[1])
     llava = build_llava(config.model, config.image, torch.float32)
     with pytest.raises(HandOffError, match=r"projector\.safetensors has .* the file changed .* run that stage again"):
         load_init(str(tmp_path / "stage1"), llava.model, config.model)
@@ -261,7 +281,7 @@ def test_the_model_in_plain_transformers_talks_as_it_was_trained_to(
 def test_the_adapter_gives_the_merged_model(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     run = recipe.run("smoke-stage2-lora")
     monkeypatch.chdir(recipe.folder)
-    base, _ = starting_point(load_stage(SMOKE[2]))
+    base, _ = starting_point(load_stage(ROOT / SMOKE[2]))
     base.model.model.language_model.set_attn_implementation("sdpa")
     projector = load_file(run / "adapter/projector.safetensors")
     base.model.model.multi_modal_projector.load_state_dict(projector)
@@ -283,7 +303,7 @@ def test_every_run_can_be_asked_and_an_adapter_answers_as_its_merged_model(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(recipe.folder)
-    question = (next(recipe.folder.glob("data/smoke/**/*.png")), "What is in the picture?")
+    question = (next(recipe.folder.glob("configs/smoke/data/**/*.png")), "What is in the picture?")
     names = ["smoke-stage1", "smoke-stage2", "smoke-stage2-lora", "smoke-stage2-lora/adapter", "linear-stage1"]
     told = {name: LLaVA.from_pretrained(recipe.run(name), "cpu") for name in names}
     answers = {name: llava.generate([question], max_new_tokens=12)[0] for name, llava in told.items()}
@@ -301,7 +321,7 @@ def test_the_recipe_on_a_gpu_in_bf16_learns_as_on_a_cpu_in_fp32(tmp_path: Path) 
     for precision, visible in (("fp32", ""), ("bf16", "0")):
         folder = tmp_path / precision
         folder.mkdir()
-        draw_scenes(folder)
+        clone(folder)
         train = [sys.executable, TRAIN, "--config", *SMOKE, "--set", f"engine.precision={precision}"]
         launch(train, folder, CUDA_VISIBLE_DEVICES=visible)
         lines = [line for name in RUNS for line in read_lines(folder / "runs" / name / "metrics.jsonl")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,86 @@ def test_another_start_under_the_same_name_is_a_change(folder: Path, tmp_path: P
     assert found.startswith("content of init_from: ")
 
 
+def result_of(run: Path, weights: str = "one") -> None:
+    (run / "model").mkdir(parents=True, exist_ok=True)
+    (run / "model/weights").write_text(weights)
+    write_manifest(run / "model")
+
+
+def started(folder: Path, init_from: str, *overrides: str) -> dict[str, Any]:
+    """The card of a run that starts from another one, as it is read back."""
+    card = card_of(folder, f"init_from={init_from}", "name=two", *overrides)
+    write_card(folder / "card", card, n_ranks=1, step=0, changed=False)
+    read = read_card(folder / "card")
+    assert read is not None
+    return read
+
+
+def test_a_run_that_names_its_start_in_another_way_is_the_same_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs begun with a path, as before runs had names, or with `~`, continue."""
+    shutil.copytree(folder / "images", tmp_path / "images")
+    for name in ("tiny.yaml", "data.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result_of(tmp_path / "runs/one")
+    ways = ["one", "runs/one", "./runs/one/", "~/runs/one", str(tmp_path / "runs/one")]
+    cards = [started(tmp_path, way) for way in ways]
+    cards.append(started(tmp_path, "one", "output=~/runs"))
+    cards.append(started(tmp_path, "one", "data.0.path=~/data.json", f"data.0.images={tmp_path}"))
+    cards.append(started(tmp_path, "one", "data.0.path=data.json", "data.0.images=."))
+    assert [changes(a, b) for a in cards[:6] for b in cards[:6]] == [[]] * 36
+    assert changes(cards[6], cards[7]) == []
+    finished = describe(load_stage("tiny.yaml", ["init_from=one", "name=two"]))
+    assert changes(cards[1], finished) == []
+    shutil.rmtree("runs/one")  # of a finished run, what it began with may be gone
+    assert changes(cards[1], finished) == []
+    assert changes(cards[0], describe(load_stage("tiny.yaml", ["init_from=runs/one", "name=two"]))) == []
+
+
+def test_runs_that_were_moved_with_their_start_are_the_same_and_other_starts_are_not(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result_of(tmp_path / "runs/one")
+    result_of(tmp_path / "runs/other", "two")
+    before = card_of(folder, "init_from=runs/one", "name=two")
+    other = card_of(folder, "init_from=other", "name=two")
+    assert [line.partition(": ")[0] for line in changes(before, other)] == ["content of init_from", "init_from"]
+    shutil.move("runs", "big-disk")
+    moved = card_of(folder, "init_from=one", "name=two", "output=big-disk")
+    assert changes(before, moved) == []
+
+
+def test_a_lost_card_of_a_run_that_began_from_a_path_is_no_change(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result_of(tmp_path / "runs/one")
+    saved = config_hash(card_of(folder, "init_from=runs/one", "name=two"))
+    now = card_of(folder, "init_from=one", "name=two")
+    assert check_unchanged(tmp_path / "runs/two", now, saved, allowed=False) == []
+
+
+def test_a_name_is_a_run_first_then_a_path_then_a_hub_id(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def start(init_from: str, *overrides: str) -> str | None:
+        return load_stage(folder / "tiny.yaml", [f"init_from={init_from}", *overrides]).start
+
+    assert (start("random"), start("org/one"), start("one")) == (None, "org/one", "one")
+    (tmp_path / "one").mkdir()
+    assert start("one") == "one", "a path"
+    (tmp_path / "runs/one").mkdir(parents=True)
+    assert (start("one"), start("./one"), start("runs/one")) == ("runs/one", "./one", "runs/one")
+    assert start("one", "output=X") == "one"
+    assert start("one", "name=one") == "one", "a run cannot start from itself"
+
+
 def test_a_lost_card_is_noticed_by_the_checkpoint(folder: Path, tmp_path: Path) -> None:
     card = card_of(folder)
     assert check_unchanged(tmp_path, card, config_hash(card), allowed=False) == []
@@ -204,9 +285,11 @@ def test_suffixed_stages_are_runs_of_their_own_that_follow_each_other(folder: Pa
     first = load_stage(folder / "tiny.yaml", ["name=one"])
     second = load_stage(folder / "tiny.yaml", ["name=two", "init_from=runs/one"])
     third = load_stage(folder / "tiny.yaml", ["name=three", "init_from=elsewhere/one"])
-    suffixed = with_suffix([first, second, third], "7")
-    assert [stage.name for stage in suffixed] == ["one-7", "two-7", "three-7"]
-    assert [stage.init_from for stage in suffixed] == ["random", "runs/one-7", "elsewhere/one"]
+    fourth = load_stage(folder / "tiny.yaml", ["name=four", "init_from=one"])
+    fifth = load_stage(folder / "tiny.yaml", ["name=five", "init_from=other"])
+    suffixed = with_suffix([first, second, third, fourth, fifth], "7")
+    assert [stage.name for stage in suffixed] == ["one-7", "two-7", "three-7", "four-7", "five-7"]
+    assert [stage.init_from for stage in suffixed] == ["random", "runs/one-7", "elsewhere/one", "one-7", "other"]
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +304,10 @@ def outcomes(folder: Path) -> dict[str, Outcome]:
             "complete": [*short, "output=one", "loader.workers=1"],
             "complete, changed": [*short, "output=one", "batch.size=3"],
             "complete, allowed": [*short, "output=one", "batch.size=3", "--allow-config-change"],
+            "complete, longer": [*more, "output=one"],
+            "complete, longer, allowed": [*more, "output=one", "--allow-config-change"],
+            "complete, epochs": [*short, "output=one", "schedule.epochs=12"],
+            "a new name": [*more, "output=one", "name=tiny-2", "init_from=tiny"],
             "begun two": [*short, "output=two"],
         },
         folder,
@@ -231,6 +318,7 @@ def outcomes(folder: Path) -> dict[str, Outcome]:
         {
             "taken": [*short, "output=taken"],
             "changed": [*more, "output=two", "trainable.projector.lr=0.5"],
+            "fewer steps": [*more, "output=two", "schedule.max_steps=1", "--allow-config-change"],
             "allowed": [*more, "output=two", "trainable.projector.lr=0.5", "--allow-config-change"],
             "afterwards": [*more, "output=two", "trainable.projector.lr=0.5"],
         },
@@ -242,14 +330,45 @@ def outcomes(folder: Path) -> dict[str, Outcome]:
 
 
 def test_a_changed_run_is_refused_with_the_keys(outcomes: dict[str, Outcome]) -> None:
-    for name in ("changed", "complete, changed"):
-        outcome = outcomes[name]
-        assert outcome.code == 2
-        assert "was begun with another stage file or other data:" in outcome.stderr
-        assert "or go on all the same with --allow-config-change" in outcome.stderr
-        assert "Traceback" not in outcome.stderr
-    assert "schedule.max_steps: 2 -> 4" in outcomes["changed"].stderr
-    assert "batch.size: 4 -> 3" in outcomes["complete, changed"].stderr
+    outcome = outcomes["changed"]
+    assert outcome.code == 2
+    assert "was begun with another stage file or other data:" in outcome.stderr
+    assert "or go on all the same with --allow-config-change" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    assert "schedule.max_steps: 2 -> 4" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("complete, changed", "batch.size: 4 -> 3"),
+        ("complete, allowed", "batch.size: 4 -> 3"),
+        ("complete, longer", "schedule.max_steps: 2 -> 4"),
+        ("complete, longer, allowed", "schedule.max_steps: 2 -> 4"),
+        ("complete, epochs", "schedule.epochs: 9.0 -> 12.0"),
+    ],
+)
+def test_a_finished_run_takes_no_more_steps_whatever_is_allowed(
+    name: str, change: str, outcomes: dict[str, Outcome]
+) -> None:
+    outcome = outcomes[name]
+    assert outcome.code == 2
+    assert f"one/tiny is finished, and was trained with another stage file:\n  {change}\n" in outcome.stderr
+    assert "--allow-config-change" not in outcome.stderr, "it would do nothing"
+    assert "would change the learning rate, or the samples, of steps already taken" in outcome.stderr
+    assert "write a new `name` and `init_from: tiny` in the stage file" in outcome.stderr
+
+
+def test_a_finished_run_is_trained_on_under_a_new_name(folder: Path, outcomes: dict[str, Outcome]) -> None:
+    assert outcomes["a new name"].code == 0, outcomes["a new name"].stderr
+    assert "starts from  whole model from one/tiny/model" in outcomes["a new name"].stdout
+    assert len(read_lines(folder / "one/tiny-2/metrics.jsonl")) == 4
+
+
+def test_a_run_cannot_end_before_the_step_where_it_stands(outcomes: dict[str, Outcome]) -> None:
+    assert outcomes["fewer steps"].code == 2
+    said = "two/tiny has taken 2 steps, and the stage file now asks for 1; ask for more"
+    assert said in outcomes["fewer steps"].stderr
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_told_whose_it_is(
@@ -265,9 +384,8 @@ def test_a_second_run_in_the_same_folder_is_refused_and_told_whose_it_is(
 
 
 def test_a_complete_run_is_passed_over(outcomes: dict[str, Outcome]) -> None:
-    for name in ("complete", "complete, allowed"):
-        assert outcomes[name].code == 0
-        assert "tiny: complete, see one/tiny/model" in outcomes[name].stdout
+    assert outcomes["complete"].code == 0
+    assert "tiny: complete, see one/tiny/model" in outcomes["complete"].stdout
 
 
 def test_an_allowed_change_holds_from_then_on(folder: Path, outcomes: dict[str, Outcome]) -> None:

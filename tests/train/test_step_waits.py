@@ -8,14 +8,19 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import deepspeed
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
+from llava_train.config import StageConfig
 from llava_train.devices import DTYPES
+from llava_train.model.build import Llava
 from llava_train.model.loss import PackedLoss
 from llava_train.model.trainable import parameter_groups, set_trainable
-from llava_train.train.engine import start_engine
+from llava_train.train.engine import start_engine, stop_engine
 from llava_train.train.loop import train_step
 from llava_train.train.world import World, start_distributed
 from tests.scripts import load_script
@@ -37,6 +42,13 @@ def world() -> World:
     return start_distributed()
 
 
+def started(config: StageConfig) -> tuple[Llava, deepspeed.DeepSpeedEngine]:
+    llava = tiny_llava(dtype=DTYPES[config.engine.precision])
+    set_trainable(llava.model, config.trainable)
+    groups = parameter_groups(llava.model, config.trainable, 0.0)
+    return llava, start_engine(PackedLoss(llava.model.train()), groups, config)
+
+
 @pytest.mark.parametrize(
     ("zero", "precision", "trains"), CASES + [pytest.param(*case, marks=ON_CUDA) for case in CASES[2:]]
 )
@@ -44,9 +56,7 @@ def test_a_step_waits_for_its_norm_alone(zero: int, precision: str, trains: str,
     data = write_data(tmp_path, 12)
     engine_keys = {"zero": zero, "precision": precision, "activation_checkpointing": "none"}
     config = stage(data, trainable=TRAINABLE[trains], engine=engine_keys)
-    llava = tiny_llava(dtype=DTYPES[precision])
-    set_trainable(llava.model, config.trainable)
-    engine = start_engine(PackedLoss(llava.model.train()), parameter_groups(llava.model, config.trainable, 0.0), config)
+    llava, engine = started(config)
     few, many = (dataset_of(llava, data, max_tokens=max_tokens)[0] for max_tokens in (2048, 500))
     if world.device.type == "cuda":
         few, many = few.pin_memory(), many.pin_memory()
@@ -62,6 +72,33 @@ def test_a_step_waits_for_its_norm_alone(zero: int, precision: str, trains: str,
     of_norm = ("llava_train/train/engine.py", "deepspeed/runtime/")
     assert all(place.startswith(of_norm) for place in of_many), of_many
     assert of_many == of_few, "a micro-step more is not a wait more"
+
+
+@pytest.mark.parametrize(
+    ("zero", "user", "n_expected"),
+    [
+        (0, {}, 0),
+        (1, {}, 0),
+        (2, {}, 0),
+        (3, {}, 0),
+        (2, {"timers": {"throughput": {"enabled": True}}}, 7),  # what a user asks for is measured
+    ],
+)
+def test_no_step_synchronises_the_device(
+    zero: int, user: dict[str, Any], n_expected: int, world: World, tmp_path: Path
+) -> None:
+    """DeepSpeed's throughput timer does from the third step on, in every micro-step."""
+    data = write_data(tmp_path, 12)
+    engine_keys = {"zero": zero, "precision": "bf16", "activation_checkpointing": "none", "deepspeed": user}
+    llava, engine = started(stage(data, engine=engine_keys))
+    batch, n_synchronised = dataset_of(llava, data, max_tokens=500)[0], []
+    assert len(batch.micro_batches) == 6
+    for _ in range(4):
+        with mock.patch.object(type(get_accelerator()), "synchronize") as synchronize:
+            train_step(engine, world, batch, batch.n_supervised)
+        n_synchronised.append(synchronize.call_count)
+    stop_engine(engine)
+    assert n_synchronised == [0, 0, n_expected, n_expected]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there PyTorch counts")

@@ -30,6 +30,21 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"init_from": "runs/never-trained"},
         ["init_from: there is no run runs/never-trained", "run that stage to its end first"],
     ),
+    "missing-name": (
+        {"init_from": "never-trained"},
+        [
+            "init_from: there is no run never-trained in runs, and no such file or folder in ",
+            "run that stage to its end",
+        ],
+    ),
+    "run-in-another-output": (
+        {"init_from": "runs/begun", "output": "X"},
+        ["init_from: there is no runs/begun, but a run begun in X; write `init_from: begun`"],
+    ),
+    "unfinished-name": (
+        {"init_from": "begun", "output": "X"},
+        ["init_from: X/begun holds no finished result", "run that stage to its end first"],
+    ),
     "unfinished-init": (
         {"init_from": "unfinished"},
         ["init_from: unfinished holds no finished result", "run that stage"],
@@ -53,6 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_samples(folder / "texts.json", "ttt")
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     (folder / "unfinished/checkpoints").mkdir(parents=True)
+    (folder / "X/begun/checkpoints").mkdir(parents=True)
     (folder / "unfinished/config.yaml").write_text("name: unfinished\n")
     for name, (changes, _) in REFUSALS.items():
         write_stage(folder / f"{name}.yaml", **changes)
@@ -72,6 +88,7 @@ def test_refused_with_a_message_that_helps(name: str, outcomes: dict[str, Outcom
         assert words in outcomes[name].stderr
     assert outcomes[name].stderr.count("error: ") == 1
     assert "Traceback" not in outcomes[name].stderr
+    assert "run folder" not in outcomes[name].stdout, "no run began"
 
 
 def test_nothing_is_left_behind(folder: Path, outcomes: dict[str, Outcome]) -> None:

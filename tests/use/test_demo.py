@@ -25,7 +25,7 @@ from llava_train.cli import app
 from llava_train.data.samples import Turn
 from llava_train.errors import UserError
 from llava_train.model.weights import export_model
-from llava_train.use.examples import examples_for
+from llava_train.use.examples import Example, examples_for
 from llava_train.use.llava import LLaVA, Question
 from tests import tiny
 from tests.train.helpers import TIMEOUT_S, environment, free_port
@@ -39,6 +39,7 @@ from llava_train.use.demo_intake import uploaded_file  # noqa: E402
 from llava_train.use.demo_visits import Answers, Conversation, Visit  # noqa: E402
 
 QUESTION, LONGEST = "What is it?", 256
+NO_PICTURE = "(no picture: the model saw only your question)"
 SEEN = """() => {
     window.seen = []
     const look = () => {
@@ -196,9 +197,9 @@ def test_an_answer_streams_in_and_is_the_models_own(page: Any, folder: Path, lla
 def test_stop_ends_the_answer_and_keeps_what_there_is(page: Any, llava: LLaVA) -> None:
     set_longest(page, 2048)
     ask(page, QUESTION)
-    page.locator('[data-testid="bot"]').first.wait_for()
+    page.wait_for_function("window.seen.some((text) => text.trim())")  # more than gradio's dots
     page.get_by_role("button", name="Stop").click()
-    stopped = wait_for_answers(page, 1)
+    stopped = wait_for_answers(page, 1).removeprefix(NO_PICTURE)
     (whole,) = llava.generate([(None, QUESTION)], max_new_tokens=2048)
     assert bare(whole).startswith(bare(stopped))
     assert 0 < len(bare(stopped)) < len(bare(whole))
@@ -221,7 +222,69 @@ def test_a_wrong_file_is_refused_in_words(page: Any, folder: Path, name: str, me
     upload(page, folder / name)
     page.get_by_text(message).wait_for()
     assert message in page.inner_text("body")
+    set_longest(page, 16)
+    ask(page, QUESTION)
+    assert NO_PICTURE in wait_for_answers(page, 1), "an answer after a failed upload is about no picture"
     show(page, folder / "animated.gif")
+
+
+@pytest.mark.browser
+def test_each_answer_without_a_picture_says_so_and_is_the_models_own(page: Any, folder: Path, llava: LLaVA) -> None:
+    ask(page, QUESTION)
+    first = wait_for_answers(page, 1)
+    ask(page, "Why?")
+    second = wait_for_answers(page, 2)
+    (expected,) = llava.generate([(None, QUESTION)], max_new_tokens=512)
+    assert bare(first) == bare(NO_PICTURE + expected)
+    turns = (Turn("user", QUESTION), Turn("assistant", expected), Turn("user", "Why?"))
+    (expected,) = llava.generate([Question(turns)], max_new_tokens=512)
+    assert bare(second) == bare(NO_PICTURE + expected), "the model does not read the note"
+    show(page, folder / "picture.png")
+    ask(page, QUESTION)
+    assert NO_PICTURE not in wait_for_answers(page, 1)
+
+
+@pytest.mark.browser
+def test_after_a_picture_is_taken_away_an_answer_says_that_there_is_none(page: Any, folder: Path) -> None:
+    show(page, folder / "picture.png")
+    page.get_by_label("Remove Image").click()
+    page.locator('#picture img[src$=".webp"]').wait_for(state="detached")
+    set_longest(page, 16)
+    ask(page, QUESTION)
+    assert NO_PICTURE in wait_for_answers(page, 1)
+
+
+@pytest.mark.parametrize("shape", [(600, 40), (40, 600), (60, 40), (3, 3), (1, 900)])
+def test_thumbnails_of_examples_have_one_size_and_show_the_middle(shape: tuple[int, int]) -> None:
+    picture = Image.new("RGB", shape, "red")
+    middle = [(side - side // 3) // 2 for side in shape]
+    picture.paste(
+        (0, 0, 255), (*middle, *(start + max(1, side // 3) for start, side in zip(middle, shape, strict=True)))
+    )
+    small = demo.thumbnail(picture)
+    assert small.size == (160, 160)
+    assert small.getpixel((80, 80)) == (0, 0, 255)
+
+
+@pytest.mark.browser
+def test_every_example_is_shown_in_a_square_of_one_size(chromium: Any, folder: Path, llava: LLaVA) -> None:
+    strip = Image.new("RGB", (600, 40), "red")
+    shown = [Example(strip, "A?"), Example(strip.transpose(Image.Transpose.ROTATE_90), "B?"), *examples_for("no run")]
+    app = demo.build_demo(llava, shown, demo.Limits())
+    port = free_port()
+    app.launch(server_port=port, prevent_thread_lock=True, quiet=True, css=demo._CSS, footer_links=[])
+    try:
+        page = chromium.new_page(viewport={"width": 1280, "height": 800})
+        page.set_default_timeout(1000 * TIMEOUT_S)
+        page.goto(f"http://127.0.0.1:{port}")
+        page.locator("button.gallery-item img").nth(4).wait_for()
+        boxes = [image.bounding_box() for image in page.locator("button.gallery-item img").all()]
+        page.close()
+    finally:
+        app.close(verbose=False)
+    sizes = [(box["width"], box["height"]) for box in boxes]
+    assert len(sizes) == 5 and len(set(sizes)) == 1
+    assert sizes[0][0] == sizes[0][1] >= 60
 
 
 @pytest.mark.browser
@@ -379,12 +442,12 @@ def test_an_answer_does_not_come_back_into_another_conversation() -> None:
             finally:
                 self.closed = True
 
-    speaker, visit = Speaker(), Visit()
+    speaker, visit = Speaker(), Visit(Conversation(Path("picture.png")))
     answers = Answers(cast(LLaVA, speaker), [], demo.Limits(), Path())
     pieces = answers.ask(QUESTION, visit, 0.0, 16)
     assert [next(pieces)[0][-1]["content"] for _ in range(3)] == [QUESTION, "one", "one two"]
     answers.clear(visit)
-    assert list(pieces) == [] and visit == Visit()
+    assert list(pieces) == [] and visit == Visit(Conversation(Path("picture.png")))
     assert speaker.closed
 
 

@@ -311,6 +311,15 @@ def test_what_cannot_be_asked_is_named_or_left_out(model: Path, data: Path, spoi
     assert {row["question_id"] for row in read_lines(data.parent / "a.jsonl")}.isdisjoint(bad)
 
 
+def test_a_score_over_no_question_is_refused(model: Path, data: Path) -> None:
+    for picture in (data.parent / "images").iterdir():
+        picture.write_bytes(b"no picture")
+    done = run(model, data, "--skip-bad", "--json")
+    assert done.exit_code == 2 and not done.stdout
+    assert f"none of the {N} questions can be asked" in done.stderr and "not a readable image" in done.stderr
+    assert not list(data.parent.glob("*scores*"))
+
+
 def test_answers_lie_in_the_folder_of_the_run(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Evaluation(str(model), data, "pope")
     assert plan.answers_path("picture") == Path(f"answers-{model.parent.name}-pope.jsonl")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from tokenizers import processors
 from transformers import AutoProcessor, LlamaForCausalLM, LlavaForConditionalGeneration
 
@@ -277,11 +278,41 @@ def test_a_picture_may_be_given_in_any_form(llava: LLaVA, tmp_path: Path, form: 
     assert torch.equal(llava.prompt(question_about(forms[form], "What?")).pixel_values, expected)
 
 
+def test_a_transparent_picture_is_asked_about_as_it_looks_on_white(llava: LLaVA, tmp_path: Path) -> None:
+    stamp = Image.new("RGBA", (40, 40), (200, 60, 20, 0))
+    stamp.paste((0, 0, 255, 255), (10, 10, 30, 30))
+    stamp.save(tmp_path / "stamp.png")
+    on_white = Image.new("RGB", (40, 40), "white")
+    on_white.paste((0, 0, 255), (10, 10, 30, 30))
+    expected = llava.prompt(question_about(on_white, "What?")).pixel_values
+    for picture in (stamp, tmp_path / "stamp.png"):
+        assert torch.equal(llava.prompt(question_about(picture, "What?")).pixel_values, expected)
+
+
+def test_a_file_that_was_opened_as_text_is_refused(llava: LLaVA, tmp_path: Path) -> None:
+    RED.save(tmp_path / "red.png")
+    with (
+        (tmp_path / "red.png").open(encoding="utf-8") as file,
+        pytest.raises(UserError, match="is open in text mode; open it with mode 'rb'"),
+    ):
+        llava.generate_from_image(file, "What?")
+
+
 @pytest.mark.parametrize(
     ("image", "text", "settings", "message"),
     [
         ("nowhere.png", "What?", {}, "nowhere.png: the image file is missing"),
         (b"no picture", "What?", {}, "the picture: not a readable image"),
+        (Image.new("F", (9, 9), 0.5), "What?", {}, "the picture: of mode F"),
+        (Image.new("I", (9, 9), 300), "What?", {}, "the picture: of mode I"),
+        (Image.new("RGB", (0, 9)), "What?", {}, "the picture: has no pixels (0 x 9)"),
+        (io.StringIO("nowhere.png"), "What?", {}, "the picture's file is open in text mode; open it with mode 'rb'"),
+        (
+            np.zeros((9, 9, 3), np.uint8),
+            "What?",
+            {},
+            "a picture is a path, bytes, a PIL image or an address, not ndarray",
+        ),
         ([7], "What?", {}, "a picture is a path, bytes, a PIL image or an address, not int"),
         ("http://example.org/a.png", "What?", {}, "addresses are not fetched unless allowed"),
         (RED, "<image> <image>?", {}, "2 <image> placeholders, but 1 images"),

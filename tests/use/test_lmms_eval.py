@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,17 @@ def test_pictures_in_records_are_written_beside_the_task(place: Path, tmp_path: 
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     _, questions = read_task(tmp_path / write_task(tmp_path / "rows.parquet", None, tmp_path))
     assert [parts_of(question) for question in questions] == [[RED, "What?"], [BLUE, "What?"]]
+
+
+def test_pictures_that_pillow_would_show_otherwise_are_decoded_beside_the_task(place: Path, tmp_path: Path) -> None:
+    """Pillow's `convert` cuts 16 bits off at 255, which is white for all but the darkest."""
+    Image.new("I;16", (8, 8), 0x4321).save(tmp_path / "gray.png")
+    shutil.copy(place / "red.png", tmp_path / "red.png")
+    rows = [{"image": name, "text": "What?", "answer": "it"} for name in ("gray.png", "red.png")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, questions = read_task(tmp_path / write_task(tmp_path / "rows.jsonl", None, tmp_path))
+    assert [parts_of(question)[0] for question in questions] == [(0x43, 0x43, 0x43), RED]
+    assert questions[1]["images"] == [str(tmp_path / "red.png")]
 
 
 ASKED = {"conversations": [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "it"}]}

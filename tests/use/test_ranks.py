@@ -39,7 +39,9 @@ def test_two_ranks_give_what_one_gives(model: Path, data: Path, tmp_path: Path) 
     alone = run(model, data, "--blind", "--json")
     content = (tmp_path / "a.jsonl").read_bytes()
     (tmp_path / "a.jsonl").unlink()
-    done = run_ranks(["-m", "llava_train", *command(model, data, "--blind", "--json")], tmp_path, 2).check()
+    worker = ["-m", "tests.train.ending_rank", "-m", "llava_train"]
+    done = run_ranks([*worker, *command(model, data, "--blind", "--json")], tmp_path, 2).check()
+    assert [(tmp_path / f"groups-{rank}").read_text() for rank in (0, 1)] == ["False"] * 2, "groups are left"
     assert (tmp_path / "a.jsonl").read_bytes() == content
     assert json.loads(done.stdout[0]) == json.loads(alone.stdout) and not done.stdout[1]
     assert not list(tmp_path.glob("*.rank*"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from llava_train.data.formats import keys
@@ -70,7 +70,7 @@ def parse_record(record: Any, pictures: Pictures, default_id: str) -> Sample:
     turns, images = shape.parse(record, keys.listed_images(record))
     images = _stated_images(images)
     keys.refuse_unread_pictures(unread, images)
-    turns = [replace(turn, text=turn.text.strip()) for turn in turns]
+    turns = [Turn(turn.role, turn.text.strip(), turn.supervised) for turn in turns]
     check_turns(turns)
     turns = _with_system(turns, record)
     keys.refuse_unused_texts(unread, turns)
@@ -141,7 +141,7 @@ def images_beside(record: dict[str, Any], read: Collection[str]) -> list[Any]:
         SampleError: another key holds a picture, a video or a sound, or changes the meaning.
     """
     read = keys.RECORD_KEYS | set(read)
-    unread = list(keys.unread_keys(record, read, None, ()))
+    unread = list(keys.unread_keys(record, read, None, frozenset()))
     keys.refuse_unsupported(unread, read)
     images = _stated_images(keys.listed_images(record))
     keys.refuse_unread_pictures(unread, images)

@@ -81,6 +81,8 @@ def _parse_message(message: Any, number: int) -> tuple[Turn, list[Any] | None]:
     if role is None:
         raise SampleError("unknown_role", f"turn {number}: unknown role {stated!r:.60}; known: {', '.join(_ROLES)}")
     for keys in (("from", "role"), ("value", "content")):
+        if keys[0] not in message or keys[1] not in message:
+            continue
         values = [message[key] for key in keys if not is_missing(message.get(key))]
         if len(values) == 2 and values[0] != values[1]:
             raise SampleError("malformed_turn", f'turn {number}: "{keys[0]}" and "{keys[1]}" differ; keep one of them')

@@ -9,7 +9,7 @@ A key that nothing reads must not hold what the sample needs. Refused are
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -22,7 +22,7 @@ from llava_train.data.samples import Turn
 
 IMAGE_KEYS = ("image", "images")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
-LOSS_KEYS = ("loss", "train", "weight", "loss_weight", "loss_scale", "trainable", "supervised")
+LOSS_KEYS = frozenset({"loss", "train", "weight", "loss_weight", "loss_scale", "trainable", "supervised"})
 """Flags of a turn: whether it is trained on."""
 
 RECORD_KEYS = frozenset({"id", *IMAGE_KEYS, *SYSTEM_KEYS})
@@ -67,7 +67,7 @@ class Unread:
 
 
 def unread_keys(
-    record: dict[str, Any], read: Collection[str], turns_key: str | None, turn_keys: Collection[str]
+    record: dict[str, Any], read: Collection[str], turns_key: str | None, turn_keys: Set[str]
 ) -> Iterator[Unread]:
     """Yields the keys with a value that are not read, of the record, of its turns and of the parts of their content.
 
@@ -82,7 +82,7 @@ def unread_keys(
     for number, turn in enumerate(turns if isinstance(turns, list) else [], start=1):
         if not isinstance(turn, dict):
             continue
-        for key, value in _not_read(turn, turn_keys):
+        for key, value in _not_read(turn, turn_keys) if turn.keys() - turn_keys else ():
             yield Unread(key, value, f"{turns_key}[].{key}", f"turn {number}: ", is_of_record=False)
         for name in ("value", "content"):
             parts = turn.get(name)
@@ -121,7 +121,7 @@ def _change_of_meaning(each: Unread, read: Collection[str]) -> str | None:
     if not each.is_of_record:
         if name in _MASKS:
             return 'is not read; to leave a turn out of training, write "loss": false'
-        near = next((key for key in LOSS_KEYS if name == _plain(key)), None)
+        near = next((key for key in sorted(LOSS_KEYS) if name == _plain(key)), None)
         return f'is not read; name it "{near}"' if near else _MEANING.get(name)
     if name == "label" and each.value is False:
         return "marks the answer as a bad one, and preferences are not trained; remove the record or the key"
@@ -154,13 +154,16 @@ def refuse_unused_texts(unread: Sequence[Unread], turns: Sequence[Turn]) -> None
 def refuse_unread_pictures(unread: Sequence[Unread], images: Sequence[Any]) -> None:
     """Refuses keys that name a picture which is none of `images`, those that the record states. Raises SampleError.
 
-    With pictures stated, other keys often hold their name or address again: the same file name is no other picture.
+    With pictures stated, other keys of the record often hold their names again, or what was made of them, such as a
+    thumbnail in bytes.
     """
     for each in unread:
         named = list(picture_values(each.value))
-        if images and _are_known(named, images, each.is_of_record):
+        by_key = is_picture_key(each.key, each.value)
+        may_be_embedded = each.is_of_record and not by_key
+        if images and _are_known(named, images, each.is_of_record, may_be_embedded):
             continue
-        if named or is_picture_key(each.key, each.value):
+        if named or by_key:
             advice = "name the key" if each.is_of_record else "write it as a part of the content, or in the record's"
             raise SampleError(
                 "unread_picture",
@@ -168,11 +171,13 @@ def refuse_unread_pictures(unread: Sequence[Unread], images: Sequence[Any]) -> N
             )
 
 
-def _are_known(named: Sequence[str | bytes], images: Sequence[Any], of_record: bool) -> bool:
+def _are_known(named: Sequence[str | bytes], images: Sequence[Any], of_record: bool, may_be_embedded: bool) -> bool:
     """True if names may all be those of stated pictures: the same file names, or addresses.
 
     A picture that the record holds as bytes has no name to compare, so a name of the record may be its name.
     """
+    if any(isinstance(name, bytes) for name in named) and not may_be_embedded:
+        return False
     stems, n_unnamed = set(), 0
     for image in images:
         if isinstance(image, dict):
@@ -181,8 +186,8 @@ def _are_known(named: Sequence[str | bytes], images: Sequence[Any], of_record: b
             stems.add(_stem(image))
         else:
             n_unnamed += of_record
-    others = [name for name in named if isinstance(name, bytes) or not ("://" in name or _stem(name) in stems)]
-    return len(others) <= n_unnamed and not any(isinstance(name, bytes) for name in others)
+    names = [name for name in named if isinstance(name, str)]
+    return sum("://" not in name and _stem(name) not in stems for name in names) <= n_unnamed
 
 
 def _stem(name: str) -> str:

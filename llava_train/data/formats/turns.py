@@ -24,7 +24,7 @@ def is_supervised(turn: dict[str, Any], role: Role, number: int) -> bool:
     Raises:
         SampleError: a flag that is neither on nor off, flags that disagree, or a flag that is on for another role.
     """
-    flags = {key: turn[key] for key in LOSS_KEYS if not is_missing(turn.get(key))}
+    flags = {key: turn[key] for key in turn.keys() & LOSS_KEYS if not is_missing(turn[key])}
     for key, value in flags.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise SampleError(
@@ -33,7 +33,7 @@ def is_supervised(turn: dict[str, Any], role: Role, number: int) -> bool:
                 "false or 0 to leave it out",
             )
     if len({bool(value) for value in flags.values()}) > 1:
-        raise SampleError("unsupported_key", f"turn {number}: {' and '.join(flags)} disagree; keep one of them")
+        raise SampleError("unsupported_key", f"turn {number}: {' and '.join(sorted(flags))} disagree; keep one of them")
     if role != "assistant" and any(flags.values()):
         raise SampleError(
             "unsupported_key",

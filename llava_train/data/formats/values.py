@@ -63,6 +63,8 @@ def picture_values(value: Any) -> Iterator[str | bytes]:
         head = bytes(memoryview(value)[:16])
         if is_picture_head(head):
             yield head
+    elif isinstance(value, dict) and not is_missing(value.get("bytes")):
+        yield from picture_values(value["bytes"])
     else:
         for inner in _inner_values(value):
             yield from picture_values(inner)
