@@ -95,7 +95,7 @@ def format_of(record: dict[str, Any]) -> Format:
 
 
 def unread_paths(record: Any) -> list[str]:
-    """Where a record holds values that nothing reads: `width`, `conversations[].score`. Each path once."""
+    """Paths of the values of a record that nothing reads, such as `conversations[].score`. Each path once."""
     if not isinstance(record, dict):
         return []
     try:
@@ -193,7 +193,7 @@ def _no_conversation(record: dict[str, Any]) -> str:
 
 
 def _advice(record: dict[str, Any]) -> str:
-    """How to turn a record of an unknown format into a known one, where that can be told."""
+    """Advice on a record of an unknown format, as the end of a message; empty where there is none."""
     by_name = {str(key).lower(): key for key in record}
     for name in ("conversations", "messages", "texts", "conversation", "dialog", "dialogue", "chat"):
         if name in by_name and by_name[name] not in ("conversations", "messages", "texts"):

@@ -30,7 +30,7 @@ RECORD_KEYS = frozenset({"id", *IMAGE_KEYS, *SYSTEM_KEYS})
 TURN_KEYS = frozenset({"from", "role", "value", "content", *LOSS_KEYS})
 PART_KEYS = frozenset({"type", "text", "value", "image", "path", "url", "image_url", "index"})
 
-_IN_ANSWER = "is not read; write what the model shall say into the answer, or remove the key"
+_IN_ANSWER = "is not read; write what the model should say into the answer, or remove the key"
 _NO_TOOLS = "is not supported: tool calls are not trained; remove such records"
 _NO_PREFERENCES = "is not supported: preferences are not trained; keep only the chosen answers, as conversations"
 _NO_WEIGHT = 'is not supported for a record; mark its turns ("loss": false), or remove the record or the key'
@@ -57,7 +57,7 @@ class Unread:
     """As the record has it."""
     value: Any
     path: str
-    """Where it stands: `width`, `conversations[].score`, `messages[].content[].detail`."""
+    """Path of the key: `width`, `conversations[].score`, `messages[].content[].detail`."""
     where: str
     """The turn, in words; empty for a key of the record."""
     is_of_record: bool
@@ -112,7 +112,7 @@ def refuse_unsupported(unread: Sequence[Unread], read: Collection[str]) -> None:
 
 
 def _change_of_meaning(each: Unread, read: Collection[str]) -> str | None:
-    """What is to be said of a key that changes the meaning of the record; None where it does not."""
+    """The problem with a key that changes the meaning of the record; None where it does not."""
     name = _plain(each.key)
     if each.value is False and name not in ("label", *map(_plain, LOSS_KEYS)):
         return None
