@@ -102,7 +102,8 @@ def parse_stage(
 
     Args:
         origin: names it in errors.
-        written, overridden: as `refusals.explain` takes them.
+        written: as `refusals.explain` takes it.
+        overridden: as `refusals.explain` takes it.
 
     Raises:
         ConfigError: unknown keys, wrong types and contradictions, a line each.

@@ -522,7 +522,7 @@ def test_what_is_only_noted_is_no_failure(tmp_path: Path) -> None:
 
 
 def test_steps_that_the_data_do_not_have_are_told(tmp_path: Path) -> None:
-    path = write_cases(tmp_path, {f"s{i}": CASES["good"] for i in range(14)})
+    path = write_cases(tmp_path, {f"s{i}": CASES["good-picture"] for i in range(14)})
     batch = {"size": 6, "max_tokens": 400, "max_sample_tokens": 200}
     note = "schedule.max_steps 40 is not reached: 1 epoch has 3 steps; raise schedule.epochs to 14"
     done = command(path, batch=batch, schedule={"max_steps": 40})
