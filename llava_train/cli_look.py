@@ -135,8 +135,8 @@ def plan(
 ) -> None:
     """Tell what a stage will take: memory, packs, steps, hours.
 
-    Needs no GPU and no weights, but for --measure, which trains a few steps with
-    them. Where it does not fit, the exit code is 1 and the keys to change are named.
+    Needs no GPU and no weights, but for --measure, which trains a few steps.
+    If it does not fit, the exit code is 1 and the keys to change are named.
 
     Example:
       llava-train plan --config stage2.yaml --gpus 8 --memory 80G

@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
         ("img/a.png", "a.png is a PNG picture, no model; the model comes first"),
         ("stage2.yaml", "stage2.yaml is a stage file, no model; name the run that it trains, runs/smoke-stage2"),
         ("page.bin", "page.bin is an HTML page, as a failed download leaves one, no model; download the file again"),
-        ("pointer.safetensors", "a Git LFS pointer, .* no model; get the file itself: git lfs pull"),
+        ("pointer.safetensors", "a Git LFS pointer, which stands for a file that was not fetched: .*git lfs pull"),
         ("img", "img holds a.png, b.png, c.png, labels.json: data, no model; name a run"),
         ("runs", "runs holds one: runs; name one of them, such as .*runs/one"),
         ("runs/one", "runs/one holds .*: a run without a model, which it writes when it has ended"),

@@ -81,6 +81,7 @@ def stage_content(**changes: Any) -> dict[str, Any]:
         "data": [{"path": "data.json"}],
         "batch": {"size": 4, "max_tokens": 1024, "max_sample_tokens": 1024},
         "engine": {"zero": 0, "precision": "fp32"},
+        "schedule": {"epochs": 1},
         "loader": {"workers": 0},
         "checkpoint": {"every": None},
     }
