@@ -51,7 +51,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "no-picture": (
         {"trainable": {"projector": {"lr": 1e-3, "standardize": True}}, "data": [{"path": "texts.json"}]},
-        ["trainable.projector.standardize: the samples of the first 16 steps hold no readable", "set it to false"],
+        [
+            "none of the 3 samples that were looked at has a picture, so the projector would learn nothing",
+            "remove trainable.projector",
+        ],
     ),
     "missing-part": (
         {"model": {"language_model": "no/lm", "vision_tower": "no/vt", "chat_template": "vicuna_v1"}},
