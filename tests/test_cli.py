@@ -158,12 +158,11 @@ def cpu_seconds(code: str) -> tuple[float, str]:
     return float(seconds), "\n".join(said)
 
 
-@pytest.mark.parametrize(("module", "at_most_s"), [("llava_train", 0.3), ("llava_train.cli", 0.5)])
-def test_an_import_is_fast_and_brings_no_torch(module: str, at_most_s: float) -> None:
+@pytest.mark.parametrize("module", ["llava_train", "llava_train.cli"])
+def test_an_import_brings_no_library_that_takes_long(module: str) -> None:
     heavy = "{'torch', 'transformers', 'deepspeed', 'datasets', 'wandb'} & set(sys.modules)"
-    seconds, said = cpu_seconds(f"import sys, {module}; print(sorted({heavy}))")
+    _, said = cpu_seconds(f"import sys, {module}; print(sorted({heavy}))")
     assert said == "[]"
-    assert seconds < at_most_s
 
 
 def test_imports_in_a_process_of_others_keep_nothing_of_theirs_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from llava_train.errors import UserError
 from llava_train.model.foreign_files import ForeignError, kind_of
 from llava_train.model.weights import HandOffError, check_init
 from llava_train.use.loading import load_llava
@@ -54,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_it_is_said_what_it_is(name: str, message: str, folder: Path) -> None:
-    with pytest.raises(ForeignError, match=message) as raised:
+    with pytest.raises(UserError, match=message) as raised:
         load_llava(folder / name)
     with pytest.raises(HandOffError, match="init_from: ") as of_stage:
         check_init(str(folder / name))
