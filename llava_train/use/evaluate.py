@@ -230,11 +230,6 @@ def _score(
     answers = {way: file.merge() for way, file in files.items()}
     asked = range(len(items))[: plan.limit]
     both = [index for index in asked if all(index in given for given in answers.values())]
-    if skipped and not both:
-        raise EvaluationError(
-            f"no question can be asked, so there is no score ({len(skipped)} are left out); the first: "
-            f"{next(iter(skipped.values()))}; {_ask_for_images(plan)}"
-        )
     if lost := sorted({*asked} - {*both, *skipped}):
         raise AnswersError(
             f"{files[PICTURE].path} lacks {len(lost)} answers, the first to question {items[lost[0]].id} "
@@ -242,7 +237,8 @@ def _score(
         )
     if not both:
         raise EvaluationError(
-            f"none of the {len(asked)} questions can be asked, so there is no score: {next(iter(skipped.values()))}"
+            f"none of the {len(asked)} questions can be asked, so there is no score; the first: "
+            f"{next(iter(skipped.values()))}; {_ask_for_images(plan)}"
         )
     given = {way: [found[index] for index in both] for way, found in answers.items()}
     chosen, reasons = [items[index] for index in both], list(skipped.values())

@@ -356,7 +356,7 @@ def test_pictures_in_another_place_are_asked_for(model: Path, data: Path) -> Non
     assert f"the image file is missing; is --images {data.parent}/empty right?" in refused.stderr
     refused = run(model, data, "--images", str(data.parent / "empty"), "--skip-bad")
     assert refused.exit_code == 2 and not (data.parent / "a.scores.json").exists()
-    assert f"no question can be asked, so there is no score ({N} are left out)" in refused.stderr
+    assert f"none of the {N} questions can be asked" in refused.stderr
     assert f"is --images {data.parent}/empty right?" in refused.stderr
     (data.parent / "images").rename(data.parent / "pictures")
     assert "name the folder of the pictures (--images)" in run(model, data).stderr

@@ -201,7 +201,9 @@ def test_an_earlier_export_is_replaced_on_request_only(run: Path, tmp_path: Path
     [(OSError(errno.ENOSPC, "No space left on device"), ExportError), (KeyboardInterrupt(), KeyboardInterrupt)],
     ids=["disk full", "Ctrl-C"],
 )
-@pytest.mark.parametrize("step", ["write_model", "_load_plainly", "write_manifest", "rename_durably"])
+@pytest.mark.parametrize(
+    "step", ["use.export.write_model", "use.export._load_plainly", "use.export.write_manifest", "files.rename_durably"]
+)
 def test_a_failed_export_leaves_nothing_and_spares_the_earlier_one(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, failure: BaseException, raised: Any
 ) -> None:
@@ -210,7 +212,7 @@ def test_a_failed_export_leaves_nothing_and_spares_the_earlier_one(
     def fail(*_: Any, **__: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(export_room, step, fail)
+    monkeypatch.setattr(f"llava_train.{step}", fail)
     for out in ("earlier", "out"):
         with pytest.raises(raised):
             export(str(run), tmp_path / out, overwrite=True)
