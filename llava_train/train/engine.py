@@ -15,6 +15,7 @@ import torch
 from deepspeed.runtime import compiler
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import nn
 
 from llava_train.config import StageConfig
@@ -105,7 +106,11 @@ def stop_engine(engine: deepspeed.DeepSpeedEngine) -> None:
     """Lets go of an engine, and of what DeepSpeed put in torch's place: a later stage must round as it does alone."""
     engine.destroy()
     torch.nn.functional.linear = _TORCHS_LINEAR
-    FWD_MODULE_STACK.clear()  # under ZeRO 3 it keeps the whole model
+    # Under ZeRO 3 two places of DeepSpeed keep the whole model. The second, the cache of a method, is closed over by it.
+    FWD_MODULE_STACK.clear()
+    cached = getattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    for cell in getattr(cached, "__closure__", None) or ():
+        cell.cell_contents.cache_clear()
 
 
 def free_memory() -> None:
