@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,12 +23,14 @@ import pyarrow as pa
 
 from llava_train.data.problems import SampleError, shortened
 
-_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ", b"\xff\x0a")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{40,}")
 _TO_STANDARD = str.maketrans("-_", "+/")
 """From the base64 of URLs to the standard one."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+)://")
 _WINDOWS_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+_LIST_AS_TEXT = ("[]", '["', "['", '{"', "{'")
+"""As tables in CSV hold lists."""
 _LONGEST_PATH = 4096
 """Characters of a path that Linux opens."""
 
@@ -171,20 +174,30 @@ class Pictures:
         Raises:
             SampleError: a path outside the root, an address on the network, or something else.
         """
-        content, name = value, None
-        if isinstance(value, dict):
-            content, name = value.get("bytes"), value.get("path")
-            content = name if content is None else content
-        if isinstance(content, bytes | pa.Buffer):
-            return EmbeddedPicture(content, str(name) if name else "embedded picture")
-        if not isinstance(content, str) or not content:
-            raise SampleError("image_value", f'"image" is a path, bytes or a list of them, not {value!r:.60}')
+        content, name = content_and_name(value)
+        if not isinstance(content, str):
+            return EmbeddedPicture(content, name or "embedded picture")
         if content.startswith("data:"):
             return EmbeddedPicture(data_url_content(content))
         if is_base64_picture(content):
             return EmbeddedPicture(_base64_content(content))
         _refuse_other_than_paths(content)
         return self.store.find(content)
+
+
+def content_and_name(value: Any) -> tuple[str | bytes | pa.Buffer, str | None]:
+    """What a value that stands for a picture holds, and the name of a file beside it. Raises SampleError."""
+    content, name = value, None
+    if isinstance(value, dict):
+        content, name = value.get("bytes"), value.get("path")
+        is_nan = isinstance(content, float) and math.isnan(content)  # as pandas writes None
+        if content is None or is_nan or (isinstance(content, str) and not content):
+            content = name
+    if isinstance(content, bytes | pa.Buffer):
+        return content, name if isinstance(name, str) else None
+    if not isinstance(content, str) or not content:
+        raise SampleError("image_value", f'"image" is a path, bytes or a list of them, not {value!r:.60}')
+    return content, None
 
 
 def _refuse_other_than_paths(text: str) -> None:
@@ -194,6 +207,8 @@ def _refuse_other_than_paths(text: str) -> None:
         raise SampleError("not_utf8", f"image path {name} holds half of a character (a lone UTF-16 surrogate)")
     if len(text) > _LONGEST_PATH or "\n" in text:
         raise SampleError("image_value", f"image {name} is neither a path nor the base64 of a picture")
+    if text.startswith(_LIST_AS_TEXT) and text.endswith(("]", "}")):
+        raise SampleError("image_value", f"image {name} is a list or an object as a text; write the list itself")
     if scheme := _SCHEME.match(text):
         if scheme.group(1).lower() == "file":
             raise SampleError(

@@ -184,7 +184,9 @@ def test_media_in_turns_and_parts_are_refused_and_the_bare_word_is_text() -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["![](a.png) Hi", "![a dog](b/c.jpg)", "<img>a.png</img>", '<img src="a.png">', "<image_1> Hi"]
+    "text",
+    ["![](a.png) Hi", "![a dog](b/c.jpg)", "<img>a.png</img>", '<img src="a.png">', "<image_1> Hi"]
+    + ["<Image> Hi", "<img_1>", "[image]", "<IMG_CONTEXT>", "<start_of_image>", "data:image/png;base64,iVBORw0KGgo="],
 )
 def test_markup_of_a_picture_is_noticed_where_the_record_states_none(text: str) -> None:
     asked = [{"from": "human", "value": text}, TALK[1]]
@@ -629,3 +631,118 @@ def test_whatever_stands_anywhere_only_a_sample_error_is_raised(good: Good, data
         assert parse(record).turns
     except SampleError as error:
         assert len(str(error)) < 1200
+
+
+# Turns and texts that tables keep in other ways, parts of every kind, and more spellings.
+
+
+def asked_by(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(parts)}, {"role": "assistant", "content": "A dog."}]}
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        ({"image": ["a.png", None]}, "unread_picture"),
+        ({"video": ["a.mp4", None]}, "video_or_sound"),
+        ({"reasoning_content": [None, "Hm."]}, "unsupported_key"),
+        ({"train_on": [None, False]}, "unsupported_key"),
+    ],
+)
+def test_turns_as_columns_are_read_like_turns_as_objects(column: dict[str, list[Any]], kind: str) -> None:
+    columns = {"from": ["human", "gpt"], "value": ["What is it?", "A dog."]}
+    assert parse({"conversations": columns}) == parse({"conversations": TALK})
+    assert kind_of({"conversations": {**columns, **column}}) == kind
+    pairs = {"user": ["What is it?"], "assistant": ["A dog."]}
+    assert parse({"texts": pairs}) == parse({"conversations": TALK})
+    assert kind_of({"texts": {**pairs, "image": ["a.png"]}}) == "unread_picture"
+    content = {"type": ["image", "text"], "text": [None, "What?"]}
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "A dog."}]
+    assert parse({"messages": messages, "images": ["a.png"]}).turns[0].text == "<image>\nWhat?"
+
+
+@pytest.mark.parametrize("more", [{"image": "a.png"}, {"path": "a.png"}, {"image": {"bytes": png(), "path": None}}])
+def test_a_picture_in_a_part_of_text_is_refused(more: dict[str, Any]) -> None:
+    assert kind_of(asked_by({"type": "text", "text": "What?", **more})) == "unread_picture"
+
+
+def test_a_part_is_one_picture_and_has_no_text() -> None:
+    text = {"type": "text", "text": "What?"}
+    assert kind_of(asked_by({"type": "image", "image": "a.png", "text": "A caption"}, text)) == "malformed_turn"
+    assert kind_of(asked_by({"type": "image", "image": "a.png", "path": "b.png"}, text)) == "malformed_turn"
+    for same in ({"path": "a.png"}, {"url": "https://x.org/1"}, {"text": None}, {"index": 0}):
+        assert len(parse(asked_by({"type": "image", "image": "a.png", **same}, text)).images) == 1
+
+
+@pytest.mark.parametrize("empty", ["", " ", float("nan"), None])
+def test_a_text_is_not_hidden_by_an_empty_one(empty: Any) -> None:
+    turns = [{"from": "human", "value": empty, "content": "What is it?"}, TALK[1]]
+    assert parse({"conversations": turns}) == parse({"conversations": TALK})
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["loss_mask", "lossMask", "compute_loss", "is_loss", "train_on", "train_on_turn", "training", "weights", "Train"],
+)
+def test_other_spellings_of_a_loss_flag_are_refused_unless_they_are_on(key: str) -> None:
+    for off in (False, 0, 0.0, "false"):
+        assert kind_of({"conversations": [TALK[0], {**TALK[1], key: off}]}) == "unsupported_key"
+        assert kind_of({"conversations": TALK, key: off}) == "unsupported_key"
+    for on in (True, 1):
+        assert parse({"conversations": [TALK[0], {**TALK[1], key: on}]}) == parse({"conversations": TALK})
+        assert parse({"conversations": TALK, key: on}) == parse({"conversations": TALK})
+    for harmless in ({"train_id": 0}, {"weight_kg": 0}, {"loss_value": 0.3}):
+        assert parse({"conversations": [TALK[0], {**TALK[1], **harmless}]}) == parse({"conversations": TALK})
+
+
+@pytest.mark.parametrize("key", ["is_masked", "masking", "skip", "no_train", "ignore_loss"])
+def test_a_flag_that_masks_a_turn_is_refused(key: str) -> None:
+    assert kind_of({"conversations": [TALK[0], {**TALK[1], key: True}]}) == "unsupported_key"
+    assert parse({"conversations": [TALK[0], {**TALK[1], key: False}]}) == parse({"conversations": TALK})
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"sys": "Be brief."},
+        {"system_instruction": "Be brief."},
+        {"sysprompt": "Be brief."},
+        {"task_instruction": "Answer in French."},
+        {"chat_history": [["a", "b"]]},
+        {"thinking_content": "Hm."},
+        {"chain_of_thought": "Hm."},
+        {"reasoning_details": [{"text": "Hm."}]},
+        {"tool_responses": ["x"]},
+        {"available_tools": [{"name": "f"}]},
+        {"rejected_conversations": [{"from": "gpt", "value": "x"}]},
+        {"chosen_response": "x"},
+    ],
+)
+def test_other_spellings_of_what_changes_the_meaning_are_refused(more: dict[str, Any]) -> None:
+    assert kind_of({"conversations": TALK, **more}) == "unsupported_key"
+    assert kind_of({"conversations": [TALK[0], {**TALK[1], **more}]}) == "unsupported_key"
+    assert kind_of({"conversations": [{**TALK[0], "system": "Be brief."}, TALK[1]]}) == "unsupported_key"
+
+
+@pytest.mark.parametrize(
+    "value", [b"RIFF\0\0\0\0WAVEfmt ", b"\0\0\0\x20ftypisom", b"OggS\0", b"\x1aE\xdf\xa3", b"ID3\4"]
+)
+def test_bytes_of_videos_and_sounds_are_refused(value: bytes) -> None:
+    for stated in (value, pa.py_buffer(value), {"bytes": value, "path": None}):
+        assert kind_of({"speech": stated, "conversations": TALK}) == "video_or_sound"
+        assert kind_of({"image": stated, "conversations": SHOWN}) == "video_or_sound"
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan"), ""])
+def test_a_picture_without_bytes_is_read_by_its_path(nothing: Any) -> None:
+    stated = {"image": {"bytes": nothing, "path": "a.png"}, "conversations": SHOWN}
+    assert parse(stated) == parse({"image": "a.png", "conversations": SHOWN})
+
+
+@pytest.mark.parametrize(
+    "image",
+    [{"<image_00>": "a.png", "<image_01>": "b.png"}, [["a.png", "b.png"]], [[[1, 2, 3]], [[4, 5, 6]]], "['a.png']"],
+)
+def test_what_holds_several_pictures_is_named_and_not_counted(image: Any) -> None:
+    assert kind_of({"image": image, "conversations": TALK}) == "image_value" or isinstance(image, str)
+    assert kind_of({"image": image, "conversations": SHOWN}) == "image_value"

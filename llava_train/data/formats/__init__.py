@@ -16,12 +16,13 @@ from llava_train.data.formats import keys
 from llava_train.data.formats.conversations import parse_conversations, parse_messages
 from llava_train.data.formats.pairs import parse_instruction, parse_query, parse_texts
 from llava_train.data.formats.values import is_missing, names_media
-from llava_train.data.pictures import Pictures
+from llava_train.data.pictures import Pictures, content_and_name
 from llava_train.data.problems import SampleError, shortened
 from llava_train.data.samples import Sample, Turn, check_placeholders, check_turns, check_unicode
 
 _MARKUP = re.compile(
-    r"!\[[^\]\n]*\]\([^)\n]+\)|<img\b[^>\n]*>|\[IMG\]|<image[ _-]?\d+>|<\|image(_\d+|_pad|_start)?\|>|<ImageHere>",
+    r"!\[[^\]\n]*\]\([^)\n]+\)|<img\b[^>\n]*>|\[(IMG|image)\]|<(images?|img)([ _-]?\d+)?>|"
+    r"<\|image(_\d+|_pad|_start)?\|>|<(ImageHere|IMG_CONTEXT|image_soft_token|start_of_image|im_patch|picture)>|data:image/\w+;base64,",
     re.IGNORECASE,
 )
 
@@ -173,6 +174,9 @@ def _with_system(turns: list[Turn], record: dict[str, Any]) -> list[Turn]:
 def _stated_images(images: list[Any]) -> list[Any]:
     """The values that name an image. Raises SampleError for a video or a sound."""
     images = [image for image in images if not is_missing(image)]
+    for image in images:
+        if isinstance(image, list | dict):  # may hold several, so it must be refused before images are counted
+            content_and_name(image)
     if any(map(names_media, images)):
         raise SampleError(
             "video_or_sound", "an image is a video or a sound; llava_train trains on pictures and text only"

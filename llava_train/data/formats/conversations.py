@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from llava_train.data.formats.keys import same_value
 from llava_train.data.formats.turns import (
     checked_text,
     first_stated,
@@ -19,7 +20,7 @@ from llava_train.data.formats.turns import (
     is_supervised,
     refuse_placeholders,
 )
-from llava_train.data.formats.values import is_missing
+from llava_train.data.formats.values import as_rows, is_missing
 from llava_train.data.problems import SampleError
 from llava_train.data.samples import IMAGE_PLACEHOLDER, Role, Turn
 
@@ -63,9 +64,9 @@ def _rows(messages: Any, name: str) -> list[Any]:
                 "no_conversation",
                 f'"{name}" is a column of a table; write one record a row (pandas: to_json(orient="records"))',
             )
-        if len({len(values) for values in messages.values()}) > 1:
+        messages = as_rows(messages)
+        if isinstance(messages, dict):
             raise SampleError("malformed_turn", f'"{name}" has columns of different lengths')
-        messages = [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
     if not isinstance(messages, list) or not messages:
         raise SampleError("no_conversation", f'"{name}" is missing, empty or not a list')
     return messages
@@ -87,7 +88,7 @@ def _parse_message(message: Any, number: int) -> tuple[Turn, list[Any] | None]:
         if len(values) == 2 and values[0] != values[1]:
             raise SampleError("malformed_turn", f'turn {number}: "{keys[0]}" and "{keys[1]}" differ; keep one of them')
     supervised = is_supervised(message, role, number)
-    content = first_stated(message, "value", "content")
+    content = as_rows(first_stated(message, "value", "content"))
     if not isinstance(content, list):
         return Turn(role, checked_text(content, number), supervised), None
     text, images = _joined_parts(content, number, role)
@@ -104,7 +105,11 @@ def _joined_parts(content: list[Any], number: int, role: Role) -> tuple[str, lis
             refuse_placeholders([Turn(role, text)])
             pieces.append(text)
         elif kind in ("image", "image_url"):
-            images.append(_image_of_part(part))
+            if not is_missing(part.get("text")):
+                raise SampleError(
+                    "malformed_turn", f'turn {number}: an image part has a "text"; write it as a part of its own'
+                )
+            images.append(_image_of_part(part, number))
             pieces.append(IMAGE_PLACEHOLDER)
         elif str(kind).startswith(("video", "audio", "input_audio")):
             raise SampleError(
@@ -124,10 +129,13 @@ def _beside_images(pieces: list[str]) -> Iterator[str]:
         yield piece
 
 
-def _image_of_part(part: dict[str, Any]) -> Any:
-    """The part's own image, its index in the record's images, or None."""
-    keys = ("image", "path", "url", "image_url", "value", "index")
-    found = next((part[key] for key in keys if not is_missing(part.get(key))), None)
+def _image_of_part(part: dict[str, Any], number: int) -> Any:
+    """The part's own image, its index in the record's images, or None. Raises SampleError where it has several."""
+    keys = [key for key in ("image", "path", "url", "image_url", "value") if not is_missing(part.get(key))]
+    others = [part[key] for key in keys[1:] if not (isinstance(part[key], str) and "://" in part[key])]
+    if any(not same_value(part[keys[0]], other) for other in others):
+        raise SampleError("malformed_turn", f"turn {number}: {' and '.join(keys)} of an image part differ; keep one")
+    found = part[keys[0]] if keys else first_stated(part, "index")
     return found.get("url") if isinstance(found, dict) and "url" in found else found
 
 
@@ -144,5 +152,9 @@ def _images_of_parts(parts: list[Any], listed: list[Any]) -> list[Any]:
         fits = not list(rest)
     if not fits or any(map(is_missing, images)):
         n_listed = sum(not is_missing(image) for image in listed)
-        raise SampleError("placeholders", f"{len(parts)} image parts do not fit the {n_listed} images of the record")
+        raise SampleError(
+            "placeholders",
+            f"{len(parts)} image parts do not fit the {n_listed} images of the record; a part may hold its own image, "
+            'as "image", "path", "url" or "image_url"',
+        )
     return images

@@ -9,6 +9,7 @@ A key that nothing reads must not hold what the sample needs. Refused are
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -16,7 +17,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from llava_train.data.formats.values import is_media_key, is_missing, is_picture_key, names_media, picture_values
+from llava_train.data.formats.values import (
+    as_rows,
+    is_media_key,
+    is_missing,
+    is_picture_key,
+    names_media,
+    picture_values,
+    words_of,
+)
 from llava_train.data.problems import SampleError, shortened
 from llava_train.data.samples import Turn
 
@@ -28,23 +37,41 @@ LOSS_KEYS = frozenset({"loss", "train", "weight", "loss_weight", "loss_scale", "
 RECORD_KEYS = frozenset({"id", *IMAGE_KEYS, *SYSTEM_KEYS})
 """Keys that every format reads."""
 TURN_KEYS = frozenset({"from", "role", "value", "content", *LOSS_KEYS})
-PART_KEYS = frozenset({"type", "text", "value", "image", "path", "url", "image_url", "index"})
+PART_KEYS = frozenset({"type", "text", "value"})
+IMAGE_PART_KEYS = frozenset({"type", "image", "path", "url", "image_url", "value", "index"})
 
 _IN_ANSWER = "is not read; write what the model should say into the answer, or remove the key"
 _NO_TOOLS = "is not supported: tool calls are not trained; remove such records"
 _NO_PREFERENCES = "is not supported: preferences are not trained; keep only the chosen answers, as conversations"
 _NO_WEIGHT = 'is not supported for a record; mark its turns ("loss": false), or remove the record or the key'
 _OTHER_CONVERSATION = "holds another conversation, which is not read; keep one of them"
-_MEANING = {
-    **dict.fromkeys(("reasoning", "reasoningcontent", "thinking", "thought", "thoughts"), _IN_ANSWER),
-    **dict.fromkeys(("tools", "toolcalls", "toolcall", "functions", "functioncall", "toolcallid"), _NO_TOOLS),
-    **dict.fromkeys(("chosen", "rejected", "rejectedresponse", "chosenmessages", "rejectedmessages"), _NO_PREFERENCES),
-    **dict.fromkeys(("rejectedimages", "rejectedimage", "rejectedanswer", "chosenanswer", "ktotag"), _NO_PREFERENCES),
-    **dict.fromkeys(("conversations", "conversation", "messages"), _OTHER_CONVERSATION),
-    "history": 'is read only with "instruction" or "query"; write its turns into the conversation',
+_AS_SYSTEM = 'is not read; name it "system", as a key of the record'
+_TURN_LEFT_OUT = 'is not read; to leave a turn out of training, write "loss": false'
+_AS_HISTORY = 'is read only with "instruction" or "query"; write its turns into the conversation'
+_ITS_TEXT = "responses?|answers?|messages?|conversations?|outputs?|texts?|images?"
+_MEANINGS = {
+    re.compile(pattern): problem
+    for pattern, problem in (
+        (
+            "(reasoning|thinking|thoughts?|think|cot|chain ?of ?thoughts?)( ?(content|texts?|details|blocks|trace))?",
+            _IN_ANSWER,
+        ),
+        ("(available )?(tools|functions)( (definitions|schemas?))?", _NO_TOOLS),
+        ("(tools?|functions?) ?(calls?|call ?id|uses?|results?|responses?|outputs?)", _NO_TOOLS),
+        (f"(chosen|rejected|reject)( ?({_ITS_TEXT}))?|kto ?(tag|label)", _NO_PREFERENCES),
+        ("conversations?|messages", _OTHER_CONVERSATION),
+        ("((chat|conversations?|dialogs?|dialogues?|messages?) ?)?history", _AS_HISTORY),
+        ("(system|sys) ?(prompts?|messages?|msg|texts?|content|instructions?)?", _AS_SYSTEM),
+    )
 }
-"""Keys that nothing reads but that change the meaning, without case and underscores."""
-_MASKS = ("mask", "masked", "noloss", "ignoreloss", "ignore")
+"""Keys that nothing reads but that change the meaning, as their words in lower case."""
+_LOSS_FLAG = re.compile(
+    "((is|do|should|compute|calculate|with|in|sample) )?"
+    "(loss|train|training|trained|trainable|weights?|supervised?)"
+    "( (masks?|flag|on|on turn|turn|details?|weights?))?"
+)
+_MASK = re.compile("(is )?(mask|masked|masking|ignored?|skip)|(no|ignore|skip|mask) ?(loss|train|training)")
+"""Flags of a turn with the meaning turned around."""
 _NOTHING = ("[]", "{}", "null", "none")
 """Texts of columns that hold JSON, where there is nothing."""
 
@@ -78,18 +105,22 @@ def unread_keys(
     """
     for key, value in _not_read(record, read):
         yield Unread(key, value, key, "", is_of_record=True)
-    turns = record.get(turns_key) if turns_key else None
+    turns = as_rows(record.get(turns_key)) if turns_key else None
     for number, turn in enumerate(turns if isinstance(turns, list) else [], start=1):
         if not isinstance(turn, dict):
             continue
         for key, value in _not_read(turn, turn_keys) if turn.keys() - turn_keys else ():
             yield Unread(key, value, f"{turns_key}[].{key}", f"turn {number}: ", is_of_record=False)
         for name in ("value", "content"):
-            parts = turn.get(name)
+            parts = as_rows(turn.get(name))
             for part in parts if isinstance(parts, list) else []:
-                for key, value in _not_read(part, PART_KEYS) if isinstance(part, dict) else ():
+                for key, value in _not_read_of_part(part) if isinstance(part, dict) else ():
                     path = f"{turns_key}[].{name}[].{key}"
                     yield Unread(key, value, path, f"turn {number}: ", is_of_record=False)
+
+
+def _not_read_of_part(part: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    return _not_read(part, IMAGE_PART_KEYS if part.get("type") in ("image", "image_url") else PART_KEYS)
 
 
 def _not_read(holder: dict[Any, Any], read: Collection[str]) -> Iterator[tuple[str, Any]]:
@@ -113,37 +144,41 @@ def refuse_unsupported(unread: Sequence[Unread], read: Collection[str]) -> None:
 
 def _change_of_meaning(each: Unread, read: Collection[str]) -> str | None:
     """The problem with a key that changes the meaning of the record; None where it does not."""
-    name = _plain(each.key)
-    if each.value is False and name not in ("label", *map(_plain, LOSS_KEYS)):
+    words = " ".join(words_of(each.key))
+    is_loss_flag = _LOSS_FLAG.fullmatch(words) is not None
+    is_label = words in ("label", "kto label", "kto tag")
+    if each.value is False and not is_label and not is_loss_flag:
         return None
     if isinstance(each.value, str) and each.value.strip().lower() in _NOTHING:
         return None
-    if not each.is_of_record:
-        if name in _MASKS:
-            return 'is not read; to leave a turn out of training, write "loss": false'
-        near = next((key for key in sorted(LOSS_KEYS) if name == _plain(key)), None)
-        return f'is not read; name it "{near}"' if near else _MEANING.get(name)
-    if name == "label" and each.value is False:
-        return "marks the answer as a bad one, and preferences are not trained; remove the record or the key"
-    if name in map(_plain, LOSS_KEYS):
-        return None if each.value in (True, 1) else _NO_WEIGHT
-    near = next((key for key in read if name == _plain(key) and key not in IMAGE_KEYS), None)
-    if near:
+    if is_loss_flag and each.value in (True, 1):
+        return None
+    if each.is_of_record:
+        if is_label and each.value is False:
+            return "marks the answer as a bad one, and preferences are not trained; remove the record or the key"
+        if is_loss_flag:
+            return _NO_WEIGHT
+    elif is_loss_flag or _MASK.fullmatch(words):
+        near = next((key for key in sorted(LOSS_KEYS) if _plain(each.key) == _plain(key)), None)
+        return f'is not read; name it "{near}"' if near else _TURN_LEFT_OUT
+    near = next((key for key in read if _plain(each.key) == _plain(key) and key not in IMAGE_KEYS), None)
+    if near and each.is_of_record:
         return f'is not read; name it "{near}"'
-    return _MEANING.get(name)
+    return next((problem for pattern, problem in _MEANINGS.items() if pattern.fullmatch(words)), None)
 
 
 def refuse_unused_texts(unread: Sequence[Unread], turns: Sequence[Turn]) -> None:
     """Refuses an instruction that no turn holds, and boxes for marks in the text. Raises SampleError."""
     for each in unread:
-        name = _plain(each.key)
-        is_instruction = name in ("instruction", "instructions") and isinstance(each.value, str)
+        is_instruction = words_of(each.key)[-1:] in (["instruction"], ["instructions"]) and isinstance(each.value, str)
         if is_instruction and not any(each.value.strip() in turn.text for turn in turns):
             raise SampleError(
                 "unsupported_key",
                 f'{each} holds an instruction that no turn has; write it as "system", or into the conversation',
             )
-        if name == "objects" and any(mark in turn.text for turn in turns for mark in ("<bbox>", "<ref-object>")):
+        if _plain(each.key) == "objects" and any(
+            mark in turn.text for turn in turns for mark in ("<bbox>", "<ref-object>")
+        ):
             raise SampleError(
                 "unsupported_key",
                 f"{each} is not read, and the text refers to it by <bbox> or <ref-object>; write the numbers and names "
@@ -202,17 +237,17 @@ def listed_images(record: dict[str, Any]) -> list[Any]:
     """The values of `image` or `images`, missing ones included. Raises SampleError where both differ."""
     stated = [record[key] for key in IMAGE_KEYS if not is_missing(record.get(key))]
     lists = [value if isinstance(value, list) else [value] for value in stated]
-    if len(lists) == 2 and not _equal(*lists):
+    if len(lists) == 2 and not same_value(*lists):
         raise SampleError("unread_picture", 'both "image" and "images" name pictures; write all of them as "images"')
     return lists[0] if lists else []
 
 
-def _equal(one: Any, other: Any) -> bool:
+def same_value(one: Any, other: Any) -> bool:
     """True if two values are the same; Arrow's buffers cannot be compared with other types."""
     if isinstance(one, pa.Buffer) or isinstance(other, pa.Buffer):
         return isinstance(one, pa.Buffer) and isinstance(other, pa.Buffer) and one.equals(other)
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(same_value(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_equal, one, other))
+        return len(one) == len(other) and all(map(same_value, one, other))
     return type(one) is type(other) and bool(one == other)

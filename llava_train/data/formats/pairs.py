@@ -21,14 +21,14 @@ from llava_train.data.formats.turns import (
     question_and_answer,
     refuse_placeholders,
 )
-from llava_train.data.formats.values import is_missing
+from llava_train.data.formats.values import as_rows, is_missing
 from llava_train.data.problems import SampleError
 from llava_train.data.samples import Turn
 
 
 def parse_texts(record: dict[str, Any], images: list[Any]) -> tuple[list[Turn], list[Any]]:
     """Turns and images of `{"texts": [{"user", "assistant"}, ...]}`. Raises SampleError."""
-    texts = record["texts"]
+    texts = as_rows(record["texts"])
     if not isinstance(texts, list) or not texts:
         raise SampleError("no_conversation", '"texts" is empty or not a list')
     turns = []
@@ -63,7 +63,7 @@ def _with_last(turns: list[Turn], question: Any, answer: Any, images: list[Any])
 def _history(record: dict[str, Any]) -> list[Turn]:
     """The turns of `[[question, answer], ...]`. Raises SampleError."""
     history, turns = record.get("history"), list[Turn]()
-    if is_missing(history):
+    if is_missing(history) or history == "[]":
         return turns
     for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2:

@@ -43,8 +43,9 @@ def is_supervised(turn: dict[str, Any], role: Role, number: int) -> bool:
 
 
 def first_stated(holder: dict[str, Any], *keys: str) -> Any:
-    """The value of the first key that has one: Arrow gives each row the keys of all. An empty text counts."""
-    return next((holder[key] for key in keys if holder.get(key) is not None), None)
+    """The value of the first key that has one: Arrow gives each row the keys of all. Without any, an empty text."""
+    values = [holder[key] for key in keys if holder.get(key) is not None]
+    return next((value for value in values if not is_missing(value)), values[0] if values else None)
 
 
 def question_and_answer(question: Any, answer: Any, number: int, supervised: bool = True) -> list[Turn]:

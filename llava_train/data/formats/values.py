@@ -12,8 +12,13 @@ import pyarrow as pa
 
 from llava_train.data.pictures import is_base64_picture, is_picture_head
 
-_PICTURE_SUFFIX = r"jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?|avif|hei[cf]|jp2|jxl|svg|p[bgnp]m|tga|ico"
-_MEDIA_SUFFIX = r"mp4|m4v|avi|mov|mkv|webm|mpe?g|wmv|flv|3gp|ogv|wav|mp3|flac|ogg|oga|opus|m4a|aac|wma|aiff?"
+_PICTURE_SUFFIX = (
+    r"jpe?g|jpe|jfif|a?png|webp|gif|bmp|tiff?|avif|hei[cf]|jp2|j2k|jxl|svg|p[bgnp]m|tga|ico|psd|exr|hdr|dng|cr2|nef|dcm"
+)
+_MEDIA_SUFFIX = (
+    r"mp4|m4v|avi|mov|mkv|webm|mpe?g|wmv|flv|f4v|3gp|ogv|m2ts|mts|vob|rmvb|asf|gifv|"
+    r"wav|mp3|flac|ogg|oga|opus|m4a|aac|wma|aiff?|amr|midi?|caf|weba"
+)
 _PICTURE_NAME = re.compile(rf"[^\n]{{0,1000}}\.({_PICTURE_SUFFIX})([?#]\S*)?\s*", re.IGNORECASE)
 _MEDIA_NAME = re.compile(rf"[^\n]{{0,1000}}\.({_MEDIA_SUFFIX})([?#]\S*)?\s*", re.IGNORECASE)
 
@@ -49,6 +54,15 @@ def is_missing(value: Any) -> bool:
     return value is None
 
 
+def as_rows(value: Any) -> Any:
+    """A list of objects that `datasets` keeps as columns, `{"from": [...], "value": [...]}`; other values unchanged."""
+    if not isinstance(value, dict) or not value or not all(isinstance(column, list) for column in value.values()):
+        return value
+    if len({len(column) for column in value.values()}) > 1:
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+
+
 def picture_values(value: Any) -> Iterator[str | bytes]:
     """Yields what in a value names a picture by its file name, or is one in bytes, base64 or a `data:` URL.
 
@@ -71,10 +85,19 @@ def picture_values(value: Any) -> Iterator[str | bytes]:
 
 
 def names_media(value: Any) -> bool:
-    """True if a value names a video or a sound by its file name, or is a `data:` URL of one."""
+    """True if a value names a video or a sound by its file name, or is one in bytes or a `data:` URL."""
     if isinstance(value, str):
         return bool(_MEDIA_NAME.fullmatch(value)) or value.startswith(("data:video/", "data:audio/"))
+    if isinstance(value, bytes | bytearray | pa.Buffer):
+        return _is_media_head(bytes(memoryview(value)[:16]))
     return any(map(names_media, _inner_values(value)))
+
+
+def _is_media_head(head: bytes) -> bool:
+    """True if bytes are the first ones of a video or a sound in a common format."""
+    is_riff = head[:4] == b"RIFF" and head[8:12] in (b"WAVE", b"AVI ")
+    is_mp4 = head[4:8] == b"ftyp" and not is_picture_head(head)
+    return is_riff or is_mp4 or head.startswith((b"ID3", b"fLaC", b"OggS", b"\x1aE\xdf\xa3"))
 
 
 def is_picture_key(key: str, value: Any) -> bool:
@@ -95,7 +118,7 @@ def _inner_values(value: Any) -> Iterator[Any]:
 
 
 def _names_by_key(key: str, value: Any, words: set[str], may_be_misspelt: bool = False) -> bool:
-    parts = _words(key)
+    parts = words_of(key)
     found = [part for part in parts if _is_of(part, words)]
     if not found and may_be_misspelt and len(parts) == 1 and isinstance(value, str):
         found = difflib.get_close_matches(parts[0], ("image", "images", "picture", "photo"), n=1, cutoff=0.8)
@@ -115,6 +138,6 @@ def _is_of(part: str, words: set[str]) -> bool:
     )
 
 
-def _words(key: str) -> list[str]:
+def words_of(key: str) -> list[str]:
     """The words of a key in lower case: `imagePath`, `image_path` and `Image-Path` are `image`, `path`."""
     return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", key) if not word.isdigit()]
