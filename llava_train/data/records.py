@@ -63,7 +63,9 @@ class JsonRecords:
         """The parsed record. Raises SampleError."""
         content = self._records[index].as_py()
         try:
-            return json.loads(content.decode("utf-8"))
+            return json.loads(content.decode("utf-8"), object_pairs_hook=_without_repeated_keys)
+        except SampleError:
+            raise
         except UnicodeDecodeError as error:
             raise SampleError("not_utf8", f"not UTF-8: {error.reason} at byte {error.start} of the record") from error
         except (ValueError, RecursionError) as error:  # ValueError: a number of more digits than Python reads
@@ -82,6 +84,18 @@ class JsonRecords:
         schema = pa.schema({"sha256": pa.string()})
         table = built_once("sha256", self.path, self.cache, schema, lambda: [(sha256(self.path),)], _VERSION)
         return cast(str, table["sha256"][0].as_py())
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of keys and values; JSON would let a later value replace an earlier one. Raises SampleError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next((key for key, value in pairs if found[key] != value), None)
+        if repeated is not None:
+            raise SampleError(
+                "not_json", f'the key "{shortened(repeated, 60)}" stands twice in an object, with different values'
+            )
+    return found
 
 
 def _cut(path: Path) -> Iterator[tuple[bytes, int]]:

@@ -212,3 +212,15 @@ def test_processes_that_open_a_file_at_once_read_the_same(tmp_path: Path) -> Non
 def _last_record(path: Path, cache: Path) -> dict:
     found = JsonRecords(path, cache)
     return found[len(found) - 1]
+
+
+@pytest.mark.parametrize("as_lines", [True, False])
+def test_a_key_that_stands_twice_with_different_values_spoils_its_record(as_lines: bool, tmp_path: Path) -> None:
+    record = '{"id": 0, "image": "a.png", "turn": {"loss": true, "loss": %s}, "image": "%s"}'
+    lines = [record % ("true", "a.png"), record % ("true", "b.png"), record % ("false", "a.png")]
+    found = JsonRecords(write(tmp_path / "data", "\n".join(lines) if as_lines else f"[{','.join(lines)}]"))
+    assert found[0] == {"id": 0, "image": "a.png", "turn": {"loss": True}}
+    for index, key in ((1, "image"), (2, "loss")):
+        with pytest.raises(SampleError, match=f'the key "{key}" stands twice') as caught:
+            found[index]
+        assert caught.value.kind == "not_json"
