@@ -7,6 +7,7 @@ owner/name a data set of the Hugging Face hub, where there is no such file
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 _SUFFIXES_OF_FILES = (".json", ".jsonl", ".gz", ".parquet", ".arrow", ".zip", ".tar", ".csv")
 """What misses such a file must not be told of the hub."""
-_BINARY_MAGIC = {b"PAR1": "parquet", b"ARRO": "arrow", b"\xff\xff\xff\xff": "arrow"}
+_BINARY_MAGIC = {b"PAR1": "parquet", b"ARRO": "feather", b"\xff\xff\xff\xff": "arrow"}
 
 
 class Records(Protocol):
@@ -168,32 +169,54 @@ def _open_records(stated: str, subset: str | None, split: str | None, cache: Pat
         raise DataError(problem)
     if not (kind or is_folder or _looks_like_hub_id(path)):
         raise _unreadable(stated, "No such file or directory")
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     try:
         if cache is not None:
-            return _load_rows(path, kind, subset, split or "train", cache)
-        with TemporaryDirectory(prefix="llava_train-") as folder:  # rows stay mapped from files that are deleted
-            return _load_rows(path, kind, subset, split or "train", Path(folder))
+            rows = _load_rows(path, kind, subset, split or "train", cache)
+        else:
+            with TemporaryDirectory(prefix="llava_train-") as folder:  # rows stay mapped from files that are deleted
+                rows = _load_rows(path, kind, subset, split or "train", Path(folder))
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         told = explain(error, Context(subject=stated))
-        unknown = str(error) if path.exists() else f"{error} There is no such file either."
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None  # else it says nothing
+        unknown = str(cause or error) if path.exists() else f"{error} There is no such file either."
         raise DataError(f"{path}: the data set cannot be loaded: {told or unknown}") from error
+    if not len(rows):
+        raise DataError(f"{path}: holds no sample")
+    return rows
 
 
 def _load_rows(path: Path, kind: str | None, subset: str | None, split: str, cache: Path) -> HubRecords:
     """The rows of a file, a folder or a hub id. Copies are kept in `cache`: a home folder may be small or read-only."""
     import datasets  # an eighth of all that a start imports, and JSON does not need it
+    import pyarrow.parquet as pq
 
     if kind == "parquet":
+        if not pq.read_metadata(path).num_rows:  # on which `datasets` fails
+            raise ValueError("it holds no sample")
         return HubRecords(datasets.Dataset.from_parquet(str(path), cache_dir=str(cache)))
     if kind == "arrow":
         return HubRecords(datasets.Dataset.from_file(str(path)))
+    if kind == "feather":
+        return HubRecords(_feather_rows(path))
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return HubRecords(_split_of(datasets.load_from_disk(str(path)), split))
     if path.is_dir():
         return HubRecords(datasets.load_dataset(str(path), subset, split=split, cache_dir=str(cache)))
     return HubRecords(datasets.load_dataset(str(path), subset, split=split))
+
+
+def _feather_rows(path: Path) -> datasets.Dataset:
+    """The rows of Arrow's file format, which pandas calls Feather; `datasets` reads streams only."""
+    import datasets
+
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    state = path.stat()
+    content = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
+    return datasets.Dataset(
+        datasets.table.InMemoryTable(table), fingerprint=hashlib.sha256(content.encode()).hexdigest()[:16]
+    )
 
 
 def _kind_of_file(path: Path) -> str:

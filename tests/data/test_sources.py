@@ -17,6 +17,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -282,6 +283,29 @@ def test_values_that_python_cannot_hold_spoil_no_sample(tmp_path: Path) -> None:
     record = source.records[0]
     assert record["far"] == "timestamp[s] out of range"
     assert record["note"] == "\udcffa"
+
+
+def test_arrows_file_format_is_read(tmp_path: Path) -> None:
+    table = pa.table({"conversations": pa.array([SHAPES["llava"]["conversations"][0]]), "image": ["a.png"]})
+    path = tmp_path / "x.feather"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    source = open_source(path)
+    assert source.records[0]["image"] == "a.png"
+    assert source.fingerprint() == open_source(path).fingerprint()
+    os.utime(path, (0, 0))
+    assert source.fingerprint() != open_source(path).fingerprint()
+
+
+def test_a_table_without_rows_and_one_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    conversations = pa.array([SHAPES["llava"]["conversations"][0]])
+    names = ["image", "image", "conversations"]
+    twice = pa.Table.from_arrays([pa.array(["a.png"]), pa.array(["b.png"]), conversations], names=names)
+    pq.write_table(twice.slice(0, 0), tmp_path / "empty")
+    pq.write_table(twice, tmp_path / "twice")
+    for name, message in (("empty", "holds no sample"), ("twice", "Multiple matches for .*image")):
+        with pytest.raises(DataError, match=f"{name}: .*{message}"):
+            open_source(tmp_path / name, cache=tmp_path / "cache")
 
 
 def test_of_an_embedded_picture_nothing_is_read_before_it_is_opened(tmp_path: Path) -> None:
