@@ -166,4 +166,5 @@ def schema() -> None:
     Example:
       llava-train schema > stage.schema.json
     """
-    print(json.dumps(stage_schema(), indent=2))
+    with user_errors():
+        print(json.dumps(stage_schema(), indent=2))

@@ -70,4 +70,5 @@ def doctor(
     """
     from llava_train.doctor.report import examine
 
-    raise SystemExit(examine(json_))
+    with user_errors():
+        raise SystemExit(examine(json_))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,7 +40,10 @@ def user_errors(command: str = "") -> Iterator[None]:
         command: what it does, in words; empty for what was typed.
     """
     try:
-        yield
+        try:
+            yield
+        finally:
+            _write_printed()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:  # of a reader such as `head`, which has enough
@@ -50,3 +55,14 @@ def user_errors(command: str = "") -> Iterator[None]:
         from llava_train.last_words import tell
 
         raise SystemExit(tell(error, of_command(command))) from None
+
+
+def _write_printed() -> None:
+    """Writes what was printed and waits in a buffer, while a failure can still be reported. Raises UserError."""
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's end would try again
+        raise UserError(f"standard output cannot be written: {error.strerror}") from error

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,3 +164,19 @@ def test_imports_in_a_process_of_others_keep_nothing_of_theirs_for_ever(monkeypa
     with _uncollected():
         assert gc.isenabled()
     assert gc.get_freeze_count() == n_frozen
+
+
+@pytest.mark.parametrize("n_characters", [1, 1_000_000])
+def test_output_that_cannot_be_written_ends_a_command_with_one_message(n_characters: int) -> None:
+    program = f"from llava_train.errors import user_errors\nwith user_errors():\n    print('x' * {n_characters})"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert "error: " in done.stderr and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
