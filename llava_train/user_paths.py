@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llava_train.errors import UserError
 
-_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\}|\([^)]*\))")
 
 
 class PathError(UserError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,12 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from llava_train.cli import app, run
 from llava_train.config import StageConfig
+from llava_train.errors import UserError
 from llava_train.places import is_path_key
 from llava_train.stage_file import ConfigError, load_stage
 from llava_train.use.images import read_image
@@ -84,7 +88,7 @@ def test_a_home_folder_is_replaced_and_a_variable_refused_in_every_path_of_a_sta
     file = file_for(key)
     Path("stage.yaml").write_text(yaml.safe_dump(stage_with(key, f"~/{file}")))
     assert at(load_stage("stage.yaml"), key) == f"{home}/{file}"
-    for variable in ("$SCRATCH", "${SCRATCH}"):
+    for variable in ("$SCRATCH", "${SCRATCH}", "${SCRATCH:-/tmp}", "${oc.env:SCRATCH}", "$(pwd)"):
         Path("stage.yaml").write_text(yaml.safe_dump(stage_with(key, f"{variable}/{file}")))
         with pytest.raises(ConfigError, match=rf"^stage.yaml: {key}: .*{re.escape(variable)} is a variable, .*write"):
             load_stage("stage.yaml")
@@ -188,6 +192,16 @@ def test_scripts_train_py_and_python_know_the_home_folder_too(home: Path, capsys
     assert "$HOME is a variable" in capsys.readouterr().err
     with pytest.raises(ValueError, match=f"{home}/none.png"):
         read_image("~/none.png")
+
+
+def test_a_text_that_is_no_path_is_read_as_base64_or_shortened() -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((40, 30), 90).save(buffer, "PNG")
+    text = base64.b64encode(buffer.getvalue()).decode()
+    assert read_image(text).size == (40, 30)
+    with pytest.raises(UserError, match="too long for the path of a file") as caught:
+        read_image("x" * 100_000)
+    assert len(str(caught.value)) < 400
 
 
 def test_tasks_of_lmms_eval_may_be_files_below_the_home_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+)://")
 _WINDOWS_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 _LIST_AS_TEXT = ("[]", '["', "['", '{"', "{'")
 """As tables in CSV hold lists."""
-_LONGEST_PATH = 4096
+LONGEST_PATH = 4096
 """Characters of a path that Linux opens."""
 
 
@@ -180,7 +180,7 @@ class Pictures:
         if content.startswith("data:"):
             return EmbeddedPicture(data_url_content(content))
         if is_base64_picture(content):
-            return EmbeddedPicture(_base64_content(content))
+            return EmbeddedPicture(base64_content(content))
         _refuse_other_than_paths(content)
         return self.store.find(content)
 
@@ -205,7 +205,7 @@ def _refuse_other_than_paths(text: str) -> None:
     name = repr(shortened(text, 100))
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise SampleError("not_utf8", f"image path {name} holds half of a character (a lone UTF-16 surrogate)")
-    if len(text) > _LONGEST_PATH or "\n" in text:
+    if len(text) > LONGEST_PATH or "\n" in text:
         raise SampleError("image_value", f"image {name} is neither a path nor the base64 of a picture")
     if text.startswith(_LIST_AS_TEXT) and text.endswith(("]", "}")):
         raise SampleError("image_value", f"image {name} is a list or an object as a text; write the list itself")
@@ -238,8 +238,8 @@ def is_picture_head(head: bytes) -> bool:
     return head.startswith(_MAGIC) or is_webp or is_heif
 
 
-def _base64_content(text: str) -> bytes:
-    """The bytes of base64, with or without line breaks and padding. Raises SampleError."""
+def base64_content(text: str) -> bytes:
+    """The bytes of a picture's base64, with or without line breaks and padding. Raises SampleError."""
     text = "".join(text.split()).rstrip("=").translate(_TO_STANDARD)
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)

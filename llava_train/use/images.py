@@ -9,7 +9,8 @@ from typing import IO, TypeAlias
 from PIL import Image
 
 from llava_train.data.images import decode_image, decoded
-from llava_train.data.pictures import EmbeddedPicture, data_url_content
+from llava_train.data.pictures import LONGEST_PATH, EmbeddedPicture, base64_content, data_url_content, is_base64_picture
+from llava_train.data.problems import shortened
 from llava_train.errors import UserError
 from llava_train.use.fetch import fetch, is_url
 from llava_train.user_paths import expand
@@ -40,7 +41,11 @@ def read_image(image: ImageLike, allow_urls: bool = False) -> Image.Image:
         return decode_image(EmbeddedPicture(_content(image), "the picture"))
     if isinstance(image, str) and image.startswith("data:"):
         return decode_image(EmbeddedPicture(data_url_content(image), "the picture"))
+    if isinstance(image, str) and is_base64_picture(image):
+        return decode_image(EmbeddedPicture(base64_content(image), "the picture"))
     if isinstance(image, str | Path):
+        if len(str(image)) > LONGEST_PATH:
+            raise UserError(f"picture {shortened(str(image))!r}: too long for the path of a file")
         return decode_image(Path(expand(str(image))))
     raise UserError(f"a picture is a path, bytes, a PIL image or an address, not {type(image).__name__}")
 
