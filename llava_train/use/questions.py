@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_train.data.formats import images_beside, is_conversation, system_turn
+from llava_train.data.formats.turns import first_stated
+from llava_train.data.formats.values import is_missing
 from llava_train.data.paths import advice_on_path
 from llava_train.data.pictures import EmbeddedPicture, Picture
 from llava_train.data.samples import IMAGE_PLACEHOLDER, Sample, Turn, check_placeholders, check_unicode
@@ -154,15 +156,16 @@ def _of_sample(
 
 
 def _of_question(record: dict[str, Any], source: Source, index: int, metric: Metric, suffix: str, where: str) -> Item:
-    text = next((record[key] for key in ("text", "question") if isinstance(record.get(key), str)), None)
-    if text is None:
+    text = first_stated(record, "text", "question")
+    if not isinstance(text, str):
         raise QuestionError('no question: wanted "text", or the "conversations" of a training record')
-    listed = images_beside(record, _QUESTION_KEYS)
+    system = system_turn(record)
+    listed = images_beside(record, _QUESTION_KEYS, (*system, Turn("user", text)))
     pictures = tuple(map(source.pictures.picture, listed))
-    turns = (*system_turn(record), Turn("user", _asked(text, len(pictures), suffix)))
+    turns = (*system, Turn("user", _asked(text, len(pictures), suffix)))
     check_placeholders(turns, len(pictures))
     options, references = _measured_by(record, metric)
-    ids = [record[key] for key in ("question_id", "id") if record.get(key) is not None]
+    ids = [record[key] for key in ("question_id", "id") if not is_missing(record.get(key))]
     return Item(
         ids[0] if ids else index, turns, pictures, references, where, options, _category(record.get("category"))
     )
@@ -175,13 +178,16 @@ def _asked(text: str, n_pictures: int, suffix: str) -> str:
 
 
 def _category(value: Any) -> str | None:
-    return None if value is None else str(value)
+    return None if is_missing(value) else str(value)
 
 
 def _measured_by(record: dict[str, Any], metric: Metric) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Options, of a choice, and references. Raises QuestionError."""
     keys = _REFERENCES[metric]
-    key = next((key for key in keys if record.get(key) not in (None, "", [])), None)
+    given = {key: record.get(key) for key in keys}
+    key = next(
+        (key for key, value in given.items() if not is_missing(value) or (value and isinstance(value, list))), None
+    )
     if key is None:
         raise QuestionError(f"metric {metric} measures by {' or '.join(keys)}, which is missing")
     if metric == "choice":
@@ -198,7 +204,7 @@ def _texts(value: Any, key: str) -> tuple[str, ...]:
     texts = []
     for each in value if isinstance(value, list) else [value]:
         text = each.get("answer") if isinstance(each, dict) else each
-        if not isinstance(text, str | int | float) or isinstance(text, bool):
+        if not isinstance(text, str | int | float) or isinstance(text, bool) or text != text:  # NaN, of pandas
             raise QuestionError(f"{key}: {value!r:.80} is neither a text nor a list of texts")
         texts.append(str(text))
     return tuple(texts)

@@ -130,6 +130,13 @@ def test_questions_without_a_category_have_none(tmp_path: Path, categories: Any)
     assert item.category is None
 
 
+def test_what_a_table_has_not_is_missing(tmp_path: Path) -> None:
+    nothing = float("nan")
+    row = {"text": "", "question": "What?", "answer": "a", "answers": nothing, "category": nothing, "id": nothing}
+    (item,) = read_questions(write(tmp_path / "q.jsonl", [row]), "exact")
+    assert (item.prompt, item.references, item.category, item.id) == ("What?", ("a",), None, 0)
+
+
 def test_a_chat_template_is_the_one_of_the_answers(model: Path, data: Path, tmp_path: Path) -> None:
     template = tmp_path / "own.jinja"
     template.write_text(LLaVA.from_pretrained(model, "cpu", chat_template="vicuna_v1").processor.chat_template)
@@ -269,6 +276,9 @@ def test_an_answer_that_may_mean_two_options_is_refused(
         ("choice", {"text": "What?", "options": ["a", "\udc00"], "answer": "a"}, "options holds half of a character"),
         ("exact", {"text": "What?", "answer": "a", "question_id": "\ud800"}, "id holds half of a character"),
         ("exact", {"text": "What?", "answer": "a", "category": "\ud800"}, "category holds half of a character"),
+        ("exact", {"text": "What?", "answer": float("nan")}, "answers or answer, which is missing"),
+        ("vqa", {"text": "What?", "answers": ["a", float("nan")]}, "is neither a text nor a list of texts"),
+        ("exact", {"text": "What?", "answer": "a", "instruction": "In a word."}, "an instruction that no turn has"),
     ],
 )
 def test_a_wrong_question_is_told_with_file_and_line(

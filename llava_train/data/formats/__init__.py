@@ -132,11 +132,12 @@ def is_conversation(record: dict[str, Any]) -> bool:
         return False
 
 
-def images_beside(record: dict[str, Any], read: Collection[str]) -> list[Any]:
+def images_beside(record: dict[str, Any], read: Collection[str], turns: Sequence[Turn]) -> list[Any]:
     """The values of the images of a record that is no conversation.
 
     Args:
         read: its keys that are read, besides those of every format.
+        turns: what is made of it.
 
     Raises:
         SampleError: another key holds a picture, a video or a sound, or changes the meaning.
@@ -144,6 +145,7 @@ def images_beside(record: dict[str, Any], read: Collection[str]) -> list[Any]:
     read = keys.RECORD_KEYS | set(read)
     unread = list(keys.unread_keys(record, read, None, frozenset()))
     keys.refuse_unsupported(unread, read)
+    keys.refuse_unused_texts(unread, turns)
     images = _stated_images(keys.listed_images(record))
     keys.refuse_unread_pictures(unread, images)
     return images
