@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence, Set
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -164,13 +165,20 @@ def _change_of_meaning(each: Unread, read: Collection[str]) -> str | None:
     near = next((key for key in read if _plain(each.key) == _plain(key) and key not in IMAGE_KEYS), None)
     if near and each.is_of_record:
         return f'is not read; name it "{near}"'
+    return _problem_of_meaning(words)
+
+
+@lru_cache(maxsize=1024)
+def _problem_of_meaning(words: str) -> str | None:
     return next((problem for pattern, problem in _MEANINGS.items() if pattern.fullmatch(words)), None)
 
 
 def refuse_unused_texts(unread: Sequence[Unread], turns: Sequence[Turn]) -> None:
     """Refuses an instruction that no turn holds, and boxes for marks in the text. Raises SampleError."""
     for each in unread:
-        is_instruction = words_of(each.key)[-1:] in (["instruction"], ["instructions"]) and isinstance(each.value, str)
+        is_instruction = words_of(each.key)[-1:] in (("instruction",), ("instructions",)) and isinstance(
+            each.value, str
+        )
         if is_instruction and not any(each.value.strip() in turn.text for turn in turns):
             raise SampleError(
                 "unsupported_key",

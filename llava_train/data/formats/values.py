@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -138,6 +139,8 @@ def _is_of(part: str, words: set[str]) -> bool:
     )
 
 
-def words_of(key: str) -> list[str]:
+@lru_cache(maxsize=1024)
+def words_of(key: str) -> tuple[str, ...]:
     """The words of a key in lower case: `imagePath`, `image_path` and `Image-Path` are `image`, `path`."""
-    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", key) if not word.isdigit()]
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", key)
+    return tuple(word.lower() for word in words if not word.isdigit())
