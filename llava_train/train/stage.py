@@ -159,7 +159,6 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
     use_kernels(llava.model, config.engine.kernels, world.device, config.engine.zero)
     parts, yardstick = tuple(summarize(llava.model, config.trainable)), _yardstick(config, world, llava)
     clock.mark("model")
-    world.on_main(lambda: write_card(config.run_dir, card, world.n_ranks, resumption.step, bool(changes)))
     dataset = new_dataset(mixture, seed=config.seed)
     if world.is_main:
         pace, pack = expected_step_s(dataset, yardstick), estimator.pack(config)
@@ -175,6 +174,8 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
         clock.mark("features")
     session.waiting.show("starting DeepSpeed")
     engine, checkpoints = _start_engine(config, session, llava, resumption, config_hash(card))
+    # Only now: a change that the checkpoint does not fit is not the run's.
+    world.on_main(lambda: write_card(config.run_dir, card, world.n_ranks, resumption.step, bool(changes)))
     session.waiting.stop()
 
     with Tracking(config, world, resumption.step, n_steps) as tracking:
