@@ -106,7 +106,7 @@ def stop_engine(engine: deepspeed.DeepSpeedEngine) -> None:
     """Lets go of an engine, and of what DeepSpeed put in torch's place: a later stage must round as it does alone."""
     engine.destroy()
     torch.nn.functional.linear = _TORCHS_LINEAR
-    # Under ZeRO 3 two places of DeepSpeed keep the whole model. The second, the cache of a method, is closed over by it.
+    # Under ZeRO 3 two places of DeepSpeed keep the whole model; the second is the cache of a method, in its closure.
     FWD_MODULE_STACK.clear()
     cached = getattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release", None)
     for cell in getattr(cached, "__closure__", None) or ():
