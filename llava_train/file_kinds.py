@@ -14,6 +14,8 @@ N_LOOKED_AT = 1 << 16
 """Bytes of a file."""
 _DELIMITERS = ",\t;|"
 _STAGE_KEYS = {"name", "model", "trainable", "data"}
+_FIRST_KEY = re.compile(r"(\s|#.*\n|---\s)*\w+:")
+"""At the start of a mapping in YAML; a page about stage files begins otherwise."""
 
 _MAGIC: tuple[tuple[bytes, int, str], ...] = (
     (b"\x89PNG\r\n\x1a\n", 0, "a PNG picture"),
@@ -81,6 +83,15 @@ def kind_of_content(head: bytes, path: Path) -> FileKind | None:
     return _kind_of_text(path, head)
 
 
+def in_utf_8(encoding: str) -> str:
+    """Return how to bring a text to UTF-8; `encoding` as `json.detect_encoding` names it, such as `utf-16-le`."""
+    name = re.sub("-([BL]E)", r"\1", encoding.upper())
+    return (
+        f"text in {name[:6]}, not in UTF-8; convert it: iconv -f {name} -t UTF-8 OLD > NEW (in PowerShell it is "
+        "`Out-File -Encoding utf8` that writes UTF-8)"
+    )
+
+
 def is_safetensors(head: bytes) -> bool:
     """Whether a file begins as safetensors do: the length of a JSON header in eight bytes, then the header."""
     return head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") < 1 << 30
@@ -141,7 +152,7 @@ def _is_json(text: str) -> bool:
 
 def _is_stage_file(text: str) -> bool:
     keys = re.findall(r"^(\w+):", text, re.MULTILINE)
-    return len(_STAGE_KEYS.intersection(keys)) >= 3
+    return _FIRST_KEY.match(text) is not None and len(_STAGE_KEYS.intersection(keys)) >= 3
 
 
 def _delimiter_of(path: Path, text: str) -> str:

@@ -7,6 +7,7 @@ valid name. No other module reads YAML.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 
 from llava_train.config import StageConfig
 from llava_train.errors import UserError
+from llava_train.file_kinds import N_LOOKED_AT, in_utf_8, kind_of_content
 from llava_train.places import find_again
 from llava_train.refusals import explain, truth_values
 from llava_train.user_paths import expand
@@ -40,12 +42,12 @@ def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
     """
     path = expand(str(path))
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = _text_of(path)
         content = yaml.load(text, Loader=_UniqueKeyLoader)
         written = yaml.load(text, Loader=yaml.BaseLoader)  # the same, every scalar as it stands there
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the stage file: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     except ValueError as error:  # PyYAML's, of a date or number that cannot be
         raise ConfigError(f"{path}: not valid YAML: {error}; write a text in quotes") from error
@@ -55,6 +57,21 @@ def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
         _apply_override(content, override, yaml.SafeLoader)
         _apply_override(written, override, yaml.BaseLoader)
     return parse_stage(content, path, written, [override.partition("=")[0] for override in overrides])
+
+
+def _text_of(path: str) -> str:
+    """Read a stage file. Raises ConfigError: it is another file, or in another encoding than UTF-8; OSError."""
+    content = Path(path).read_bytes()
+    encoding = json.detect_encoding(content)  # by the byte order mark, or where zeros stand
+    if not encoding.startswith("utf-8") and "name" in content.decode(encoding, "replace"):
+        raise ConfigError(f"{path}: {in_utf_8(encoding)}")
+    kind = kind_of_content(content[:N_LOOKED_AT], Path(path))
+    if kind is not None and (kind.is_picture or kind.words.startswith("a Git LFS")):
+        raise ConfigError(f"{path}: this is {kind.words}, not a stage file")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not text in UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def load_run_card(run_dir: Path, needed: Sequence[str] = ()) -> StageConfig:

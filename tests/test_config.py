@@ -225,6 +225,28 @@ def test_a_file_that_is_no_stage_file_is_refused(text: str, message: str, tmp_pa
     assert message in refusal(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name: a".encode("utf-16"), "text in UTF-16, not in UTF-8; convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"),
+        ("name: a".encode("utf-16-le"), "text in UTF-16, not in UTF-8; convert it: iconv -f UTF-16LE"),
+        ("name: a".encode("utf-16-be"), "text in UTF-16, not in UTF-8; convert it: iconv -f UTF-16BE"),
+        ("name: a".encode("utf-32"), "text in UTF-32, not in UTF-8; convert it: iconv -f UTF-32"),
+        ("name: ä".encode("latin-1"), "not text in UTF-8: "),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "this is a PNG picture, not a stage file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n", "this is a Git LFS pointer"),
+    ],
+)
+def test_a_stage_file_that_is_not_text_in_utf_8_is_called_what_it_is(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "stage.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as refused:
+        load_stage(path)
+    assert f"stage.yaml: {message}" in str(refused.value)
+
+
 def test_a_missing_file_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot read the stage file: No such file"):
         load_stage("nowhere.yaml")

@@ -58,6 +58,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         ("a.yaml", b"- id: 1\n  image: a.png\n", "a YAML file"),
         ("a.yml", b"# mine\nlr: 1\n", "a YAML file"),
         ("stage", STAGE, "a stage file"),
+        ("README.md", b"# About\n\nA stage file:\n\n```yaml\n" + STAGE + b"```\n", "a text"),
         ("a.bin", b"<!DOCTYPE html><html><body>404</body></html>", "an HTML page, as a failed download leaves one"),
         ("a", b"<?xml version='1.0'?><a/>", "an XML file"),
         ("a", b"Just some words about it.", "a text"),

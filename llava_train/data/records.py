@@ -22,7 +22,7 @@ import pyarrow as pa
 from llava_train.data.built_once import built_once
 from llava_train.data.other_formats import not_records
 from llava_train.data.problems import DataError, SampleError, shortened
-from llava_train.file_kinds import N_LOOKED_AT
+from llava_train.file_kinds import N_LOOKED_AT, in_utf_8
 from llava_train.files import sha256
 from llava_train.git_lfs import LFS_ADVICE, is_lfs_pointer
 
@@ -135,11 +135,7 @@ def _refuse_other_text(file: BinaryIO, path: Path) -> None:
     if encoding.startswith("utf-8") or encoding == "utf-16":
         return
     if encoding == "utf-32" or head.decode(encoding, "replace").lstrip()[:1] in ("[", "{"):
-        name = re.sub("-([BL]E)", r"\1", encoding.upper())
-        raise DataError(
-            f"{path}: text in {name[:6]}, not in UTF-8; convert it: iconv -f {name} -t UTF-8 OLD > NEW (in PowerShell "
-            "it is `Out-File -Encoding utf8` that writes UTF-8)"
-        )
+        raise DataError(f"{path}: {in_utf_8(encoding)}")
 
 
 def _first_character(file: BinaryIO) -> bytes:
@@ -171,8 +167,10 @@ def _check_first_line(record: bytes, path: Path, rest: Iterable[bytes]) -> None:
     except UnicodeDecodeError:
         pass
     except ValueError as error:
-        beginning = record + b"".join(islice(rest, 20))
-        if (key := _FIRST_KEY.match(beginning)) and b"\n" in beginning:
+        following = list(islice(rest, 20))
+        beginning = record + b"".join(following)
+        is_jsonl = any(map(_is_object, following))
+        if not is_jsonl and b"\n" in beginning and (key := _FIRST_KEY.match(beginning)):
             name = shortened(key.group(1).decode("utf-8", "replace"), 40)
             raise DataError(
                 f'{path}: one JSON object over several lines, whose first key is "{name}"; wanted a JSON list of '
@@ -182,6 +180,13 @@ def _check_first_line(record: bytes, path: Path, rest: Iterable[bytes]) -> None:
             f"{path}: line 1 is not valid JSON: {error}; wanted a JSON list of records, or JSONL with one JSON "
             "object a line"
         ) from error
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _cut_list(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, int]]:

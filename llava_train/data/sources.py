@@ -241,7 +241,8 @@ def _unreadable(path: str, reason: str | None) -> DataError:
     advice = advice_on_path(path) or (
         f"fix its path in the stage file, which is relative to the current folder ({Path.cwd()})"
     )
-    return DataError(f"{shortened(path)}: cannot read the data file: {reason}; {advice}")
+    made = "; `python data/draw_scenes.py` draws those of configs/small" if path.startswith("data/scenes/") else ""
+    return DataError(f"{shortened(path)}: cannot read the data file: {reason}; {advice}{made}")
 
 
 def _split_of(loaded: datasets.Dataset | datasets.DatasetDict, split: str) -> datasets.Dataset:

@@ -108,9 +108,12 @@ def _standardize_features(config: StageConfig, world: World, llava: Llava, datas
     """Standardizes what enters the projector, by the first pictures that the run trains on. Raises UserError."""
     pictures = first_pictures(dataset, _STATISTICS_PICTURES, _STATISTICS_STEPS)
     if not pictures:
+        bad = next((bad for step in range(_STATISTICS_STEPS) for bad in dataset[step].bad_samples), None)
+        why = f" {bad.source}: {bad.id!r} ({bad.place}): {bad.reason}." if bad else ""
         raise UserError(
-            f"trainable.projector.standardize: the samples of the first {_STATISTICS_STEPS} steps hold no readable "
-            "picture to find the features' mean by; set it to false or mend the data"
+            f"trainable.projector.standardize: the first {_STATISTICS_STEPS} steps have no sample with a picture that "
+            f"can be trained on, to find the features' mean by.{why} `llava-train check` lists what is wrong with the "
+            "data"
         )
     mean, deviation = feature_statistics(llava.model, pictures, world.device)
     for tensor in (mean, deviation):

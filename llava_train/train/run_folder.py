@@ -226,8 +226,8 @@ def check_finished(run_dir: Path, card: dict[str, Any]) -> None:
         raise RunFolderError(
             f"{run_dir} is finished, and was trained with another stage file:\n  {listed}\n"
             "It takes no more steps: that would change the learning rate, or the samples, of steps already taken.\n"
-            "Undo the change, or leave this stage out of the command. To train on from its result, write a new `name` "
-            f"and `init_from: {run_dir.name}` in the stage file"
+            "Undo the change, leave this stage out of the command, or write a new `name` to train another run. To go "
+            f"on from its result, write a new `name` and `init_from: {run_dir.name}` in the stage file"
         )
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,9 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
     use_kernels(llava.model, config.engine.kernels, world.device, config.engine.zero)
     parts, yardstick = tuple(summarize(llava.model, config.trainable)), _yardstick(config, world, llava)
     clock.mark("model")
-    world.on_main(lambda: write_card(config.run_dir, card, world.n_ranks, resumption.step, bool(changes)))
+    write_the_card = partial(write_card, config.run_dir, card, world.n_ranks, resumption.step, bool(changes))
+    if not changes:
+        world.on_main(write_the_card)
     dataset = new_dataset(mixture, seed=config.seed)
     if world.is_main:
         pace, pack = expected_step_s(dataset, yardstick), estimator.pack(config)
@@ -175,6 +178,8 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
         clock.mark("features")
     session.waiting.show("starting DeepSpeed")
     engine, checkpoints = _start_engine(config, session, llava, resumption, config_hash(card))
+    if changes:  # not before the checkpoint is loaded: a change that does not fit it is not the run's
+        world.on_main(write_the_card)
     session.waiting.stop()
 
     with Tracking(config, world, resumption.step, n_steps) as tracking:

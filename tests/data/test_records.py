@@ -83,6 +83,7 @@ def test_any_list_is_cut_into_its_values_whatever_the_chunks(rows, chunk, indent
         ('[1, "a" "b"]', "wanted ',', found '\"' .line 1, column 9, after record 2., at"),
         ('[{"id": "1}]', "not valid JSON: Unterminated string"),
         ('{\n"id": 1}', "line 1 is not valid JSON"),
+        ('{"id": "1}\n{"id": "2"}\n', "line 1 is not valid JSON"),
         ("hello", "this is a text; wanted a JSON list of records, or JSONL"),
         (b"\xff\xfe", "begins with b'.xff.xfe'; wanted"),
         ('[{"id": 1}]'.encode("utf-16"), "a JSON file in UTF-16; .*iconv -f UTF-16 -t UTF-8"),

@@ -134,6 +134,7 @@ def test_a_row_may_name_its_picture_instead(tmp_path: Path) -> None:
     [
         ("nowhere.json", "nowhere.json: cannot read the data file: No such file"),
         ("no/such.json", "no/such.json: cannot read the data file: No such file"),
+        ("data/scenes/no-such.json", "`python data/draw_scenes.py` draws those of configs/small"),
         ("file:///data/a%20b.json", "this is an address; write the path alone: /data/a b.json"),
         ("file://localhost/data/a.json", "write the path alone: /data/a.json"),
         ("FILE:/data/a.json", "write the path alone: /data/a.json"),

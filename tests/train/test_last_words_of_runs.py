@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llava_train.cli import run
 from tests.train.helpers import run_many, start_ranks, wait, write_samples, write_stage
@@ -105,6 +106,8 @@ def test_a_checkpoint_of_other_adapters_is_refused_in_words(folder: Path) -> Non
     assert "step-00000001 does not fit this run: size mismatch for " in lines[0]
     assert "give the run another name" in lines[1] and len(lines) == 3
     assert "RuntimeError" in traceback_named_in(lines, folder)
+    card = yaml.safe_load((folder / "out/lora/config.yaml").read_text(encoding="utf-8"))
+    assert card["trainable"]["language_model"]["lora"]["rank"] == 4, "a change that fits no checkpoint is not the run's"
 
 
 def test_a_wrong_launcher_is_refused_before_anything_is_loaded(

@@ -56,6 +56,16 @@ REFUSALS: dict[str, tuple[dict[str, Any], list[str]]] = {
             "remove trainable.projector",
         ],
     ),
+    "too-long": (
+        {
+            "trainable": {"projector": {"lr": 1e-3, "standardize": True}},
+            "batch": {"size": 2, "max_tokens": 9, "max_sample_tokens": 9},
+        },
+        [
+            "trainable.projector.standardize: the first 16 steps have no sample with a picture that can be trained on",
+            "more than batch.max_sample_tokens (9)",
+        ],
+    ),
     "missing-part": (
         {"model": {"language_model": "no/lm", "vision_tower": "no/vt", "chat_template": "vicuna_v1"}},
         ["model.language_model: cannot load no/lm"],
