@@ -33,7 +33,7 @@ def test_a_signal_is_noted_and_the_handlers_of_before_come_back(number: signal.S
 def test_ctrl_c_is_not_taken_for_a_request() -> None:
     with StopRequests() as requests, pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(9999)
+        time.sleep(TIMEOUT_S)
     assert requests.reason(is_main=True) is None
 
 
