@@ -37,8 +37,8 @@ VISION_TOWER = {
     "patch_size": 14,
 }
 FEWER: dict[str, Any] = {
-    "schedule": {"max_steps": 2},
-    "batch": {"size": 4, "max_tokens": 4096, "max_sample_tokens": 1024},
+    "schedule": {"max_steps": 2, "epochs": 2},
+    "batch": {"size": 16, "max_tokens": 4096, "max_sample_tokens": 1024},
     "checkpoint": {"every": 2},
     "logging": {"every": 1},
 }
