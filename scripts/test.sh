@@ -8,4 +8,5 @@ make_venv dev
 ruff check .
 ruff format --check .
 mypy
-pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"  # in the order of tests/conftest.py
+# One process more than CI has cores, for some tests wait, in the order of tests/conftest.py.
+pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"

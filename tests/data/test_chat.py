@@ -196,7 +196,7 @@ QUESTION = st.lists(TEXT | st.just("<image>"), min_size=1, max_size=3).map("\n".
 CONVERSATION = st.tuples(st.none() | TEXT.filter(bool), st.lists(st.tuples(QUESTION, TEXT), min_size=1, max_size=4))
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(conversation=CONVERSATION, pair=st.sampled_from(PAIRS))
 def test_random_conversations_supervise_exactly_their_answers(conversation, pair) -> None:
     system, turns = conversation

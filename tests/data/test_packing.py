@@ -42,7 +42,7 @@ def greedy_plan(costs: list[float], lengths: list[int], n_ranks: int) -> list[li
         n_packs += n_ranks
 
 
-@settings(max_examples=2000)
+@settings(max_examples=500)
 @given(**CASE)
 def test_every_sample_once_within_the_limit_and_ranks_in_step(lengths, n_ranks, attention_cost) -> None:
     plan = plan_packs(lengths, n_ranks, MAX_TOKENS, attention_cost)
@@ -52,7 +52,7 @@ def test_every_sample_once_within_the_limit_and_ranks_in_step(lengths, n_ranks, 
     assert len(plan) == n_ranks and len({len(rank) for rank in plan}) == 1
 
 
-@settings(max_examples=2000)
+@settings(max_examples=500)
 @given(**CASE)
 def test_no_pack_costs_more_than_the_mean_pack_plus_the_costliest_sample(lengths, n_ranks, attention_cost) -> None:
     plan = plan_packs(lengths, n_ranks, MAX_TOKENS, attention_cost)
@@ -119,7 +119,7 @@ def test_ranks_with_8_samples_or_more_wait_for_each_other_less_than_3_percent(
     assert sum(costs) >= 0.97 * n_ranks * waited_for(plan, costs)
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(
     lengths=st.lists(st.integers(64, MAX_TOKENS), min_size=4, max_size=48),
     n_ranks=st.integers(1, 8),
