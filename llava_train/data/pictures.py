@@ -186,7 +186,7 @@ class Pictures:
 
 
 def content_and_name(value: Any) -> tuple[str | bytes | pa.Buffer, str | None]:
-    """What a value that stands for a picture holds, and the name of a file beside it. Raises SampleError."""
+    """Return the content of a value that stands for a picture, and the file name stated with it. Raises SampleError."""
     content, name = value, None
     if isinstance(value, dict):
         content, name = value.get("bytes"), value.get("path")

@@ -140,11 +140,7 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
     n_steps = n_steps_of(len(mixture), config.batch.size, config.schedule.epochs, config.schedule.max_steps)
     card = describe(config, mixture)
     resumption, changes = _find_resumption(config, session, card)
-    if resumption.step > n_steps:
-        raise RunFolderError(
-            f"{config.run_dir} has taken {resumption.step:,} steps, and the stage file now asks for {n_steps:,}; ask "
-            "for more (schedule.epochs, schedule.max_steps), or give the run another name"
-        )
+    _refuse_fewer_steps(config, resumption.step, n_steps)
     clock.mark("data")
 
     session.waiting.show("building the model")
@@ -210,6 +206,15 @@ def _train(config: StageConfig, session: Session, stack: ExitStack) -> State:
         trained = fold(llava.model, trained) if world.is_main else trained
     stop_engine(engine)
     return trained
+
+
+def _refuse_fewer_steps(config: StageConfig, n_taken: int, n_steps: int) -> None:
+    """Raise RunFolderError where the run has taken more steps than the stage file asks for now."""
+    if n_taken > n_steps:
+        raise RunFolderError(
+            f"{config.run_dir} has taken {n_taken:,} steps, and the stage file now asks for {n_steps:,}; ask for more "
+            "(schedule.epochs, schedule.max_steps), or give the run another name"
+        )
 
 
 def _longest(config: StageConfig, session: Session, llava: Llava, mixture: Mixture) -> Longest | None:
