@@ -23,8 +23,9 @@ QUESTION = "What is it?"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported model in `model` and a picture beside it."""
+    """An exported model in `model`; a picture, a broken one and a folder without a model beside it."""
     folder = tmp_path_factory.mktemp("ask")
+    (folder / "pictures").mkdir()
     export_tiny(folder / "model")
     write_manifest(folder / "model", name="ask")
     Image.new("RGB", (40, 30), "red").save(folder / "red.png")
@@ -58,7 +59,7 @@ def test_the_answer_is_what_the_model_says_most_likely_token_by_token(folder: Pa
 @pytest.mark.parametrize(
     ("model", "image", "question", "message"),
     [
-        ("..", "red.png", QUESTION, "understood are"),
+        ("pictures", "red.png", QUESTION, "pictures is empty; name a run"),
         ("model", "blue.png", QUESTION, "blue.png: the image file is missing"),
         ("model", "broken.png", QUESTION, "broken.png: not a readable image"),
         ("model", "red.png", "<image><image>What?", "2 <image> placeholders, but 1 images"),
